@@ -1,0 +1,1 @@
+"""Lorica: training transformers through low-rank updates."""
