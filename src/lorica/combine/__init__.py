@@ -1,0 +1,46 @@
+"""Combines: how W and ΔW make the effective weight.
+
+The suite holds every file to: forward equals x @ effective weight + bias, with and without a bias;
+the function is kept at attach.
+
+To add one: copy `add.py`. `effective` is the one definition that merge, export and the tests use.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lorica.rooms import Choice
+
+
+class AbstractCombine(nn.Module, abc.ABC):
+    """Owns what trains beside ΔW (a magnitude, say)."""
+
+    roles: ClassVar[dict[str, str]] = {}
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, base, update, kernel) -> Tensor:
+        """(..., in) -> (..., out), bias included."""
+
+    @abc.abstractmethod
+    def effective(self, base, update) -> tuple[Tensor, Tensor | None]:
+        """Effective weight (out, in) and bias (out,), in at least float32."""
+
+    def start(self, base, update) -> None:  # noqa: B027
+        """Called once the delta is initialised and its anchor carried: set what depends on W +
+        ΔW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineChoice(Choice, abc.ABC):
+    """What the user names; `build` makes the module for one layer."""
+
+    room: ClassVar[str] = "combine"
+    needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
+
+    @abc.abstractmethod
+    def build(self, site) -> AbstractCombine: ...

@@ -1,0 +1,101 @@
+"""Deltas: how the update ΔW (out, in) of one weight is parametrised.
+
+A file here holds a choice (frozen dataclass of hyperparameters) whose `build(site)` makes the
+module that owns the trained parameters. The suite holds every file to: forward(x) equals x @
+weight(base).T; factors reproduce the weight; dtype and device are kept; the state survives a round
+trip; gradients pass gradcheck.
+
+To add one: copy `lowrank.py`, change the equations, add the paper's claims as a test.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorica.rooms import Choice
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter sits: everything a delta may know of its layer."""
+
+    name: str  # module path
+    in_features: int
+    out_features: int
+    r: int
+    scale: float  # s in ΔW = s·B·A
+    lookup: bool  # the input is a token id: x is one-hot and A is read by column
+    dtype: torch.dtype  # of what trains
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An exact low-rank view ΔW = scale · B @ A; read only."""
+
+    A: Tensor  # (k, in)
+    B: Tensor  # (out, k)
+    scale: float = 1.0
+
+    def weight(self) -> Tensor:
+        """ΔW (out, in) in at least float32: half precision would lose small updates."""
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        return self.scale * (self.B.to(wide) @ self.A.to(wide))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The trained factors themselves: inits fill them, rules update them, moves slice them."""
+
+    A: nn.Parameter  # (r, in)
+    B: nn.Parameter  # (out, r)
+    scale: float
+    lookup: bool = False
+    E: nn.Parameter | None = None  # (r, 1), a trained diagonal between the two
+
+
+class AbstractDelta(nn.Module, abc.ABC):
+    """ΔW of one weight. `roles` names every trained parameter's part, so nobody guesses it from its
+    name."""
+
+    roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
+    scale: float = 1.0
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, base) -> Tensor:
+        """(..., in) -> (..., out): x ΔWᵀ."""
+
+    @abc.abstractmethod
+    def weight(self, base) -> Tensor | None:
+        """ΔW (out, in), or None where none exists."""
+
+    def factors(self) -> Factors | None:
+        """An exact low-rank view, or None."""
+        return None
+
+    def pair(self) -> Pair | None:
+        """The trained pair, or None."""
+        return None
+
+    @abc.abstractmethod
+    def restart(self, link: int, generator: torch.Generator) -> None:
+        """Become a fresh adapter with ΔW = 0; `link` counts the restarts of this layer, from 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaChoice(Choice):
+    """What the user names; `build` makes the module for one layer."""
+
+    room: ClassVar[str] = "deltas"
+    wraps: ClassVar[bool] = True  # False: no adapter, the weights themselves train
+    takes: ClassVar[frozenset[str]] = frozenset(  # fields of the recipe that mean something here
+        {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
+    )
+
+    def build(self, site: Site) -> AbstractDelta:
+        raise AssertionError(f"{self.word} builds no adapter")

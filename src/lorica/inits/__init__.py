@@ -1,0 +1,36 @@
+"""Inits: where training starts.
+
+`fill` writes the start into a pair; it is pure and deterministic under its generator. A file that
+does not give `zero_start` leaves ΔW₀ ≠ 0; the layer then carries −ΔW₀ frozen beside it (the
+*anchor*), so the base is never mutated and the function is kept. The suite holds every file to
+that.
+
+To add one: copy `gaussian.py` (zero start) or `olora.py` (anchored).
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica.rooms import Choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractInit(Choice, abc.ABC):
+    room: ClassVar[str] = "inits"
+    needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+
+    @abc.abstractmethod
+    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+        """Write the start into `pair.A` (r, in) and `pair.B` (out, r).
+
+        Args:
+            weight: the effective weight (out, in) as it now stands, in at least float32.
+            pair: see `lorica.deltas.Pair`.
+            generator: on the CPU, seeded by the recipe's seed and the layer's name.
+        """

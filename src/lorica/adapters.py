@@ -1,0 +1,258 @@
+"""Adapters: the live handle on an adapted model.
+
+Holds names and modules, never tensors: sharding replaces parameters, and every access goes through
+the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.deltas import Pair
+from lorica.groups import Trained
+from lorica.layer import AdaptedLinear, TrainedModule
+from lorica.moves import copy_, read_full
+from lorica.objectives import Context
+
+if TYPE_CHECKING:
+    from lorica.contract import Contract
+    from lorica.recipe import Recipe
+
+_HANDLE = "_lorica_adapters"
+
+
+class Adapters:
+    """What `lorica.attach` returns.
+
+    Attributes:
+        model: the adapted model.
+        recipe: the recipe it was adapted with.
+        layers: {module path: AdaptedLinear}, in model order.
+        saved: {module path: TrainedModule}, what trains in full beside its frozen original.
+        direct: names of parameters that train in place (full training).
+        contract: see `lorica.contract.Contract`.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.dtype = dtype
+        self.layers: dict[str, AdaptedLinear] = {}
+        self.saved: dict[str, TrainedModule] = {}
+        self.direct: tuple[str, ...] = ()
+        self.requires_grad: dict[str, bool] = {}  # as it was before attach
+        self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
+        self.pristine = "pristine" in recipe.given()
+        self.base_hash: str | None = None  # of the published weights, set on first use
+        self.contract: Contract
+
+    @staticmethod
+    def of(model: nn.Module) -> Adapters:
+        """The handle of an adapted model.
+
+        Raises:
+            ValueError: nothing is attached.
+        """
+        handle = vars(model).get(_HANDLE)
+        if handle is None:
+            raise ValueError(
+                f"no adapters are attached to this {type(model).__name__}; "
+                "type `lorica.attach(model, 'lora')` first"
+            )
+        return handle
+
+    def __iter__(self) -> Iterator[tuple[str, AdaptedLinear]]:
+        return iter(self.layers.items())
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    # -- what trains ---------------------------------------------------------------------------
+
+    def pairs(self) -> Iterator[tuple[str, Pair]]:
+        """(module path, trained pair) of every layer that has one."""
+        for name, layer in self.layers.items():
+            if (pair := layer.update.delta.pair()) is not None:
+                yield name, pair
+
+    def trained(self) -> list[Trained]:
+        """Every parameter that trains, with its role, in model order."""
+        out = []
+        frozen = frozenset().union(*(g.freezes for g in self.recipe.groups))  # type: ignore[attr-defined]
+        for site, layer in self.layers.items():
+            lookup = layer.site.lookup
+            out += [
+                Trained(f"{site}.{name}", p, role, site, lookup)
+                for name, p, role in layer.trained()
+                if role not in frozen
+            ]
+        for site, module in self.saved.items():
+            out += [Trained(f"{site}.{n}", p, role, site) for n, p, role in module.trained()]
+        parameters = dict(self.model.named_parameters()) if self.direct else {}
+        out += [
+            Trained(
+                n, parameters[n], "bias" if n.endswith("bias") else "module", n.rsplit(".", 1)[0]
+            )
+            for n in self.direct
+        ]
+        return out
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimizer groups, one for each set of options; decay spares vectors (magnitudes, norms,
+        biases).
+
+        Args:
+            lr: rate of a parameter that no choice on the groups axis touches.
+            weight_decay: decoupled decay of everything with two dimensions or more.
+        """
+        groups: dict[tuple, dict[str, Any]] = {}
+        for t in self.trained():
+            options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+            if t.parameter.ndim < 2 or t.role in ("magnitude", "bias"):
+                options["weight_decay"] = 0.0
+            for group in self.recipe.groups:
+                options = group.adjust(t, options)  # type: ignore[attr-defined]
+            group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
+            group["params"].append(t.parameter)
+        return list(groups.values())
+
+    # -- loss and reference --------------------------------------------------------------------
+
+    def loss(self, outputs: Any, batch: Any = None) -> Tensor:
+        """The task's loss (`outputs.loss`, 0-d) with the recipe's objectives applied."""
+        loss = outputs.loss
+        for objective in self.recipe.objectives:
+            loss = objective.loss(loss, Context(outputs, batch, self))  # type: ignore[attr-defined]
+        return loss
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is the original one, e.g. as a reference.
+
+        Raises:
+            ValueError: the base is not pristine and no copy was kept.
+        """
+        if not self.pristine:
+            raise ValueError(
+                f"`{self.recipe.text()}` trains the base itself, so there is no original left to"
+                " fall back on; load the base a second time for a reference"
+            )
+        modules = [*self.layers.values(), *self.saved.values()]
+        for m in modules:
+            m.disabled = True
+        try:
+            yield
+        finally:
+            for m in modules:
+                m.disabled = False
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        out: dict[str, nn.Parameter] = {}
+        for site, layer in self.layers.items():
+            out |= {f"{site}.{n}": p for n, p, _ in layer.trained()}
+            out |= {f"{site}.{n}": p for n, p in layer.frozen()}
+            if not self.pristine:
+                out[f"{site}.base.weight"] = layer.store.parameter
+        for site, module in self.saved.items():
+            out |= {f"{site}.{n}": p for n, p, _ in module.trained()}
+        parameters = dict(self.model.named_parameters()) if self.direct else {}
+        return out | {n: parameters[n] for n in self.direct}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that training changes or the forward reads beside the frozen base, full-size, on its
+        device.
+
+        Keys are paths in the model. Sharded tensors are gathered, so every process has to call.
+        """
+        return {name: read_full(p).detach() for name, p in self._tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`, strict.
+
+        Raises:
+            ValueError: a missing, extra or misshapen tensor; nothing is written then.
+        """
+        for site, layer in self.layers.items():  # what is carried grows and shrinks with training
+            a, b = (state.get(f"{site}.update.carried_{side}") for side in "AB")
+            if a is not None and b is not None and layer.update.carried_A is None:
+                layer.update.carry_(torch.zeros_like(a), torch.zeros_like(b))
+        own = self._tensors()
+        missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        shapes = [
+            f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
+            for n in own
+            if n in state and state[n].shape != own[n].shape
+        ]
+        if missing or extra or shapes:
+            raise ValueError(
+                "the saved tensors are not those of these adapters: "
+                + "; ".join(
+                    f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+                    for what, names in (("missing", missing), ("extra", extra), ("shape", shapes))
+                    if names
+                )
+                + f". The recipe here is `{self.recipe.text()}` with r={self.recipe.r}; attach with"
+                " the saved one"
+            )
+        for name, p in own.items():
+            copy_(p, state[name])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all of `state_dict`: equal on every process, or training has drifted apart."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(as_bytes(value))
+        return digest.hexdigest()
+
+    def hash_base(self) -> str:
+        """SHA-256 of the frozen base by name, shape and float32 value, so independent of the dtype
+        it is held in.
+
+        Modules that train in full are left out. Computed once; a base that training writes to has
+        to be hashed before the first step.
+        """
+        if self.base_hash is None:
+            self.base_hash = hash_parameters(self.base_parameters())
+        return self.base_hash
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The frozen base's parameters under the names they have in the plain model."""
+        inner = {id(p) for layer in self.layers.values() for p in layer.base.parameters()}
+        own = {id(p) for p in self._tensors().values()} - inner
+        saved = {id(p) for m in self.saved.values() for p in m.parameters()}
+        out = {}
+        for name, p in self.model.named_parameters():
+            if (id(p) in own and name not in self.direct) or id(p) in saved:
+                continue
+            owner, _, leaf = name.rpartition(".base.")
+            out[f"{owner}.{leaf}" if owner in self.layers else name] = p
+        return out
+
+
+def hash_parameters(parameters: Mapping[str, Tensor]) -> str:
+    """See `Adapters.hash_base`."""
+    digest = hashlib.sha256()
+    for name, p in sorted(parameters.items()):
+        full = read_full(p).detach()
+        digest.update(f"{name}{tuple(full.shape)}".encode())
+        if full.is_meta:
+            continue
+        flat = full.reshape(-1)
+        for chunk in flat.split(1 << 24):  # bounded memory for large tables
+            digest.update(as_bytes(chunk.float()))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, whatever its dtype."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -1,0 +1,268 @@
+"""bind: schedules and the start-up proof ride on the optimizer.
+
+The optimizer is the one object that a plain loop and the Trainer share, and both save it. Its step
+hooks call the schedules, and their state lives in `param_groups[0]["lorica"]`, the one place that
+torch's checkpoint API, Accelerate and the Trainer all keep. `bind` is lazy: it registers hooks and
+writes numbers, and touches no weight or optimizer state before the first real step; it holds names,
+not tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lorica.adapters import Adapters
+from lorica.attach import seeded
+from lorica.moves import reduce_scalar
+from lorica.recipe import Recipe
+
+KEY = "lorica"
+VERSION = 1
+WATCHED_STEPS = 10  # within which every adapter has to have had a gradient
+logger = logging.getLogger("lorica")
+
+
+class Training:
+    """What a schedule sees of one optimizer step."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, adapters: Adapters, own: Mapping[str, Any]
+    ):
+        self.optimizer = optimizer
+        self.adapters = adapters
+        self.step: int = own["step"]  # 0-based index of this step
+        self.total_steps: int | None = own["total_steps"] or None
+        self.seed: int = own["seed"]
+
+    def generator(self, *key: Any) -> torch.Generator:
+        """CPU generator for this step and key: equal on every process and after every resume."""
+        return seeded("/".join(map(str, (self.seed, self.step, *key))))
+
+    def lr_scale(self, factor: float) -> None:
+        """Multiply the scheduler's rates, for this step only."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    def lr_factor(self, factor: float) -> None:
+        """Replace the scheduler's factor, for this step only: lr = initial_lr · factor."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"]) * factor
+
+
+class _Binding:
+    def __init__(
+        self, adapters: Adapters, optimizer: torch.optim.Optimizer, schedules: tuple
+    ) -> None:
+        self.adapters = adapters
+        self.schedules = schedules
+        self.checked = False
+        self.real = False
+        self.rates: list[Any] = []
+        self.reached: dict[str, bool] = {}
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+        optimizer.register_load_state_dict_pre_hook(self.check_loaded)
+        optimizer.register_load_state_dict_post_hook(self.loaded)
+
+    # -- around a step -----------------------------------------------------------------------------
+
+    def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self.real = not _is_fake(optimizer)
+        if not self.real:
+            return
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise ValueError(
+                "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
+                " schedule reads would be stale; call `loss.backward()` and then `optimizer.step()`"
+            )
+        self.check_parameters(optimizer)
+        own = optimizer.param_groups[0][KEY]
+        self.watch(own)
+        training = Training(optimizer, self.adapters, own)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        for schedule in self.schedules:
+            schedule.before_step(own["schedules"][schedule.word], training)
+
+    def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self.real:
+            return
+        own = optimizer.param_groups[0][KEY]
+        training = Training(optimizer, self.adapters, own)
+        for schedule in self.schedules:
+            schedule.after_step(own["schedules"][schedule.word], training)
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        own["step"] += 1
+
+    # -- checks
+    # --------------------------------------------------------------------------------------
+
+    def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
+        engine that flattens parameters, they are not, and steps would move nothing."""
+        if self.checked:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [t.name for t in self.adapters.trained() if id(t.parameter) not in held]
+        if lost:
+            raise ValueError(
+                f"the optimizer does not hold {len(lost)} of the trained parameters (e.g."
+                f" {lost[0]!r}): they were replaced after it was made. Shard the model first and"
+                " call `lorica.optimizer` after that; under an engine that flattens parameters"
+                " (DeepSpeed) use DDP or FSDP2 instead"
+            )
+        self.checked = True
+
+    def watch(self, own: dict[str, Any]) -> None:
+        """Within `WATCHED_STEPS` steps each adapter, all its parameters together, has had a
+        gradient."""
+        if own["step"] >= WATCHED_STEPS:
+            return
+        units: dict[str, list] = {}
+        for t in self.adapters.trained():
+            units.setdefault(t.site, []).append(t.parameter)
+        seen: torch.Tensor = own["seen"]
+        waiting = [i for i, site in enumerate(units) if not bool(seen[i])]
+        if not waiting:
+            return
+        sites = list(units)
+        grads = [(i, p.grad) for i in waiting for p in units[sites[i]] if p.grad is not None]
+        for (i, _), square in zip(grads, reduce_scalar([g for _, g in grads]), strict=True):
+            if square != 0:  # a non-finite gradient is a gradient; others stop on it
+                seen[i] = True
+        missing = [sites[i] for i in waiting if not bool(seen[i])]
+        for site in missing:
+            self.look(site)
+        if missing and own["step"] == WATCHED_STEPS - 1:
+            self.report(missing)
+
+    def look(self, site: str) -> None:
+        """From now on remember whether any token reaches this layer."""
+        if site in self.reached:
+            return
+        self.reached[site] = False
+
+        def note(module: Any, args: tuple) -> None:
+            self.reached[site] |= bool(args) and args[0].numel() > 0
+
+        self.adapters.model.get_submodule(site).register_forward_pre_hook(note)
+
+    def report(self, missing: list[str]) -> None:
+        resting = [s for s in missing if not self.reached.get(s, False)]
+        silent = [s for s in missing if s not in resting]
+        if resting:
+            logger.warning(
+                "no token reached %d adapted layer(s) in the first %d steps: %s",
+                len(resting), WATCHED_STEPS, ", ".join(resting),
+            )  # fmt: skip
+        if silent or len(resting) == len(self.adapters.layers) + len(self.adapters.saved):
+            raise ValueError(
+                f"{len(silent or resting)} adapter(s) had no gradient in {WATCHED_STEPS} steps, so"
+                f" nothing there is being trained: {', '.join(silent or resting)}. Does the loss"
+                " depend on these layers, and does gradient checkpointing keep gradients"
+                " (use_reentrant=False, or model.enable_input_require_grads())?"
+            )
+
+    # -- checkpoints
+    # ---------------------------------------------------------------------------------
+
+    def check_loaded(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        own = optimizer.param_groups[0][KEY]
+        saved = state["param_groups"][0].get(KEY)
+        if saved is None:
+            raise ValueError(
+                "the optimizer's checkpoint has no state of Lorica: it was written by another"
+                " optimizer. Resume with a checkpoint of this recipe, or start anew"
+            )
+        for name in ("version", "method", "seed", "total_steps"):
+            if saved[name] != own[name]:
+                raise ValueError(
+                    f"the checkpoint has {name} {saved[name]!r}, this run {own[name]!r}; resume"
+                    f" with the same {name}, or start anew in another folder"
+                )
+
+    def loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        own = optimizer.param_groups[0][KEY]
+        for schedule in self.schedules:
+            schedule.restore(own["schedules"][schedule.word], self.adapters)
+
+
+def _is_fake(optimizer: torch.optim.Optimizer) -> bool:
+    """torch's checkpoint API steps an optimizer without state once, with zero rates and
+    gradients."""
+    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return not any(reduce_scalar(grads))
+
+
+def bind(
+    optimizer: torch.optim.Optimizer,
+    adapters: Adapters,
+    *,
+    total_steps: int | None = None,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """Let the recipe's schedules and the start-up proof ride on `optimizer`.
+
+    Args:
+        optimizer: holds the parameters of `adapters`; made before or after sharding, bound before
+        the first step.
+        total_steps: the horizon, in optimizer steps, where a schedule needs it.
+        seed: of the schedules' random draws.
+    """
+    recipe: Recipe = adapters.recipe
+    if KEY in optimizer.param_groups[0]:
+        raise ValueError("this optimizer is bound already; make a new one with `lorica.optimizer`")
+    schedules = tuple(s.fit(total_steps) for s in recipe.schedules)  # type: ignore[attr-defined]
+    sites = {t.site for t in adapters.trained()}
+    optimizer.param_groups[0][KEY] = {
+        "version": VERSION,
+        "method": recipe.text(),
+        "step": 0,
+        "seed": seed,
+        "total_steps": total_steps or 0,
+        "seen": torch.zeros(len(sites), dtype=torch.bool),
+        "schedules": {s.word: s.init(adapters) for s in schedules},
+    }
+    _Binding(adapters, optimizer, schedules)
+    return optimizer
+
+
+def optimizer(
+    adapters: Adapters,
+    lr: float | None = None,
+    *,
+    weight_decay: float = 0.0,
+    total_steps: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """The recipe's rule over the recipe's groups, with its schedules bound: an ordinary torch
+    optimizer.
+
+    Args:
+        lr: learning rate; default the method's own (see the contract).
+        weight_decay: decoupled; spares vectors. Default 0, the Trainer's.
+        total_steps: the horizon, where a schedule needs it.
+        **options: of the rule's optimizer, e.g. `betas`, `eps`.
+
+    Example:
+        >>> import torch, lorica
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> adapters = lorica.attach(model, "lora", r=2, verbose=False)
+        >>> lorica.optimizer(adapters).param_groups[0]["lr"]
+        0.0002
+    """
+    if lr is None:
+        default = adapters.recipe.learning_rate
+        if default is None:
+            raise ValueError(f"`{adapters.recipe.text()}` has no default rate; give `lr`")
+        lr = float(default[0])
+    rule: Any = adapters.recipe.rule
+    made = rule.build(adapters.param_groups(lr, weight_decay), options)
+    return bind(made, adapters, total_steps=total_steps, seed=seed)

@@ -1,0 +1,32 @@
+"""W' = W + ΔW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorica.combine import AbstractCombine, CombineChoice
+
+
+class AddCombine(AbstractCombine):
+    def forward(self, x: Tensor, base, update, kernel) -> Tensor:
+        return kernel.product(x, base, update, bias=True)
+
+    def effective(self, base, update) -> tuple[Tensor, Tensor | None]:
+        delta = update.weight(base)
+        return base.weight().to(delta.dtype) + delta, base.bias()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(CombineChoice):
+    """The effective weight is the sum.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("lora").combine.word
+        'add'
+    """
+
+    def build(self, site) -> AddCombine:
+        return AddCombine()

@@ -1,0 +1,168 @@
+"""What the labels of a data set mean: classes with names, or figures to regress on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorica.data.words import excerpt, nearest
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a data set (`names`, by class number), or regression (no names).
+
+    Hand the training set's to the evaluation set, or an existing model's to both, and every label
+    outside of them is an error.
+
+    Example:
+        >>> labels = Labels.of(["bad", "good", "bad"], ["row 0", "row 1", "row 2"])
+        >>> labels.names, labels.number("good", "row 1"), labels.problem_type
+        (('bad', 'good'), 1, 'single_label_classification')
+    """
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def regression(self) -> bool:
+        return not self.names
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head: one a class, one for regression."""
+        return len(self.names) or 1
+
+    @property
+    def problem_type(self) -> str:
+        """The value of the field of that name in a transformers configuration."""
+        return "regression" if self.regression else "single_label_classification"
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.names)) or {0: "value"}
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: number for number, name in self.id2label.items()}
+
+    @classmethod
+    def from_label2id(cls, label2id: Mapping[str, int]) -> Labels:
+        """The classes of an existing model, from its configuration's `label2id`."""
+        names = tuple(sorted(label2id, key=label2id.__getitem__))
+        if [label2id[name] for name in names] != list(range(len(names))):
+            raise ValueError(
+                f"`label2id` is {dict(label2id)}: the classes must be numbered 0 to "
+                f"{len(names) - 1}, each number once. Number them so."
+            )
+        return cls(names)
+
+    @classmethod
+    def from_num_labels(cls, num_labels: int) -> Labels:
+        """Classes that have only numbers, 0 to `num_labels - 1`."""
+        if num_labels < 2:
+            raise ValueError(
+                f"`num_labels` is {num_labels}: classes are at least 2. For regression pass "
+                "`Labels()`."
+            )
+        return cls(tuple(map(str, range(num_labels))))
+
+    @classmethod
+    def of(cls, values: Sequence[Any], places: Sequence[str]) -> Labels:
+        """What these labels are, by their types.
+
+        Texts are class names in sorted order (whole numbers as texts, the way csv files have
+        them, in numeric order); integers are classes 0 to the largest; booleans two classes;
+        floats, also as texts, a regression.
+
+        Raises:
+            ValueError: for an absent, nested or negative label, for one class only. The place is
+                named.
+        """
+        for value, place in zip(values, places, strict=True):
+            _check_type(value, place)
+        if isinstance(values[0], float) or _are_figures(values):
+            return cls()
+        for value, place in zip(values, places, strict=True):
+            _check_class(value, place)
+        if isinstance(values[0], bool):
+            return cls(("false", "true"))
+        if isinstance(values[0], int):
+            names = tuple(map(str, range(max(values) + 1)))
+        else:
+            distinct = set(values)
+            digits = all(value.strip().isdigit() for value in distinct)
+            names = tuple(sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct))
+        if len(names) < 2:
+            raise ValueError(
+                f"{places[0]} and every other row has the label {excerpt(values[0])}: at least two "
+                "classes are needed. Add rows of another class, or pass the model's classes."
+            )
+        return cls(names)
+
+    def number(self, value: Any, place: str) -> int | float:
+        """The class number, or the figure, of one label.
+
+        Raises:
+            ValueError: if the label isn't one of these classes, with its place.
+        """
+        _check_type(value, place)
+        if self.regression:
+            try:
+                figure = float(value)
+            except ValueError:
+                figure = math.nan
+            if not math.isfinite(figure):
+                raise ValueError(
+                    f"{place}: the label {excerpt(value)} is no number, and this is a regression: "
+                    "labels must be finite numbers. Mend that row."
+                )
+            return figure
+        _check_class(value, place)
+        if isinstance(value, str) and value in self.names:
+            return self.names.index(value)
+        number = value if isinstance(value, int) else None  # True and False are 1 and 0
+        if number is None or not 0 <= number < len(self.names):
+            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+            raise ValueError(
+                f"{place}: the label {excerpt(value)} is outside of the {len(self.names)} classes "
+                f"({shown}; or 0 to {len(self.names) - 1}). Mend that row, or train on data that "
+                f"has this class.{nearest(str(value), self.names)}"
+            )
+        return number
+
+
+def _check_type(value: Any, place: str) -> None:
+    if not isinstance(value, str | int | float):
+        raise ValueError(
+            f"{place}: the label is {excerpt(value)}: it must be a text, an integer, a boolean or "
+            "a float. Mend or remove that row."
+        )
+
+
+def _check_class(value: Any, place: str) -> None:
+    if isinstance(value, float) or str(value).strip() in ("", "-1"):
+        raise ValueError(
+            f"{place}: the label is {excerpt(value)}, which is no class (-1 is how test sets mark "
+            "rows without one): a name or a number from 0 is wanted. Use labelled rows."
+        )
+    if isinstance(value, int) and value < 0:
+        raise ValueError(
+            f"{place}: the label is {value}: class numbers start at 0. Renumber the classes, or "
+            "write their names."
+        )
+
+
+def _are_figures(values: Sequence[Any]) -> bool:
+    """Texts that are all finite numbers, at least one of them not whole."""
+
+    def whole(text: str) -> bool:
+        return text.strip().lstrip("-").isdigit()
+
+    if not isinstance(values[0], str) or all(map(whole, values)):
+        return False
+    try:
+        return all(math.isfinite(float(value)) for value in values)
+    except ValueError:
+        return False

@@ -1,0 +1,205 @@
+"""What a shape makes of a row: the few neutral forms that tokenising knows.
+
+A causal model trains on *pieces*: stretches of text, each with the role it belongs to. Whoever adds
+a data shape turns its columns into one of these forms and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from lorica.data.chat import Format
+
+DOCUMENT = "document"
+USER = "user"
+ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of an example: `text` still to be tokenised, or `ids` that stand as they are."""
+
+    trained: bool
+    text: str | None = None
+    ids: tuple[int, ...] = ()
+    mask: tuple[bool, ...] | None = None  # per id, where a piece is trained in part
+
+
+class AbstractCausalSample(ABC):
+    """One example of a causal language model."""
+
+    divisible: ClassVar[bool]  # may be cut into several rows (a document), or only cut short
+
+    @abstractmethod
+    def pieces(self, form: Format) -> list[Piece]:
+        """The example from left to right; raises ValueError where `form` can't render it."""
+
+    @abstractmethod
+    def roles(self) -> set[str]:
+        """The roles that occur in it, of which the user chooses those to train on."""
+
+
+@dataclass(frozen=True)
+class Document(AbstractCausalSample):
+    """Running text: every token is trained, and a long one becomes several rows."""
+
+    text: str
+    divisible: ClassVar[bool] = True
+
+    def pieces(self, form: Format) -> list[Piece]:
+        if not self.text.strip():
+            return []
+        texts = [Piece(True, text=part) for part in cut(self.text)]
+        return [form.begin(), *texts, form.end(True, self.text)]
+
+    def roles(self) -> set[str]:
+        return {DOCUMENT}
+
+
+@dataclass(frozen=True)
+class Exchange(AbstractCausalSample):
+    """Plain texts in turn, `(role, text)`, taken as they are; each answer ends with EOS."""
+
+    turns: tuple[tuple[str, str], ...]
+    divisible: ClassVar[bool] = False
+
+    def pieces(self, form: Format) -> list[Piece]:
+        made = [form.begin()]
+        for role, text in self.turns:
+            made.append(Piece(form.trains(role), text=text))
+            if role == ASSISTANT:
+                made.append(form.end(form.trains(role), text))
+        return made
+
+    def roles(self) -> set[str]:
+        return {role for role, _ in self.turns}
+
+
+@dataclass(frozen=True)
+class Chat(AbstractCausalSample):
+    """Messages for a chat template, with plain turns for models that have none.
+
+    `trained_from` is the first message that may be trained: those before it are a prompt.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    plain: Exchange | None = None
+    trained_from: int = 0
+    divisible: ClassVar[bool] = False
+
+    def pieces(self, form: Format) -> list[Piece]:
+        if form.template is None and self.plain is not None:
+            return self.plain.pieces(form)
+        return form.render(self.messages, self.tools, self.trained_from)
+
+    def roles(self) -> set[str]:
+        return {message["role"] for message in self.messages}
+
+
+@dataclass(frozen=True)
+class Encoded(AbstractCausalSample):
+    """Token ids that somebody else made; `labels=None` trains on all of them."""
+
+    input_ids: list[int]
+    labels: list[int] | None
+    divisible: ClassVar[bool] = False
+
+    def pieces(self, form: Format) -> list[Piece]:
+        labels = self.input_ids if self.labels is None else self.labels
+        mask = tuple(label != -100 for label in labels)
+        return [Piece(True, ids=tuple(self.input_ids), mask=mask)]
+
+    def roles(self) -> set[str]:
+        return {DOCUMENT}
+
+
+@dataclass(frozen=True)
+class SourceTarget:
+    """An encoder's text and what the decoder shall say."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text, or two, with one label (a class name, a class number, or a figure)."""
+
+    text: str
+    pair: str | None
+    label: Any
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Words and one tag for each."""
+
+    words: list[str]
+    tags: list[Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the data under the shape's own column names, which knows where it came from."""
+
+    values: dict[str, Any]
+    place: str
+    actual: dict[str, str] = field(default_factory=dict)  # the shape's column -> the data's
+
+    def error(self, column: str, allowed: str) -> ValueError:
+        """The complaint about this row's `column`, to be raised."""
+        from lorica.data.words import excerpt, kind_of
+
+        value = self.values.get(column)
+        shown = "" if value is None else f" ({excerpt(value)})"
+        return ValueError(
+            f"{self.place}: `{self.actual.get(column, column)}` is {kind_of(value)}{shown}: "
+            f"{allowed}. Mend or remove that row."
+        )
+
+    def text(self, column: str) -> str:
+        value = self.values.get(column)
+        if not isinstance(value, str):
+            raise self.error(column, "it must be a text")
+        return value
+
+    def optional(self, column: str) -> str:
+        """The text of a column that may be absent or null, else ""."""
+        return "" if self.values.get(column) is None else self.text(column)
+
+    def items(self, column: str, check: Callable[[Any], bool], allowed: str) -> list[Any]:
+        """A list whose every element passes `check`."""
+        value = self.values.get(column)
+        if not isinstance(value, list) or not value or not all(map(check, value)):
+            raise self.error(column, f"it must be a list of {allowed}")
+        return value
+
+
+# Between two words, where every tokenizer has a seam; failing that between a word and the white
+# space behind it; failing that anywhere.
+_SEAMS = (re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])"), re.compile(r"(?<=\S)(?=\s)"))
+
+
+def cut(text: str, size: int = 32_768) -> Iterator[str]:
+    """`text` in parts of about `size` characters, cut where no token can straddle.
+
+    Tokenizers without word boundaries (SentencePiece's) take more than linear time on a whole book.
+
+    Example:
+        >>> list(cut("once upon a time", size=6))
+        ['once upon', ' a time']
+    """
+    start = 0
+    while len(text) - start > size + size // 2:
+        window = start + size, min(len(text), start + size + size // 4)
+        found = (seam.search(text, *window) for seam in _SEAMS)
+        at = next((match.start() for match in found if match), window[0])
+        yield text[start:at]
+        start = at
+    yield text[start:]

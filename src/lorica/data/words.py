@@ -1,0 +1,65 @@
+"""Small helpers that every reader of user data shares: places, near names, JSON kept as text."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+WHERE = "__where__"
+"""Hidden column with the place a row came from (`"train.jsonl, line 12"`), so that an error found
+long after reading can still name the file and the line."""
+
+# The record separator of RFC 7464 (JSON text sequences): it marks a cell that Arrow could not hold
+# unchanged (lists of unlike dictionaries) and that is therefore kept as JSON text.
+_MARK = "\x1e"
+
+
+def visible(columns: Iterable[str]) -> list[str]:
+    """The user's own columns: those whose name doesn't start with two underscores."""
+    return [name for name in columns if not name.startswith("__")]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean `x`?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names in back-ticks, for the end of a sentence."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of a JSON user."""
+    if value is None:
+        return "nothing (null)"
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def excerpt(value: Any, width: int = 60) -> str:
+    """The value as JSON, cut to `width` characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def keep_as_json(value: Any) -> str | None:
+    """A nested value as one marked text cell; `None` stays `None`."""
+    return None if value is None else _MARK + json.dumps(value, ensure_ascii=False)
+
+
+def revive(value: Any) -> Any:
+    """The nested value of a cell made by `keep_as_json`; any other value as it is."""
+    if isinstance(value, str) and value.startswith(_MARK):
+        return json.loads(value[1:])
+    return value

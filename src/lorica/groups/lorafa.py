@@ -1,0 +1,37 @@
+"""LoRA-FA: A stays at its start, only B trains.
+
+ΔW then lies in the row space of the frozen A; the optimizer's state halves, and a layer needs to
+keep x Aᵀ (N, r) for backward, not x (N, in). This is the paper's first form; the later one
+preconditions B's gradient as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorica.groups import AbstractGroup, Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFa(AbstractGroup):
+    """Frozen A: half the optimizer's state and less activation memory, for somewhat less accuracy.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> sorted(Recipe.parse("lorafa").groups[0].freezes)
+        ['A']
+
+    Reference:
+        @misc{zhang2023lorafa,
+          title = {LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+          Fine-tuning}, author = {Zhang, Longteng and Zhang, Lin and Shi, Shaohuai and Chu, Xiaowen
+          and Li, Bo}, year = {2023}, eprint = {2308.03303}
+        }
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+    freezes: ClassVar[frozenset[str]] = frozenset({"A"})
+
+    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
+        return options

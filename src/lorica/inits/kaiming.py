@@ -1,0 +1,38 @@
+"""A ~ U(−1/√in, 1/√in), B = 0: `kaiming_uniform(a=√5)` of loralib and PEFT, variance 1/(3·in).
+
+On an embedding the zero factor is A and B ~ N(0, 1), as in loralib and PEFT: A's columns are what
+is looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica.inits import AbstractInit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kaiming(AbstractInit):
+    """Uniform A, zero B: the start that nearly everybody uses.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("lora").init.word
+        'kaiming'
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"zero_start"})
+
+    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+        if pair.lookup:
+            pair.A.zero_()
+            pair.B.copy_(torch.randn(pair.B.shape, generator=generator, dtype=torch.float32))
+            return
+        bound = pair.A.shape[1] ** -0.5
+        draw = torch.rand(pair.A.shape, generator=generator, dtype=torch.float32)
+        pair.A.copy_((2 * draw - 1) * bound)
+        pair.B.zero_()

@@ -1,0 +1,24 @@
+"""x Wᵀ + s·(x Aᵀ) Bᵀ, two products beside the frozen one, under ordinary autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorica.kernels import AbstractKernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(AbstractKernel):
+    """The plain order that all other kernels are compared with.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("lora+reference").kernel.word
+        'reference'
+    """
+
+    def product(self, x: Tensor, base, update, *, bias: bool) -> Tensor:
+        y = base.linear(x) if bias else base.product(x)
+        return y + update(x, base)

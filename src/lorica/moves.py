@@ -1,0 +1,264 @@
+"""Verbs and moves: the only code that edits weights or optimizer state during training.
+
+The verbs work on plain tensors and on sharded ones (DTensor) alike: they read with `full_tensor()`,
+draw full-size from a CPU generator, and write into the local shard at its offset. Written the naive
+way, `A[i].zero_()`, `A[i] = row` and `normal_(generator=g)` are silently lost or different on
+shards.
+
+Moves are made of verbs. `merge_` and `swap_` keep the model's function; both repair the optimizer's
+state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# -- verbs
+# -------------------------------------------------------------------------------------------
+
+
+def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(the local plain tensor, its offset in the whole); a plain tensor is its own shard at 0."""
+    if not isinstance(t, DTensor):
+        return t, (0,) * t.ndim
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return t.to_local(), tuple(offset)
+
+
+def read_full(t: Tensor) -> Tensor:
+    """The whole tensor on every process; a collective where `t` is sharded. Never write into the
+    result."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def _window(local: Tensor, offset: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+
+
+@torch.no_grad()
+def copy_(t: Tensor, full: Tensor) -> None:
+    """t ← full, a plain tensor of the whole shape."""
+    local, offset = shard_of(t)
+    local.copy_(read_full(full)[_window(local, offset)])
+
+
+@torch.no_grad()
+def zero_(t: Tensor) -> None:
+    shard_of(t)[0].zero_()
+
+
+@torch.no_grad()
+def write_rows(t: Tensor, index: Sequence[int], rows: Tensor, axis: int = 0) -> None:
+    """t[index] ← rows along `axis`; `rows` is plain and full-size, its `axis` as long as
+    `index`."""
+    local, offset = shard_of(t)
+    start, count = offset[axis], local.shape[axis]
+    here = [(k, i - start) for k, i in enumerate(index) if 0 <= i - start < count]
+    if not here:
+        return
+    window = list(_window(local, offset))
+    window[axis] = slice(None)
+    part = rows.to(local)[tuple(window)].index_select(
+        axis, torch.tensor([k for k, _ in here], device=local.device)
+    )
+    local.index_copy_(axis, torch.tensor([i for _, i in here], device=local.device), part)
+
+
+@torch.no_grad()
+def zero_rows(
+    t: Tensor, index: Sequence[int], axis: int = 0, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Zero rows of `t`, or, where `optimizer` is given, the same rows of every state tensor of t's
+    shape and of step counts kept per row; `t` itself then stays.
+    """
+    for target in [t] if optimizer is None else row_states(optimizer, t, axis):
+        shape = list(target.shape)
+        shape[axis] = len(index)
+        write_rows(
+            target, index, torch.zeros(shape, dtype=target.dtype, device=target.device), axis
+        )
+
+
+def row_states(optimizer: torch.optim.Optimizer, p: Tensor, axis: int) -> list[Tensor]:
+    """State tensors of `p` that have an entry for each row along `axis`.
+
+    Raises:
+        ValueError: the state is opaque (quantised blocks), so rows of it cannot be named.
+    """
+    per_row = [1] * p.ndim
+    per_row[axis] = p.shape[axis]
+    out = []
+    for name, value in optimizer.state.get(p, {}).items():
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            continue
+        if value.shape != p.shape and list(value.shape) != per_row:
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} keeps {name!r} of shape"
+                f" {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}: rows cannot be"
+                " reset in it. Use an optimizer with plain state, e.g. `optim=adamw_torch`"
+            )
+        out.append(value)
+    return out
+
+
+@torch.no_grad()
+def reset_state(optimizer: torch.optim.Optimizer | None, *parameters: Tensor) -> None:
+    """A fresh start of the optimizer for these parameters: moments and step count zero.
+
+    In place: a checkpoint's structure must not change, and a state that is absent stays absent.
+    """
+    if optimizer is None:
+        return
+    for p in parameters:
+        for value in optimizer.state.get(p, {}).values():
+            if isinstance(value, Tensor):
+                zero_(value)
+
+
+@torch.no_grad()
+def outer_add_(
+    w: Tensor, B: Tensor, A: Tensor, alpha: float = 1.0, *, transposed: bool = False
+) -> None:
+    """w ← w + alpha·B@A, rounded once; `transposed`: w is stored as (in, out). W itself is never
+    gathered.
+
+    Args:
+        w: (out, in); plain or sharded.
+        B: (out, k), A: (k, in); plain or sharded, gathered if sharded.
+    """
+    B, A = read_full(B), read_full(A)
+    if transposed:
+        B, A = A.T, B.T
+    local, offset = shard_of(w)
+    rows, columns = _window(local, offset)
+    wide = torch.promote_types(torch.promote_types(local.dtype, B.dtype), torch.float32)
+    total = torch.addmm(local.to(wide), B[rows].to(wide), A[:, columns].to(wide), alpha=alpha)
+    local.copy_(total)
+
+
+def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
+    """Sum of squares of each tensor over its whole, the same floats on every process."""
+    if not values:
+        return []
+    parts = [shard_of(v)[0].detach().float().square().sum() for v in values]
+    total = torch.stack(parts)
+    sharded = [isinstance(v, DTensor) for v in values]
+    if any(sharded):
+        first = next(v for v in values if isinstance(v, DTensor))
+        mask = torch.tensor(sharded, device=total.device)
+        summed = torch.where(mask, total, torch.zeros_like(total))
+        # Replicas of a shard (HSDP) hold the same part: only over the sharded axes is summed.
+        for dim, placement in enumerate(first.placements):
+            if not isinstance(placement, Replicate):
+                dist.all_reduce(summed, group=first.device_mesh.get_group(dim))
+        total = torch.where(mask, summed, total)
+    return total.tolist()
+
+
+def draw(shape: Sequence[int], generator: torch.Generator, *, bound: float | None = None) -> Tensor:
+    """Full-size float32 draw on the CPU: N(0, 1), or uniform in ±bound; the same on every
+    process."""
+    if bound is None:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+    return (2 * torch.rand(*shape, generator=generator, dtype=torch.float32) - 1) * bound
+
+
+@torch.no_grad()
+def draw_(t: Tensor, generator: torch.Generator, *, bound: float | None = None) -> None:
+    """t ← a draw; see `draw`."""
+    copy_(t, draw(t.shape, generator, bound=bound).to(t.device))
+
+
+# -- moves
+# -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge_(
+    layer, optimizer: torch.optim.Optimizer | None, *, link: int, init, generator: torch.Generator
+) -> None:
+    """Put the layer's update into its base and start a fresh one; the function is kept.
+
+    The combine's parameters stay. `init` fills the fresh pair for the weight as it then stands; a
+    start that is not zero is taken out of the base again. The optimizer forgets the delta's
+    parameters.
+
+    Args:
+        layer: an `AdaptedLinear` whose delta has factors and whose base is writable.
+        link: how many restarts this layer has had, this one included.
+    """
+    update, store = layer.update, layer.store
+    factors = update.delta.factors()
+    if factors is None:
+        raise ValueError(
+            f"{layer.site.name!r}: only a delta with factors can be merged step by step"
+        )
+    outer_add_(store.parameter, factors.B, factors.A, factors.scale, transposed=store.transposed)
+    if update.carried is not None:
+        carried = update.carried
+        outer_add_(
+            store.parameter, carried.B, carried.A, carried.scale, transposed=store.transposed
+        )
+        zero_(carried.A)
+        zero_(carried.B)
+    update.delta.restart(link, generator)
+    pair = update.delta.pair()
+    if pair is not None and init is not None:
+        weight = read_full(store.parameter)
+        weight = (weight.T if store.transposed else weight).float()
+        fill_(pair, init, weight, generator)
+        outer_add_(store.parameter, pair.B, pair.A, -pair.scale, transposed=store.transposed)
+    reset_state(
+        optimizer, *(p for _, p, role in layer.trained() if role in ("A", "B", "diagonal", "core"))
+    )
+
+
+@torch.no_grad()
+def fill_(pair, init, weight: Tensor, generator: torch.Generator) -> None:
+    """Apply an init to a pair, plain or sharded: filled full-size, then cut."""
+    import dataclasses
+
+    full = dataclasses.replace(pair, A=_like(pair.A), B=_like(pair.B))
+    init.fill(weight, full, generator)
+    copy_(pair.A, full.A)
+    copy_(pair.B, full.B)
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+
+
+@torch.no_grad()
+def swap_(
+    layer, optimizer: torch.optim.Optimizer | None, side: str, index: Sequence[int], rows: Tensor
+) -> None:
+    """Exchange vectors of a pair for `rows` and correct the base, so that the function is kept.
+
+    The counterparts' optimizer state is zeroed (their gradient depends on what was exchanged); the
+    exchanged positions keep theirs.
+
+    Args:
+        side: "A" (rows of A) or "B" (columns of B).
+        index: positions in 0..r-1, distinct.
+        rows: the incoming vectors, (len(index), in) for A, (len(index), out) for B; plain,
+        full-size.
+    """
+    pair, store = layer.update.delta.pair(), layer.store
+    where = torch.tensor(list(index), device=pair.A.device)
+    A, B = read_full(pair.A)[where], read_full(pair.B)[:, where]  # (k, in), (out, k)
+    rows = rows.to(A)
+    left, right = (B, A - rows) if side == "A" else (B - rows.T, A)
+    outer_add_(store.parameter, left, right, pair.scale, transposed=store.transposed)
+    if side == "A":
+        write_rows(pair.A, index, rows, axis=0)
+    else:
+        write_rows(pair.B, index, rows.T, axis=1)
+    if optimizer is not None:
+        counterpart, axis = (pair.B, 1) if side == "A" else (pair.A, 0)
+        zero_rows(counterpart, index, axis, optimizer)

@@ -1,0 +1,227 @@
+"""Which modules an update adapts: names, a regular expression, or `all-linear`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorica.bases import AbstractBase, base_for
+
+
+@dataclass
+class Targets:
+    """What was matched, and what stays as it is."""
+
+    layers: dict[str, type[AbstractBase]] = field(default_factory=dict)  # path -> how it is stored
+    saved: list[str] = field(default_factory=list)  # modules that train in full
+    unadapted: dict[str, int] = field(default_factory=dict)  # weight matrices left out -> elements
+    tied: dict[str, str] = field(default_factory=dict)  # adapted path -> another path of its weight
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Paths of the head: the output embeddings, and what a transformers model has outside its
+    backbone."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    names = {id(m): n for n, m in model.named_modules()}
+    heads = {names[id(m)] for m in [model.get_output_embeddings()] if id(m) in names}
+    backbone = model.base_model
+    if backbone is not model:
+        root = names[id(backbone)]
+        heads |= {n for n in names.values() if n and not _within(n, [root])}
+    return heads
+
+
+def fresh_modules(model: nn.Module) -> list[str]:
+    """Topmost modules of which no parameter came from the checkpoint the model was loaded from.
+
+    transformers marks every parameter that it loads; in a model made from a configuration nothing
+    is marked, and nothing counts as fresh.
+    """
+    marked = {n: "_is_hf_initialized" in vars(p) for n, p in model.named_parameters()}
+    if all(marked.values()) or not any(marked.values()):
+        return []
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters()]
+        own = [n for n in own if n in marked]
+        if name and own and not any(marked[n] for n in own) and not _within(name, found):
+            found.append(name)
+    return found
+
+
+def matches(pattern: str, path: str) -> bool:
+    """PEFT's rule for a name in a list: `path` is it, or ends in it on whole components."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def _select(spec: str | tuple[str, ...], paths: Iterable[str], what: str) -> list[str]:
+    paths = list(paths)
+    if isinstance(spec, str):
+        try:
+            expression = re.compile(spec)
+        except re.error as error:
+            raise ValueError(
+                f"`{what}={spec!r}` is no regular expression ({error}); a list of names is "
+                "written as a list"
+            ) from None
+        found = [p for p in paths if expression.fullmatch(p)]
+        if not found:
+            rule = "one string is a regular expression for whole paths; names are given as a list"
+            raise ValueError(_nothing(what, spec, paths, rule))
+        return found
+    for pattern in spec:
+        if not any(matches(pattern, p) for p in paths):
+            raise ValueError(_nothing(what, pattern, paths, "a name ends a module path"))
+    return [p for p in paths if any(matches(pattern, p) for pattern in spec)]
+
+
+def _nothing(what: str, pattern: str, paths: list[str], rule: str) -> str:
+    endings = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], endings, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"`{what}`: {pattern!r} matches no module of the model ({rule}). {hint}"
+        f"Modules there end in: {', '.join(endings)}"
+    )
+
+
+def find(
+    model: nn.Module,
+    *,
+    target_modules: str | tuple[str, ...],
+    exclude_modules: str | tuple[str, ...] | None,
+    layers_to_transform: tuple[int, ...] | None,
+    modules_to_save: tuple[str, ...],
+    wraps: bool = True,
+) -> Targets:
+    """Resolve the target options against a model.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a module that cannot be adapted, an overlap
+            between what is adapted and what trains in full.
+    """
+    modules = {n: m for n, m in model.named_modules() if n}
+    inside = _owned_by_attention(modules)
+    out = Targets()
+    for pattern in modules_to_save:
+        found = [n for n in modules if matches(pattern, n)]
+        if not found:
+            raise ValueError(
+                _nothing("modules_to_save", pattern, list(modules), "a name ends a path")
+            )
+        out.saved += [n for n in found if n not in out.saved]
+    out.saved = [n for n in out.saved if not any(n.startswith(o + ".") for o in out.saved)]
+
+    served = {
+        n: b for n, m in modules.items() if (b := base_for(m)) is not None and n not in inside
+    }
+    if target_modules == "all-linear":
+        heads = head_names(model)
+        chosen = [
+            n
+            for n, b in served.items()
+            if not b.lookup and n not in heads and not _within(n, out.saved)
+        ]
+        if not chosen and wraps:
+            raise ValueError(
+                "`target_modules='all-linear'` finds no linear layer in this model; "
+                f"its modules: {sorted({type(m).__name__ for m in modules.values()})}"
+            )
+    else:
+        chosen = _select(target_modules, modules, "target_modules")
+        if wraps:
+            # A name may also match containers; only what can't be adapted and isn't a container is
+            # an error.
+            for n in [n for n in chosen if n not in served]:
+                m = modules[n]
+                if next(m.children(), None) is None or not any(_within(c, [n]) for c in served):
+                    raise ValueError(_unsupported(n, m, n in inside))
+            chosen = (
+                [n for n in chosen if n in served] if isinstance(target_modules, tuple) else chosen
+            )
+            if bad := [n for n in chosen if n not in served]:
+                raise ValueError(_unsupported(bad[0], modules[bad[0]], bad[0] in inside))
+    if exclude_modules is not None:
+        excluded = set(_select(exclude_modules, chosen, "exclude_modules"))
+        chosen = [n for n in chosen if n not in excluded]
+    if layers_to_transform is not None:
+        index = {n: _block(n) for n in chosen}
+        for i in layers_to_transform:
+            if i not in index.values():
+                have = sorted({v for v in index.values() if v is not None})
+                raise ValueError(
+                    f"`layers_to_transform`: no target module in block {i}; blocks: {have}"
+                )
+        chosen = [n for n in chosen if index[n] in layers_to_transform]
+    if not chosen and wraps:
+        raise ValueError(
+            "no module is left to adapt after `exclude_modules`; leave fewer modules out"
+        )
+    for n in chosen:
+        if wraps and _within(n, out.saved):
+            raise ValueError(
+                f"{n!r} is both a target and within `modules_to_save`: it would train twice. "
+                "Leave it out of one of the two"
+            )
+        if n in served:
+            if wraps and (reason := served[n].refuses(modules[n])) is not None:
+                raise ValueError(
+                    f"{n!r} cannot be adapted: {reason}; leave it out with `exclude_modules`"
+                )
+            out.layers[n] = served[n]
+        elif not wraps:
+            out.layers[n] = AbstractBase  # trains itself; never presented as a matrix
+    _fill_rest(model, out)
+    return out
+
+
+def _within(path: str, roots: Iterable[str]) -> bool:
+    return any(path == r or path.startswith(r + ".") for r in roots)
+
+
+def _block(path: str) -> int | None:
+    """Index of the transformer block: the first number in the path."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _owned_by_attention(modules: dict[str, nn.Module]) -> set[str]:
+    """Layers whose weight torch's fused attention reads directly, past any adapter."""
+    owners = [n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
+    return {n for n in modules if any(n.startswith(o + ".") for o in owners)}
+
+
+def _unsupported(name: str, module: nn.Module, inside: bool) -> str:
+    why = (
+        "torch.nn.MultiheadAttention reads its weight past any adapter"
+        if inside
+        else f"it is a {type(module).__module__}.{type(module).__name__}"
+    )
+    return (
+        f"`target_modules` matches {name!r}, which cannot be adapted: {why}. Allowed: nn.Linear,"
+        " transformers' Conv1D, nn.Embedding; narrow the pattern or add it to `exclude_modules`"
+    )
+
+
+def _fill_rest(model: nn.Module, out: Targets) -> None:
+    """Matrices that stay frozen, and adapted weights that another module shares."""
+    adapted = set(out.layers)
+    places: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(p), []).append(name)
+        owner = name.rsplit(".", 1)[0]
+        if p.ndim >= 2 and owner not in adapted and not _within(name, out.saved):
+            out.unadapted[name] = p.numel()
+    for names in places.values():
+        owners = [n.rsplit(".", 1)[0] for n in names]
+        for owner in owners:
+            others = [o for o in owners if o != owner]
+            if others and (owner in adapted or owner in out.saved):
+                out.tied[owner] = others[0]
+                for n in names:
+                    out.unadapted.pop(n, None)
