@@ -9,6 +9,7 @@ To add one: copy `add.py`. `effective` is the one definition that merge, export 
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +42,9 @@ class CombineChoice(Choice, abc.ABC):
 
     room: ClassVar[str] = "combine"
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
+    # PEFT's own flags under which it computes this combine; None: it can't.
+    peft_flags: ClassVar[Mapping[str, object] | None] = None
+    peft_tensors: ClassVar[Mapping[str, str]] = {}  # parameter -> suffix of PEFT's key
 
     @abc.abstractmethod
     def build(self, site) -> AbstractCombine: ...

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +29,8 @@ class Add(CombineChoice):
         >>> Recipe.parse("lora").combine.word
         'add'
     """
+
+    peft_flags: ClassVar[Mapping[str, object] | None] = {}
 
     def build(self, site) -> AddCombine:
         return AddCombine()

@@ -15,6 +15,7 @@ which drops the magnitude's correction too and pays a second product with W.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -106,6 +107,8 @@ class Dora(CombineChoice):
     dropout: str = "update"
 
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight"})
+    peft_flags: ClassVar[Mapping[str, object] | None] = {"use_dora": True}
+    peft_tensors: ClassVar[Mapping[str, str]] = {"m": "lora_magnitude_vector"}
 
     def __post_init__(self) -> None:
         if self.dropout not in ("update", "authors"):

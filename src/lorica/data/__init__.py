@@ -1,0 +1,37 @@
+"""Data: a path or a hub id is a data set, and its columns decide its shape.
+
+    train, held = read_splits("gsm8k.jsonl", eval_fraction=0.05)
+    ready = prepare(train, tokenizer, max_length=1024, packing="best_fit")
+    print(ready.report); print(show_example(ready, tokenizer))
+    Trainer(..., train_dataset=ready.dataset, data_collator=ready.collator())
+
+`read.py` reads files, `shapes/` tells what the columns mean (one file a shape, found by walking),
+`tokenise.py` makes ids and labels, `pack.py` lays examples into rows, `collate.py` makes batches.
+Importing this package imports none of torch, transformers, datasets: they come with the first call.
+"""
+
+from __future__ import annotations
+
+from lorica.data.collate import PackedCollator
+from lorica.data.labels import Labels
+from lorica.data.pack import check_isolation
+from lorica.data.read import hold_out, read, read_splits
+from lorica.data.shapes import Shape, detect, shapes
+from lorica.data.show import show_example
+from lorica.data.tokenise import Prepared, Report, prepare
+
+__all__ = [
+    "Labels",
+    "PackedCollator",
+    "Prepared",
+    "Report",
+    "Shape",
+    "check_isolation",
+    "detect",
+    "hold_out",
+    "prepare",
+    "read",
+    "read_splits",
+    "shapes",
+    "show_example",
+]

@@ -273,9 +273,7 @@ def _message(row: Row, column: str, number: int, item: dict[str, Any]) -> dict[s
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = None if None in parts else "".join(str(part) for part in parts)
     if not isinstance(content, str):
-        raise row.error(
-            column, f"message {number}, {excerpt(item)}, must have a text as `content`"
-        )
+        raise row.error(column, f"message {number}, {excerpt(item)}, must have a text as `content`")
     made["content"] = content
     if item.get("tool_calls"):
         made["tool_calls"] = [_called(row, column, number, call) for call in item["tool_calls"]]

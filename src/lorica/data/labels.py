@@ -93,7 +93,9 @@ class Labels:
         else:
             distinct = set(values)
             digits = all(value.strip().isdigit() for value in distinct)
-            names = tuple(sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct))
+            names = tuple(
+                sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct)
+            )
         if len(names) < 2:
             raise ValueError(
                 f"{places[0]} and every other row has the label {excerpt(values[0])}: at least two "

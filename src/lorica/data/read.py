@@ -288,9 +288,8 @@ def _missing(path: Path) -> str:
     there = sorted(child.name for child in parent.iterdir()) if parent.is_dir() else []
     lost = path.relative_to(parent).parts[0]
     close = nearest(lost, there)
-    return (
-        f"There is no file or folder {path}: {parent.resolve()} has no {lost!r}."
-        + (close or " Check the path (it is taken from the current folder).")
+    return f"There is no file or folder {path}: {parent.resolve()} has no {lost!r}." + (
+        close or " Check the path (it is taken from the current folder)."
     )
 
 
@@ -603,9 +602,7 @@ def _separated(delimiter: str, quoting: Any) -> Callable[[Path, bytes, _Options]
     return reader
 
 
-def _fields(
-    path: Path, text: str, delimiter: str, quoting: Any
-) -> Iterator[tuple[int, list[str]]]:
+def _fields(path: Path, text: str, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str]]]:
     if quoting == csv.QUOTE_NONE:
         # Not the csv module: without quotes a row is a line, and a lone "\r" is no line's end.
         for number, line in enumerate(text.split("\n"), start=1):

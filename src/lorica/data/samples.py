@@ -34,6 +34,7 @@ class AbstractCausalSample(ABC):
     """One example of a causal language model."""
 
     divisible: ClassVar[bool]  # may be cut into several rows (a document), or only cut short
+    templated: ClassVar[bool]  # a chat template has a part in it
 
     @abstractmethod
     def pieces(self, form: Format) -> list[Piece]:
@@ -50,6 +51,7 @@ class Document(AbstractCausalSample):
 
     text: str
     divisible: ClassVar[bool] = True
+    templated: ClassVar[bool] = False
 
     def pieces(self, form: Format) -> list[Piece]:
         if not self.text.strip():
@@ -67,6 +69,7 @@ class Exchange(AbstractCausalSample):
 
     turns: tuple[tuple[str, str], ...]
     divisible: ClassVar[bool] = False
+    templated: ClassVar[bool] = False
 
     def pieces(self, form: Format) -> list[Piece]:
         made = [form.begin()]
@@ -92,6 +95,7 @@ class Chat(AbstractCausalSample):
     plain: Exchange | None = None
     trained_from: int = 0
     divisible: ClassVar[bool] = False
+    templated: ClassVar[bool] = True
 
     def pieces(self, form: Format) -> list[Piece]:
         if form.template is None and self.plain is not None:
@@ -109,8 +113,14 @@ class Encoded(AbstractCausalSample):
     input_ids: list[int]
     labels: list[int] | None
     divisible: ClassVar[bool] = False
+    templated: ClassVar[bool] = False
 
     def pieces(self, form: Format) -> list[Piece]:
+        if form.roles is None and self.labels is not None:
+            raise ValueError(
+                '`train_on="all"` was given for data that has its own `labels`: those decide. Leave '
+                "it out, or drop the column."
+            )
         labels = self.input_ids if self.labels is None else self.labels
         mask = tuple(label != -100 for label in labels)
         return [Piece(True, ids=tuple(self.input_ids), mask=mask)]

@@ -24,6 +24,9 @@ from lorica.rooms import Choice
 class AbstractInit(Choice, abc.ABC):
     room: ClassVar[str] = "inits"
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+    # The value of PEFT's `init_lora_weights` under which it subtracts this very start from the
+    # base.
+    peft_anchor: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:

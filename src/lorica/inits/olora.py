@@ -39,6 +39,7 @@ class Olora(AbstractInit):
         }
     """
 
+    peft_anchor: ClassVar[str | None] = "olora"
     default_learning_rate: ClassVar[float | None] = 2e-4
 
     def default_lora_alpha(self, recipe: Any) -> float | None:

@@ -22,10 +22,10 @@ class Descend(AbstractTask):
         return "".join(sorted(text, reverse=True))
 
 
-class Echo(AbstractTask):
+class Flip(AbstractTask):
     """The letters of a word, last first, in capitals."""
 
-    name = "echo"
+    name = "flip"
     kind = "new"
 
     def draw(self, rng: Random) -> str:
