@@ -124,11 +124,16 @@ class Adapters:
 
     # -- loss and reference --------------------------------------------------------------------
 
-    def loss(self, outputs: Any, batch: Any = None) -> Tensor:
-        """The task's loss (`outputs.loss`, 0-d) with the recipe's objectives applied."""
-        loss = outputs.loss
+    def loss(self, outputs: Any, batch: Any = None, *, share: float = 1.0) -> Tensor:
+        """The task's loss (`outputs["loss"]`, 0-d) with the recipe's objectives applied.
+
+        Args:
+            share: this micro-batch's part of one update, so that a penalty enters an accumulated
+                update once.
+        """
+        loss = outputs["loss"]
         for objective in self.recipe.objectives:
-            loss = objective.loss(loss, Context(outputs, batch, self))  # type: ignore[attr-defined]
+            loss = objective.loss(loss, Context(outputs, batch, self, share))  # type: ignore[attr-defined]
         return loss
 
     @contextlib.contextmanager

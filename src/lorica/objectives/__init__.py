@@ -18,6 +18,7 @@ class Context:
     outputs: Any
     batch: Any
     adapters: Any
+    share: float = 1.0  # of the update, by label tokens: what a penalty is multiplied with
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,233 @@
+"""TrainerMixin: any subclass of the Hugging Face Trainer trains an adapted model.
+
+It replaces who makes the optimizer and the scheduler (the recipe's rule, groups and schedules,
+which learn the horizon here), what enters the loss (the recipe's objectives, once per update, never
+in evaluation), and what a checkpoint holds (the adapters, not the frozen base). A checkpoint folder
+is complete or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from lorica import io
+from lorica.adapters import Adapters
+from lorica.bind import KEY, bind
+
+TORN = ".unfinished"  # where a checkpoint is written before it is renamed into place
+
+
+class TrainerMixin:
+    """Put it before any Trainer class: `class Mine(TrainerMixin, SFTTrainer): ...`.
+
+    Args:
+        model: with adapters attached.
+        args: as the Trainer's; `optim` has to be a kind of the recipe's rule.
+        adapters: what `lorica.attach` returned; default: those of `model`.
+
+    Raises:
+        ValueError: no adapters are attached, `optim` is of another kind than the recipe's rule, or
+            an engine that flattens parameters is asked for.
+
+    Example:
+        >>> from lorica.train import Trainer, TrainerMixin
+        >>> issubclass(Trainer, TrainerMixin)
+        True
+    """
+
+    model: Any
+    args: Any
+    optimizer: Any
+    state: Any
+    accelerator: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        adapters: Adapters | None = None,
+        **kwargs: Any,
+    ):
+        self.adapters = Adapters.of(model) if adapters is None else adapters
+        if args is not None:
+            self._check_arguments(args)
+        with _counts_as_adapted(model):
+            super().__init__(model=model, args=args, **kwargs)  # type: ignore[call-arg]
+        if args is None:
+            self._check_arguments(self.args)
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.args.gradient_checkpointing and reentrant:
+            # The frozen embeddings' output has no gradient, and a reentrant segment without a
+            # differentiable input silently trains nothing.
+            self.model.enable_input_require_grads()
+
+    def _check_arguments(self, args: Any) -> None:
+        rule: Any = self.adapters.recipe.rule
+        name = getattr(args.optim, "value", args.optim)
+        if name not in rule.trainer_names:
+            raise ValueError(
+                f"`optim={name}` is not the rule of the recipe `{self.adapters.recipe.text()}`,"
+                f" which is `{rule.word}`; allowed: {', '.join(sorted(rule.trainer_names))}."
+                " Another rule is named in the method, e.g. `lora+sgd`"
+            )
+        if args.deepspeed and self.adapters.recipe.schedules:
+            raise ValueError(
+                "DeepSpeed flattens parameters, so schedules cannot reach them; use DDP or FSDP2"
+                " instead"
+            )
+
+    # -- optimizer, scheduler, loss --------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rule: Any = self.adapters.recipe.rule
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
+            options.pop("lr", None)
+            groups = self.adapters.param_groups(self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = rule.build(groups, options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        inner = self.optimizer if optimizer is None else optimizer
+        if isinstance(inner, AcceleratedOptimizer):
+            inner = inner.optimizer
+        if KEY not in inner.param_groups[0]:  # else the caller bound it with a horizon of their own
+            bind(inner, self.adapters, total_steps=num_training_steps, seed=self.args.seed)
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training and self.adapters.recipe.objectives:
+            share = self._share(inputs, num_items_in_batch)
+            loss = self.adapters.loss({"loss": loss, **_mapping(outputs)}, inputs, share=share)
+        return (loss, outputs) if return_outputs else loss
+
+    def _share(self, inputs: Any, items: Any) -> float:
+        """This micro-batch's part of the update, by label tokens, as the Trainer weighs the task's
+        loss."""
+        if items is None or not self.model_accepts_loss_kwargs:  # type: ignore[attr-defined]
+            return 1.0  # the Trainer divides by the number of micro-batches itself
+        across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return float((inputs["labels"] != -100).sum() / items) * across
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        io.save(self.adapters, folder, overwrite=True)
+        if self.processing_class is not None and self.args.should_save:  # type: ignore[attr-defined]
+            self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the whole folder aside, then rename it: a run killed here loses nothing that was
+        complete."""
+        self._check_drift()
+        final = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = final / TORN
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        with _output_dir(self, aside):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        best = final / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.exists() or best.name == name):
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(aside / name / "trainer_state.json"))
+            sync(aside / name)
+            shutil.rmtree(final / name, ignore_errors=True)
+            os.replace(aside / name, final / name)
+            aside.rmdir()
+            rotate_checkpoints(
+                output_dir=str(final),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _check_drift(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        prints = gather_object([self.adapters.fingerprint()])
+        if len(set(prints)) > 1:
+            raise ValueError(
+                f"the {len(prints)} processes hold different adapters at step"
+                f" {self.state.global_step}: something edits weights by rank. No checkpoint was"
+                " written; the last one is good"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        io.restore(self.adapters, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        io.restore(self.adapters, self.state.best_model_checkpoint)
+
+
+class Trainer(TrainerMixin, transformers.Trainer):
+    """The Hugging Face Trainer for adapted models; see `TrainerMixin`."""
+
+
+def sync(folder: Path) -> None:
+    """Force a folder's files and entries to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _mapping(outputs: Any) -> dict[str, Any]:
+    return {k: v for k, v in outputs.items() if k != "loss"} if isinstance(outputs, dict) else {}
+
+
+@contextlib.contextmanager
+def _output_dir(trainer: Any, folder: Path) -> Iterator[None]:
+    """Let the Trainer's own code write its checkpoint below `folder`."""
+    trainer._get_output_dir = lambda trial: str(folder)
+    try:
+        yield
+    finally:
+        del trainer._get_output_dir
+
+
+@contextlib.contextmanager
+def _counts_as_adapted(model: Any) -> Iterator[None]:
+    """The Trainer refuses a quantised model without an adapter it knows; ours are attached
+    already."""
+    if not vars(model).get("is_quantized", False):
+        yield
+        return
+    before = vars(model).get("_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
