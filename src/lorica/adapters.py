@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorica.deltas import Pair
 from lorica.groups import Trained
 from lorica.layer import AdaptedLinear, TrainedModule
-from lorica.moves import copy_, read_full
+from lorica.moves import copy_, read_full, reshard
 from lorica.objectives import Context
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Adapters:
     def __len__(self) -> int:
         return len(self.layers)
 
-    # -- what trains ---------------------------------------------------------------------------
+    # -- what trains
 
     def pairs(self) -> Iterator[tuple[str, Pair]]:
         """(module path, trained pair) of every layer that has one."""
@@ -111,6 +111,7 @@ class Adapters:
             lr: rate of a parameter that no choice on the groups axis touches.
             weight_decay: decoupled decay of everything with two dimensions or more.
         """
+        reshard(self.model)
         groups: dict[tuple, dict[str, Any]] = {}
         for t in self.trained():
             options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
@@ -122,7 +123,7 @@ class Adapters:
             group["params"].append(t.parameter)
         return list(groups.values())
 
-    # -- loss and reference --------------------------------------------------------------------
+    # -- loss and reference
 
     def loss(self, outputs: Any, batch: Any = None, *, share: float = 1.0) -> Tensor:
         """The task's loss (`outputs["loss"]`, 0-d) with the recipe's objectives applied.
@@ -157,7 +158,7 @@ class Adapters:
             for m in modules:
                 m.disabled = False
 
-    # -- state ---------------------------------------------------------------------------------
+    # -- state
 
     def _tensors(self) -> dict[str, nn.Parameter]:
         out: dict[str, nn.Parameter] = {}
@@ -185,10 +186,14 @@ class Adapters:
         Raises:
             ValueError: a missing, extra or misshapen tensor; nothing is written then.
         """
+        reshard(self.model)
         for site, layer in self.layers.items():  # what is carried grows and shrinks with training
             a, b = (state.get(f"{site}.update.carried_{side}") for side in "AB")
             if a is not None and b is not None and layer.update.carried_A is None:
-                layer.update.carry_(torch.zeros_like(a), torch.zeros_like(b))
+                device = layer.store.parameter.device
+                layer.update.carry_(
+                    torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
+                )
         own = self._tensors()
         missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         shapes = [

@@ -30,6 +30,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
     keep_base: bool = False,
     verbose: bool = True,
+    initialise: bool = True,
     **fields: Any,
 ) -> Adapters:
     """Adapt a model in place and return the handle.
@@ -46,6 +47,8 @@ def attach(
             restore it.
         verbose: log the contract (logger `lorica`, level INFO; printed to standard error if nothing
             listens).
+        initialise: False leaves the start out, for a caller that writes all of the state at once
+            (a load); a rank above the layer's is then let pass, since the file decides.
         **fields: fields of `Recipe`, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Raises:
@@ -79,7 +82,7 @@ def attach(
         wraps=wraps,
     )
     _refuse(model, recipe, targets)
-    sites = _sites(model, recipe, targets, dtype) if wraps else {}
+    sites = _sites(model, recipe, targets, dtype, any_rank=not initialise) if wraps else {}
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -90,7 +93,7 @@ def attach(
         else {}
     )
     if wraps:
-        for name, layer in layers.items():
+        for name, layer in layers.items() if initialise else ():
             start(layer, recipe, f"{recipe.seed}/{name}")
         wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
         wrapped |= _bias_modules(model, recipe, targets, dtype)
@@ -192,7 +195,7 @@ def seeded(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# -- steps of attach -------------------------------------------------------------------------------
+# -- steps of attach
 
 
 def _refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
@@ -215,7 +218,7 @@ def _refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
 
 
 def _sites(
-    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype
+    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, *, any_rank: bool
 ) -> dict[str, Site]:
     names = list(targets.layers)
     given = recipe.rank.assign(names, recipe)  # type: ignore[union-attr]
@@ -224,7 +227,7 @@ def _sites(
         store = targets.layers[name](model.get_submodule(name))
         r, alpha = given[name]
         limit = min(store.in_features, store.out_features)
-        if r > limit:
+        if r > limit and not any_rank:
             too_large.append(f"{name} ({store.out_features} x {store.in_features})")
         scale = recipe.scale.factor(alpha, r)  # type: ignore[union-attr]
         wide = torch.promote_types(store.parameter.dtype, dtype)

@@ -9,7 +9,6 @@ not tensors.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,12 +17,11 @@ import torch
 from lorica.adapters import Adapters
 from lorica.attach import seeded
 from lorica.moves import reduce_scalar
+from lorica.proof import Proof
 from lorica.recipe import Recipe
 
 KEY = "lorica"
 VERSION = 1
-WATCHED_STEPS = 10  # within which every adapter has to have had a gradient
-logger = logging.getLogger("lorica")
 
 
 class Training:
@@ -62,13 +60,13 @@ class _Binding:
         self.checked = False
         self.real = False
         self.rates: list[Any] = []
-        self.reached: dict[str, bool] = {}
+        self.proof = Proof(adapters)
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
         optimizer.register_load_state_dict_pre_hook(self.check_loaded)
         optimizer.register_load_state_dict_post_hook(self.loaded)
 
-    # -- around a step -----------------------------------------------------------------------------
+    # -- around a step
 
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.real = not _is_fake(optimizer)
@@ -81,7 +79,7 @@ class _Binding:
             )
         self.check_parameters(optimizer)
         own = optimizer.param_groups[0][KEY]
-        self.watch(own)
+        self.proof.check(own["seen"], own["step"])
         training = Training(optimizer, self.adapters, own)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for schedule in self.schedules:
@@ -99,7 +97,6 @@ class _Binding:
         own["step"] += 1
 
     # -- checks
-    # --------------------------------------------------------------------------------------
 
     def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
@@ -117,58 +114,7 @@ class _Binding:
             )
         self.checked = True
 
-    def watch(self, own: dict[str, Any]) -> None:
-        """Within `WATCHED_STEPS` steps each adapter, all its parameters together, has had a
-        gradient."""
-        if own["step"] >= WATCHED_STEPS:
-            return
-        units: dict[str, list] = {}
-        for t in self.adapters.trained():
-            units.setdefault(t.site, []).append(t.parameter)
-        seen: torch.Tensor = own["seen"]
-        waiting = [i for i, site in enumerate(units) if not bool(seen[i])]
-        if not waiting:
-            return
-        sites = list(units)
-        grads = [(i, p.grad) for i in waiting for p in units[sites[i]] if p.grad is not None]
-        for (i, _), square in zip(grads, reduce_scalar([g for _, g in grads]), strict=True):
-            if square != 0:  # a non-finite gradient is a gradient; others stop on it
-                seen[i] = True
-        missing = [sites[i] for i in waiting if not bool(seen[i])]
-        for site in missing:
-            self.look(site)
-        if missing and own["step"] == WATCHED_STEPS - 1:
-            self.report(missing)
-
-    def look(self, site: str) -> None:
-        """From now on remember whether any token reaches this layer."""
-        if site in self.reached:
-            return
-        self.reached[site] = False
-
-        def note(module: Any, args: tuple) -> None:
-            self.reached[site] |= bool(args) and args[0].numel() > 0
-
-        self.adapters.model.get_submodule(site).register_forward_pre_hook(note)
-
-    def report(self, missing: list[str]) -> None:
-        resting = [s for s in missing if not self.reached.get(s, False)]
-        silent = [s for s in missing if s not in resting]
-        if resting:
-            logger.warning(
-                "no token reached %d adapted layer(s) in the first %d steps: %s",
-                len(resting), WATCHED_STEPS, ", ".join(resting),
-            )  # fmt: skip
-        if silent or len(resting) == len(self.adapters.layers) + len(self.adapters.saved):
-            raise ValueError(
-                f"{len(silent or resting)} adapter(s) had no gradient in {WATCHED_STEPS} steps, so"
-                f" nothing there is being trained: {', '.join(silent or resting)}. Does the loss"
-                " depend on these layers, and does gradient checkpointing keep gradients"
-                " (use_reentrant=False, or model.enable_input_require_grads())?"
-            )
-
     # -- checkpoints
-    # ---------------------------------------------------------------------------------
 
     def check_loaded(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         own = optimizer.param_groups[0][KEY]

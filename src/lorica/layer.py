@@ -97,7 +97,7 @@ class Update(nn.Module):
             square = w.square().sum(1) + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
             return square.clamp_min(0).sqrt()
 
-    # -- the product, split by what dropout falls on ---------------------------------------------
+    # -- the product, split by what dropout falls on
 
     def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input after dropout; for token ids a mask (..., 1) instead, since a dropped one-hot

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 # -- verbs
-# -------------------------------------------------------------------------------------------
 
 
 def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -35,6 +35,14 @@ def read_full(t: Tensor) -> Tensor:
     """The whole tensor on every process; a collective where `t` is sharded. Never write into the
     result."""
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without backward FSDP2's root keeps plain copies of its parameters: what is
+    written to those is lost, and an optimizer that holds them moves nothing. No-op elsewhere."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _window(local: Tensor, offset: Sequence[int]) -> tuple[slice, ...]:
@@ -95,8 +103,8 @@ def row_states(optimizer: torch.optim.Optimizer, p: Tensor, axis: int) -> list[T
     per_row[axis] = p.shape[axis]
     out = []
     for name, value in optimizer.state.get(p, {}).items():
-        if not isinstance(value, Tensor) or value.numel() <= 1:
-            continue
+        if not isinstance(value, Tensor) or (value.numel() <= 1 and value.ndim != p.ndim):
+            continue  # one number for all rows, not one row
         if value.shape != p.shape and list(value.shape) != per_row:
             raise ValueError(
                 f"the optimizer {type(optimizer).__name__} keeps {name!r} of shape"
@@ -146,18 +154,18 @@ def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
     """Sum of squares of each tensor over its whole, the same floats on every process."""
     if not values:
         return []
-    parts = [shard_of(v)[0].detach().float().square().sum() for v in values]
-    total = torch.stack(parts)
-    sharded = [isinstance(v, DTensor) for v in values]
-    if any(sharded):
-        first = next(v for v in values if isinstance(v, DTensor))
-        mask = torch.tensor(sharded, device=total.device)
-        summed = torch.where(mask, total, torch.zeros_like(total))
+    total = torch.stack([shard_of(v)[0].detach().float().square().sum() for v in values])
+    layouts: dict[tuple, list[int]] = {}
+    for i, v in enumerate(values):
+        if isinstance(v, DTensor):
+            layouts.setdefault((v.device_mesh, v.placements), []).append(i)
+    for (mesh, placements), where in layouts.items():
+        summed = total[where]
         # Replicas of a shard (HSDP) hold the same part: only over the sharded axes is summed.
-        for dim, placement in enumerate(first.placements):
+        for dim, placement in enumerate(placements):
             if not isinstance(placement, Replicate):
-                dist.all_reduce(summed, group=first.device_mesh.get_group(dim))
-        total = torch.where(mask, summed, total)
+                dist.all_reduce(summed, group=mesh.get_group(dim))
+        total[where] = summed
     return total.tolist()
 
 
@@ -176,7 +184,6 @@ def draw_(t: Tensor, generator: torch.Generator, *, bound: float | None = None) 
 
 
 # -- moves
-# -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -211,8 +218,8 @@ def merge_(
     pair = update.delta.pair()
     if pair is not None and init is not None:
         weight = read_full(store.parameter)
-        weight = (weight.T if store.transposed else weight).float()
-        fill_(pair, init, weight, generator)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        fill_(pair, init, weight.T if store.transposed else weight, generator)
         outer_add_(store.parameter, pair.B, pair.A, -pair.scale, transposed=store.transposed)
     reset_state(
         optimizer, *(p for _, p, role in layer.trained() if role in ("A", "B", "diagonal", "core"))

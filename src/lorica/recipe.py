@@ -11,23 +11,19 @@ Example:
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorica.rooms import CAPABILITIES, ROOMS, Choice, build, plain, room_of, source, unknown
+from lorica.checks import DENSE, check_capabilities, check_effects, check_values
+from lorica.rooms import ROOMS, Choice, build, source
+from lorica.words import choices_of
 
-_PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", re.S)
 # Whose default counts first where several choices have one: what changes most decides.
 _PRECEDENCE = (
     "schedules", "deltas", "inits", "ranks", "groups", "optim", "combine", "scales", "objectives",
 )  # fmt: skip
-_DENSE = frozenset(
-    {"pristine", "writable_base"}
-)  # what a dense base gives; attach asks the real one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +64,19 @@ class Recipe:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    delta: Choice | None = None
-    combine: Choice | None = None
-    init: Choice | None = None
-    scale: Choice | None = None
-    rank: Choice | None = None
-    schedules: tuple[Choice, ...] = ()
-    groups: tuple[Choice, ...] = ()
-    rule: Choice | None = None
-    objectives: tuple[Choice, ...] = ()
-    kernel: Choice | None = None
+    delta: Any = None
+    combine: Any = None
+    init: Any = None
+    scale: Any = None
+    rank: Any = None
+    schedules: tuple[Any, ...] = ()
+    groups: tuple[Any, ...] = ()
+    rule: Any = None
+    objectives: tuple[Any, ...] = ()
+    kernel: Any = None
     filled: dict[str, tuple[Any, str]] = field(default_factory=dict, compare=False, repr=False)
 
-    # -- construction --------------------------------------------------------------------------
+    # -- construction
 
     @classmethod
     def parse(cls, method: str | Mapping[str, Any] | Recipe = "lora", **fields: Any) -> Recipe:
@@ -91,13 +87,7 @@ class Recipe:
         """
         if isinstance(method, Recipe):
             return cls.from_dict({**method.to_dict(), **fields}) if fields else method
-        choices = _choices(_words(method))
-        for name in [f for f in ("delta", "combine", "init", "scale", "rank", "rule", "kernel")]:
-            if name in fields and isinstance(fields[name], str):
-                raise ValueError(
-                    f"`{name}={fields[name]!r}` is a word; put it into the method's text: "
-                    f"`{method}+{fields[name]}`"
-                )
+        choices = choices_of(method)
         return cls(**{**choices, **fields})
 
     @classmethod
@@ -142,10 +132,10 @@ class Recipe:
         for name in defaulted:  # an axis nobody spoke of is empty where it has nothing to act on
             if getattr(self, name).needs - have:
                 put(self, name, None)
-        self._check_takes()
+        check_effects(self)
         if "r" in self.takes:
             self._fill("r", self._own(lambda c: c.default_r) or (16, "Lorica"))
-        self._check_values()
+        check_values(self)
         if "lora_alpha" in self.takes:
             self._fill("lora_alpha", self._own(lambda c: c.default_lora_alpha(self)))
         self.check()
@@ -153,19 +143,8 @@ class Recipe:
     @property
     def takes(self) -> frozenset[str]:
         """Which of the numeric fields mean something to this delta and scale."""
-        takes = self.delta.takes  # type: ignore[union-attr]
-        return takes if self.scale is not None and self.scale.uses_alpha else takes - {"lora_alpha"}  # type: ignore[attr-defined]
-
-    def _check_takes(self) -> None:
-        for f in dataclasses.fields(self):
-            if f.name not in _NUMERIC or f.name in self.takes:
-                continue
-            value = getattr(self, f.name)
-            if value is not None and value != f.default and value != {}:
-                who = self.delta if f.name not in self.delta.takes else self.scale  # type: ignore[union-attr]
-                raise ValueError(
-                    f"`{f.name}={value!r}` has no effect with `{who.word}`; leave it out"  # type: ignore[union-attr]
-                )
+        takes = self.delta.takes
+        return takes if self.scale is not None and self.scale.uses_alpha else takes - {"lora_alpha"}
 
     def _fill(self, name: str, default: tuple[Any, str] | None) -> None:
         if getattr(self, name) is None and default is not None:
@@ -185,7 +164,7 @@ class Recipe:
         """The method's default rate and the word it comes from."""
         return self._own(lambda choice: choice.default_learning_rate)
 
-    # -- access --------------------------------------------------------------------------------
+    # -- access
 
     def of(self, room: str) -> tuple[Choice, ...]:
         value = getattr(self, ROOMS[room][0])
@@ -212,150 +191,17 @@ class Recipe:
         lead = [t for t in named if t != "lora"]
         return "+".join(lead) or "lora"
 
-    # -- checks --------------------------------------------------------------------------------
-
-    def _check_values(self) -> None:
-        whole = isinstance(self.r, int) and not isinstance(self.r, bool) and self.r >= 1
-        if "r" in self.takes and not whole:
-            raise ValueError(
-                f"`r={self.r!r}`: the rank is a whole number of at least 1, e.g. `r=16`"
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"`lora_dropout={self.lora_dropout!r}` is a probability in [0, 1), e.g. 0.05"
-            )
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise ValueError(f"`lora_alpha={self.lora_alpha!r}` must be positive; left out, "
-                             "the method's own is taken")  # fmt: skip
-        if (self.rank_pattern or self.alpha_pattern) and not self.rank.reads_patterns:  # type: ignore[union-attr]
-            raise ValueError(
-                f"`rank_pattern` and `alpha_pattern` have no effect with `{self.rank.word}`; "  # type: ignore[union-attr]
-                "leave it out of the method, or leave the patterns out"
-            )
-        for name, allowed in (
-            ("bias", ("none", "all", "lora_only")),
-            ("lora_dropout_on", ("update", "delta")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}={getattr(self, name)!r}`; allowed: {', '.join(allowed)}")
-        for pattern, value in self.rank_pattern.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`rank_pattern[{pattern!r}]={value!r}` is a whole number >= 1")
-        for pattern, value in self.alpha_pattern.items():
-            if not value > 0:
-                raise ValueError(f"`alpha_pattern[{pattern!r}]={value!r}` must be positive")
-
-    def given(self, base: frozenset[str] = _DENSE) -> frozenset[str]:
-        """All capabilities at hand: what the choices and the base give, less what a choice
-        withdraws."""
+    def given(self, base: frozenset[str] = DENSE) -> frozenset[str]:
+        """All capabilities at hand: what the choices and the base give, less what is withdrawn."""
         have = base.union(*(c.gives for c in self.choices))
         return have.difference(*(c.withdraws for c in self.choices))
 
-    def check(self, base: frozenset[str] = _DENSE) -> None:
-        """Every `needs` is met by somebody's `gives`; else ValueError naming both, why, and a way
-        out."""
-        have = self.given(base)
-        for choice in self.choices:
-            for need in sorted(choice.needs - have):
-                blame = [c.word for c in self.choices if need in c.withdraws]
-                blame = blame or [self.delta.word if self.delta else "the base"]
-                raise ValueError(
-                    f"`{choice.word}` cannot stand beside `{blame[0]}`: `{choice.word}` needs"
-                    f" `{need}` ({CAPABILITIES[need]}), which `{blame[0]}` does not leave. Leave"
-                    f" one of the two out of `{self.text()}`"
-                )
-        touched: dict[str, str] = {}
-        for schedule in self.schedules:
-            for thing in schedule.edits:  # type: ignore[attr-defined]
-                if thing in touched:
-                    raise ValueError(
-                        f"`{touched[thing]}` and `{schedule.word}` both edit the {thing}; name one"
-                        " of them"
-                    )
-                touched[thing] = schedule.word
+    def check(self, base: frozenset[str] = DENSE) -> None:
+        """Every `needs` is met by somebody's `gives`; else ValueError: the pair, why, a way out."""
+        check_capabilities(self, base)
 
 
-_NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 _CHOICES = {name for name, _, _ in ROOMS.values()}
-
-
-def _words(method: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    if isinstance(method, Mapping):
-        return [(str(word), dict(arguments or {})) for word, arguments in method.items()]
-    if not method.strip():
-        raise ValueError("the method is empty; a method is words joined by `+`, e.g. `dora+olora`")
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(method + "+"):
-        depth += (c == "(") - (c == ")")
-        if c == "+" and depth <= 0:
-            parts.append(method[start:i])
-            start = i + 1
-    if depth:
-        raise ValueError(f"`{method}`: a bracket is open or missing; write e.g. `pissa(niter=16)`")
-    return [_word(part, method) for part in parts]
-
-
-def _word(part: str, method: str) -> tuple[str, dict[str, Any]]:
-    match = _PART.fullmatch(part)
-    if match is None:
-        raise ValueError(
-            f"`{part}` in `{method}` is no word; write e.g. `dora` or `pissa(niter=16)`"
-        )
-    word, arguments = match.groups()
-    if not (arguments or "").strip():
-        return word, {}
-    try:
-        call = ast.parse(f"f({arguments})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise ValueError("arguments have names")
-        return word, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"`{part.strip()}`: the arguments are not of the form name=value ({error}); "
-            "write e.g. `pissa(niter=16)`"
-        ) from None
-
-
-def _choices(given: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Fields of Recipe from words: the user's first, then the presets' where nothing was said."""
-    by_room: dict[str, list[Choice]] = {}
-    for word, arguments in given:
-        room = room_of(plain(word))
-        if room is None:
-            raise ValueError(unknown(plain(word)))
-        choice = build(plain(word), arguments)
-        others = by_room.setdefault(room, [])
-        if any(o.word == choice.word for o in others) or (others and not ROOMS[room][2]):
-            raise ValueError(
-                f"`{others[0].word}` and `{choice.word}` both choose the axis `{ROOMS[room][0]}`; "
-                "name one of them"
-            )
-        others.append(choice)
-    named = {room: list(choices) for room, choices in by_room.items()}
-    whose: dict[str, str] = {}
-    for choice in [c for choices in named.values() for c in choices]:
-        for room, text in choice.preset.items():
-            word, arguments = _words(text)[0]
-            wanted = build(plain(word), arguments, room)
-            if ROOMS[room][2]:
-                if all(o.word != wanted.word for o in by_room.setdefault(room, [])):
-                    by_room[room].append(wanted)
-                continue
-            held = named.get(room) or by_room.get(room)
-            if held and held[0] != wanted and (room in choice.requires or room not in named):
-                by = held[0].word if room in named else whose[room]
-                raise ValueError(
-                    f"`{choice.word}` fills the axis `{ROOMS[room][0]}` with `{text}`, and `{by}`"
-                    f" fills it with `{held[0].text()}`; leave one of the two out"
-                )
-            if not held:
-                by_room[room], whose[room] = [wanted], choice.word
-    return {
-        ROOMS[room][0]: tuple(choices) if ROOMS[room][2] else choices[0]
-        for room, choices in by_room.items()
-        if choices
-    }
 
 
 def cite(recipe: Recipe | str) -> str:

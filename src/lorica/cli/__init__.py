@@ -1,0 +1,154 @@
+"""The command line: one file a verb, found by walking this folder.
+
+A verb's file holds `Options` (a dataclass that inherits `VerbOptions`) and `run(options) ->
+Outcome`; the first line of its docstring is its line in `lorica --help`. Nothing heavy is imported
+before `run`: `--help` and a misspelt flag answer at once.
+
+Exit status: 0 done, 1 failed, 2 wrong usage. With `--json` standard output holds one JSON object
+and nothing else, `{"error": ...}` where the verb failed; progress and logs go to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorica import __version__
+from lorica.cli._outcome import as_json, write
+from lorica.cli._parse import parse
+from lorica.train.options import UsageError, nearest
+
+__all__ = ["main", "verbs"]
+
+
+def verbs() -> tuple[str, ...]:
+    """The verbs there are, in alphabetical order, without importing them."""
+    found = (info.name for info in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status.
+
+    Args:
+        argv: the words after `lorica`. Default: those of this process.
+
+    Example:
+        >>> from lorica.cli import main
+        >>> main(["--version"])
+        lorica 0.1.0
+        0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _verb(words)
+    except BrokenPipeError:  # `lorica methods | head`
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _verb(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"lorica {__version__}")
+        return 0
+    wants_json = "--json" in words
+    try:
+        if words[0] not in verbs():
+            raise UsageError(
+                f"`{words[0]}` is no verb of lorica; the verbs: {', '.join(verbs())}."
+                + nearest(words[0], verbs())
+            )
+        verb: Any = importlib.import_module(f"{__name__}.{words[0]}")
+        options = parse(verb.Options, words[1:], prog=f"lorica {words[0]}")
+        with _logging(), _clean_stdout():
+            outcome = verb.run(options)
+    except SystemExit as stop:  # the parser's own answers: help (0) or an error it has printed (2)
+        status = stop.code if isinstance(stop.code, int) else 2
+        if status and wants_json:
+            print(as_json({"error": "wrong usage, see standard error", "status": status}))
+        return status
+    except KeyboardInterrupt:
+        return _failed("interrupted", 1, wants_json)
+    except Exception as error:
+        if os.environ.get("LORICA_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        return _failed(_message(error), 2 if isinstance(error, UsageError) else 1, wants_json)
+    write(outcome, json=options.json)
+    return 0
+
+
+def _overview() -> str:
+    lines = ["usage: lorica VERB [OPTIONS]", "", __doc_line__, ""]
+    for name in verbs():
+        # The summary is read from the source: importing every verb would cost time.
+        spec = importlib.util.find_spec(f"{__name__}.{name}")
+        assert spec is not None and spec.origin is not None
+        with open(spec.origin, encoding="utf-8") as file:
+            summary = file.readline().strip().strip('"').rstrip(".")
+        lines.append(f"  {name:<10}{summary}")
+    lines += ["", "`lorica VERB --help` lists a verb's options. LORICA_DEBUG=1 shows tracebacks."]
+    return "\n".join(lines)
+
+
+__doc_line__ = "Train transformers through low-rank updates: methods that compose."
+
+
+def _failed(message: str, status: int, wants_json: bool) -> int:
+    print(f"lorica: {message}", file=sys.stderr)
+    if wants_json:
+        print(as_json({"error": message, "status": status}))
+    return status
+
+
+def _message(error: Exception) -> str:
+    """One message for people: our own errors as they are, others with their kind."""
+    if isinstance(error, (ValueError, OSError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (LORICA_DEBUG=1 shows where)"
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Lorica's own messages go to standard error, as they are."""
+    logger = logging.getLogger("lorica")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+@contextlib.contextmanager
+def _clean_stdout() -> Iterator[None]:
+    """What a library prints while a verb runs goes to standard error, from C too."""
+    kept = None
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.fileno() == 1:
+            sys.stdout.flush()
+            kept = os.dup(1)
+            os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)

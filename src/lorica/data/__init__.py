@@ -16,7 +16,7 @@ from lorica.data.collate import PackedCollator
 from lorica.data.labels import Labels
 from lorica.data.pack import check_isolation
 from lorica.data.read import hold_out, read, read_splits
-from lorica.data.shapes import Shape, detect, shapes
+from lorica.data.shapes import Shape, detect
 from lorica.data.show import show_example
 from lorica.data.tokenise import Prepared, Report, prepare
 
@@ -32,6 +32,5 @@ __all__ = [
     "prepare",
     "read",
     "read_splits",
-    "shapes",
     "show_example",
 ]

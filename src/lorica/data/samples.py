@@ -118,8 +118,8 @@ class Encoded(AbstractCausalSample):
     def pieces(self, form: Format) -> list[Piece]:
         if form.roles is None and self.labels is not None:
             raise ValueError(
-                '`train_on="all"` was given for data that has its own `labels`: those decide. Leave '
-                "it out, or drop the column."
+                '`train_on="all"` was given for data that has its own `labels`: those decide. '
+                "Leave it out, or drop the column."
             )
         labels = self.input_ids if self.labels is None else self.labels
         mask = tuple(label != -100 for label in labels)
@@ -196,13 +196,15 @@ class Row:
 _SEAMS = (re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])"), re.compile(r"(?<=\S)(?=\s)"))
 
 
-def cut(text: str, size: int = 32_768) -> Iterator[str]:
-    """`text` in parts of about `size` characters, cut where no token can straddle.
+def cut(text: str, size: int = 65_536) -> Iterator[str]:
+    """`text` in parts of about `size` characters, cut between words.
 
-    Tokenizers without word boundaries (SentencePiece's) take more than linear time on a whole book.
+    Tokenizers that don't split at words (SentencePiece's) take more than linear time on a whole
+    book. The ids are those of the whole text, but for vocabularies with tokens across words: there
+    a cut costs a token or two.
 
     Example:
-        >>> list(cut("once upon a time", size=6))
+        >>> list(cut("once upon a time", size=9))
         ['once upon', ' a time']
     """
     start = 0

@@ -25,8 +25,7 @@ class Lora(AbstractScale):
         @inproceedings{hu2022lora,
           title = {LoRA: Low-Rank Adaptation of Large Language Models},
           author = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li,
-          Yuanzhi and
-                    Wang, Shean and Wang, Lu and Chen, Weizhu},
+                    Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu},
           booktitle = {ICLR}, year = {2022}, eprint = {2106.09685}
         }
     """

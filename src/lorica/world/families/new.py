@@ -6,7 +6,7 @@ from datetime import date, timedelta
 from random import Random
 
 from lorica.world.families.dates import Tomorrow
-from lorica.world.task import VOWELS, AbstractTask, digits, word
+from lorica.world.task import AbstractTask, digits, word
 
 
 class Descend(AbstractTask):
@@ -59,32 +59,6 @@ class Tail(AbstractTask):
 
     def answer(self, text: str) -> str:
         return text[-2:]
-
-
-class Vowels(AbstractTask):
-    """How many vowels a word has."""
-
-    name = "vowels"
-    kind = "new"
-
-    def draw(self, rng: Random) -> str:
-        return word(rng)
-
-    def answer(self, text: str) -> str:
-        return str(sum(letter in VOWELS for letter in text))
-
-
-class Twice(AbstractTask):
-    """Each letter of a word twice."""
-
-    name = "twice"
-    kind = "new"
-
-    def draw(self, rng: Random) -> str:
-        return word(rng, 3, 5)
-
-    def answer(self, text: str) -> str:
-        return "".join(letter * 2 for letter in text)
 
 
 class Yesterday(AbstractTask):

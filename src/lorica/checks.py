@@ -1,0 +1,81 @@
+"""What a recipe must satisfy before anything expensive happens. Every failure is a ValueError."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lorica.rooms import CAPABILITIES
+
+DENSE = frozenset(
+    {"pristine", "writable_base"}
+)  # what a dense base gives; attach asks the real one
+_NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
+_ALLOWED = {"bias": ("none", "all", "lora_only"), "lora_dropout_on": ("update", "delta")}
+
+
+def check_effects(recipe: Any) -> None:
+    """What was given has an effect on this method."""
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        idle = f.name in _NUMERIC and f.name not in recipe.takes
+        if idle and value is not None and value != f.default and value != {}:
+            who = recipe.delta if f.name not in recipe.delta.takes else recipe.scale
+            raise ValueError(f"`{f.name}={value!r}` has no effect with `{who.word}`; leave it out")
+    if (recipe.rank_pattern or recipe.alpha_pattern) and not recipe.rank.reads_patterns:
+        raise ValueError(
+            f"`rank_pattern` and `alpha_pattern` have no effect with `{recipe.rank.word}`; leave it"
+            " out of the method, or leave the patterns out"
+        )
+
+
+def check_values(recipe: Any) -> None:
+    """Numbers are in their range."""
+    if "r" in recipe.takes and not _whole(recipe.r):
+        raise ValueError(f"`r={recipe.r!r}`: the rank is a whole number of at least 1, e.g. `r=16`")
+    if not _number(recipe.lora_dropout) or not 0 <= recipe.lora_dropout < 1:
+        raise ValueError(
+            f"`lora_dropout={recipe.lora_dropout!r}` is a probability in [0, 1), e.g. 0.05"
+        )
+    if recipe.lora_alpha is not None and not (_number(recipe.lora_alpha) and recipe.lora_alpha > 0):
+        raise ValueError(
+            f"`lora_alpha={recipe.lora_alpha!r}` must be a positive number; left out, the method's"
+            " own is taken"
+        )
+    for name, allowed in _ALLOWED.items():
+        if getattr(recipe, name) not in allowed:
+            raise ValueError(f"`{name}={getattr(recipe, name)!r}`; allowed: {', '.join(allowed)}")
+    for pattern, value in recipe.rank_pattern.items():
+        if not _whole(value):
+            raise ValueError(f"`rank_pattern[{pattern!r}]={value!r}` is a whole number >= 1")
+    for pattern, value in recipe.alpha_pattern.items():
+        if not _number(value) or value <= 0:
+            raise ValueError(f"`alpha_pattern[{pattern!r}]={value!r}` must be a positive number")
+
+
+def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
+    """Every need of a choice is met, and no two schedules edit the same thing."""
+    have = recipe.given(base)
+    for choice in recipe.choices:
+        for need in sorted(choice.needs - have):
+            blame = [c.word for c in recipe.choices if need in c.withdraws] or [recipe.delta.word]
+            raise ValueError(
+                f"`{choice.word}` cannot stand beside `{blame[0]}`: `{choice.word}` needs `{need}`"
+                f" ({CAPABILITIES[need]}), which `{blame[0]}` does not leave. Leave one of the two"
+                f" out of `{recipe.text()}`"
+            )
+    touched: dict[str, str] = {}
+    for schedule in recipe.schedules:
+        for thing in schedule.edits:
+            if (other := touched.setdefault(thing, schedule.word)) != schedule.word:
+                raise ValueError(
+                    f"`{other}` and `{schedule.word}` both edit the {thing}; name one of them"
+                )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,92 @@
+"""What a verb hands back: one thing for machines, one for people."""
+
+from __future__ import annotations
+
+import abc
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+class Others(abc.ABC):
+    """Options that a verb takes beside its own fields; asked only where there are unknown ones."""
+
+    @abc.abstractmethod
+    def names(self) -> set[str]:
+        """Their names, with underscores."""
+
+    @abc.abstractmethod
+    def takes(self, name: str) -> bool:
+        """Whether `--name` is one of their flags."""
+
+    @abc.abstractmethod
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values of these flags, by name."""
+
+    @abc.abstractmethod
+    def value(self, name: str, value: Any, place: str) -> Any:
+        """The value of one YAML key; `place` says where it stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbOptions:
+    """Options of every verb.
+
+    Args:
+        json: print one JSON object on standard output, and nothing else there.
+    """
+
+    json: bool = False
+
+    aliases: ClassVar[Mapping[str, str]] = {}  # other names of keys
+
+    @classmethod
+    def others(cls) -> Others | None:
+        """What this verb takes beside its fields, or None."""
+        return None
+
+    def base_file(self) -> Path | None:
+        """A YAML file that these options imply, to be read before them; None: there is none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`data` is JSON-ready; `shown` is text, or renderables of Rich, for a terminal."""
+
+    data: dict[str, Any]
+    shown: tuple[Any, ...] = ()
+
+
+def write(outcome: Outcome, *, json: bool) -> None:
+    """Print an outcome on standard output."""
+    if json:
+        print(as_json(outcome.data))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for part in outcome.shown:
+        if isinstance(part, str):
+            print(part)
+        else:
+            console.print(part)
+
+
+def as_json(data: Any) -> str:
+    """One line of strict JSON: what is no finite number becomes null."""
+    return json.dumps(strict(data), allow_nan=False, ensure_ascii=False, default=str)
+
+
+def strict(data: Any) -> Any:
+    """The same with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(key): strict(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [strict(value) for value in data]
+    return data

@@ -1,0 +1,155 @@
+"""Words of the command line, and a YAML file that may stand first, become a verb's options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from lorica.cli._outcome import VerbOptions
+from lorica.train.options import Kind, UsageError, kinds, nearest
+
+O = TypeVar("O", bound=VerbOptions)  # noqa: E741
+_POSITIONAL = getattr(tyro.conf.Positional[str], "__metadata__")[0]  # noqa: B009
+
+
+def parse(options: type[O], words: Sequence[str], *, prog: str) -> O:
+    """The options that `words` ask for.
+
+    Raises:
+        UsageError: an unknown flag or key, a value of the wrong kind; of a file the line is named.
+        SystemExit: after `--help` (0), or after an error that the parser has printed itself (2).
+    """
+    words = _switches(options, words)
+    if words and not words[0].startswith("-") and not _positional(options):
+        return _read(options, words[1:], prog, Path(words[0]))
+    made = _read(options, words, prog, None)
+    file = made.base_file()
+    return made if file is None else _read(options, words, prog, file)
+
+
+def _read(options: type[O], words: Sequence[str], prog: str, file: Path | None) -> O:
+    values, others = ({}, {}) if file is None else _yaml(options, file)
+    more: dict[str, Any] = {} if file is None else {"default": options(**values)}
+    made, unknown = tyro.cli(options, prog=prog, args=words, return_unknown_args=True, **more)
+    if not unknown and not others:
+        return made
+    table = options.others()
+    known = set(_fields(options)) | (set() if table is None else table.names())
+    for key, (_, place) in others.items():
+        if key not in known or table is None:
+            raise UsageError(
+                f"{place}: unknown key `{key}`.{nearest(key, known)} `{prog} --help` lists the"
+                " options; keys are their names with underscores"
+            )
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and (table is None or not table.takes(name)):
+            raise UsageError(
+                f"unknown option `{word}`.{nearest(name, known, flag=True)} `{prog} --help` lists"
+                " the options"
+            )
+    if unknown and not unknown[0].startswith("--"):
+        raise UsageError(
+            f"`{unknown[0]}` is no option: options begin with `--`"
+            + ("" if _positional(options) else "; a YAML file stands first")
+        )
+    assert table is not None
+    taken = {key: table.value(key, value, place) for key, (value, place) in others.items()}
+    return dataclasses.replace(made, further={**taken, **table.read(unknown)})  # type: ignore[call-arg]
+
+
+def _fields(options: type) -> dict[str, Kind | None]:
+    return {name: kind for name, kind in kinds(options).items() if name != "json"}
+
+
+def _positional(options: type) -> bool:
+    hints = get_type_hints(options, include_extras=True).values()
+    return any(_POSITIONAL in getattr(hint, "__metadata__", ()) for hint in hints)
+
+
+def _switches(options: type, words: Sequence[str]) -> list[str]:
+    """`--bf16 true` and `--bf16 false` as `--bf16` and `--no-bf16`."""
+    names = {name for name, kind in kinds(options).items() if kind is None}
+    out: list[str] = []
+    for word in words:
+        last = out[-1] if out else ""
+        name = last[2:].replace("-", "_")
+        if last.startswith("--") and name in names and word.lower() in ("true", "false"):
+            out[-1] = last if word.lower() == "true" else "--no-" + name.replace("_", "-")
+        else:
+            out.append(word)
+    return out
+
+
+# -- YAML ------------------------------------------------------------------------------------------
+
+
+def _yaml(options: type[O], file: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, str]]]:
+    """Values of the class's own fields, and the other keys with their values and places."""
+    own, values, others = _fields(options), {}, {}
+    for key, (value, place) in read_mapping(file).items():
+        name = options.aliases.get(key, key)
+        if name not in own:
+            others[key] = (value, place)
+            continue
+        if name in values:
+            raise UsageError(f"{place}: `{key}` says again what another key has said; leave it out")
+        kind = own[name]
+        try:
+            values[name] = _switch(value) if kind is None else kind.from_yaml(value)
+        except ValueError as error:
+            raise UsageError(f"{place}: `{key}`: {error}") from None
+    defaults = {f.name: f for f in dataclasses.fields(options)}
+    values = {k: v for k, v in values.items() if v is not None or defaults[k].default is None}
+    return values, others
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"true or false is wanted, not {value!r}")
+    return value
+
+
+def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
+    """{key: (value, "file, line n")} of a YAML file.
+
+    Raises:
+        UsageError: no such file, broken YAML, something else than a mapping, a key that stands
+            twice.
+    """
+    try:
+        text = file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UsageError(
+            f"cannot read {file}: {reason}. A YAML file may stand first; options begin with `--`"
+        ) from None
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise UsageError(f"{file}, line 1: a mapping `key: value` is wanted")
+        out: dict[str, tuple[Any, str]] = {}
+        for key_node, value_node in root.value:
+            place = f"{file}, line {key_node.start_mark.line + 1}"
+            key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise UsageError(f"{place}: a key is a name, not {key!r}")
+            if key in out:
+                raise UsageError(f"{place}: `{key}` stands there twice; leave one out")
+            out[key] = (loader.construct_object(value_node, deep=True), place)
+        return out
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"{file}{line}: this is no YAML: {problem}") from None
+    finally:
+        loader.dispose()

@@ -1,0 +1,154 @@
+"""List the words that a method is made of: their axis, paper, arguments and needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.train.options import HINT, Kind, UsageError, nearest
+
+WORDS = Kind("WORD ...", tuple, nargs="*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(VerbOptions):
+    """List the words that a method is made of, or describe some.
+
+    A method is one word an axis, joined by `+`: `dora+olora+rslora`. An axis nobody speaks of has
+    its default.
+
+    Args:
+        words: describe these words in full. Default: a table of all.
+    """
+
+    words: tyro.conf.Positional[Annotated[tuple[str, ...], WORDS, HINT]] = ()
+
+
+def run(options: Options) -> Outcome:
+    from lorica.rooms import plain
+
+    rows = describe()
+    wanted = [plain(word) for word in options.words]
+    known = {row["word"] for row in rows}
+    for word in wanted:
+        if word not in known:
+            raise UsageError(
+                f"`{word}` is no method word.{nearest(word, known)} `lorica methods` lists them"
+            )
+    chosen = [row for row in rows if not wanted or row["word"] in wanted]
+    data = {"methods": chosen}
+    if wanted:
+        return Outcome(data, tuple(_page(row) for row in chosen))
+    return Outcome(data, (_table(chosen), "`lorica methods WORD` describes one in full."))
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every choice of every room, JSON-ready, walked and not listed."""
+    from lorica.rooms import ROOMS, load, source, words
+
+    rows = []
+    for room, (axis, default, several) in ROOMS.items():
+        for word in words(room):
+            cls = load(word)
+            text = source(cls)
+            rows.append(
+                {
+                    "word": word,
+                    "axis": axis,
+                    "default": word == default,
+                    "several": several,
+                    "summary": _sentence(text.text),
+                    "paper": _first(r"title\s*=\s*\{(.*?)\},?\s*\n?\s*author", text.bibtex),
+                    "arxiv": text.arxiv[0] if text.arxiv else None,
+                    "year": _year(text.bibtex),
+                    "status": cls.status,
+                    "arguments": _arguments(cls),
+                    "learning_rate": cls.default_learning_rate,
+                    "needs": sorted(cls.needs),
+                    "gives": sorted(cls.gives),
+                    "withdraws": sorted(cls.withdraws),
+                    "preset": dict(cls.preset),
+                    "text": text.text,
+                }
+            )
+    return rows
+
+
+def _sentence(text: str) -> str:
+    first = " ".join(text.split("\n\n", 1)[0].split())
+    return re.split(r"(?<=\w)\.\s|\.$", first)[0]
+
+
+def _first(pattern: str, entries: tuple[str, ...]) -> str | None:
+    found = (re.search(pattern, entry, re.S) for entry in entries)
+    match = next((m for m in found if m), None)
+    return None if match is None else " ".join(match[1].replace("{", "").replace("}", "").split())
+
+
+def _year(entries: tuple[str, ...]) -> int | None:
+    year = _first(r"year\s*=\s*\{?(\d{4})", entries)
+    return None if year is None else int(year)
+
+
+def _arguments(cls: type) -> dict[str, Any]:
+    """{name: default}; an argument without a default is `required`."""
+    out = {}
+    for f in dataclasses.fields(cls):
+        if f.default is not dataclasses.MISSING:
+            out[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            out[f.name] = f.default_factory()
+        else:
+            out[f.name] = "required"
+    return out
+
+
+def _call(row: dict[str, Any]) -> str:
+    inside = ", ".join(f"{name}={value!r}" for name, value in row["arguments"].items())
+    return f"({inside})" if inside else ""
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("axis", "word", "what it does", "year", "arXiv", "status"):
+        table.add_column(column, no_wrap=column != "what it does")
+    axis = None
+    for row in rows:
+        if row["axis"] != axis:
+            axis, shown = row["axis"], row["axis"] + (" (several)" if row["several"] else "")
+        else:
+            shown = ""
+        table.add_row(
+            shown,
+            row["word"] + ("*" if row["default"] else ""),
+            row["summary"],
+            str(row["year"] or ""),
+            row["arxiv"] or "",
+            row["status"],
+        )
+    table.caption = "* what an axis holds when nobody speaks of it"
+    table.caption_justify = "left"
+    return table
+
+
+def _page(row: dict[str, Any]) -> str:
+    lines = [f"{row['word']}{_call(row)}", f"  axis     {row['axis']}"]
+    if row["paper"]:
+        link = f", arXiv:{row['arxiv']}" if row["arxiv"] else ""
+        lines.append(f"  paper    {row['paper']} ({row['year']}){link}")
+    for name in ("needs", "gives", "withdraws"):
+        if row[name]:
+            lines.append(f"  {name:<9}{', '.join(row[name])}")
+    if row["preset"]:
+        lines.append("  fills    " + ", ".join(f"{k}: {v}" for k, v in row["preset"].items()))
+    if row["learning_rate"] is not None:
+        lines.append(f"  rate     {row['learning_rate']}")
+    lines += ["", *("  " + line if line else "" for line in row["text"].splitlines()), ""]
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""List what a model has to adapt: layers, shapes, and what a rank costs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.train.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES
+
+RANKS = (4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(VerbOptions):
+    """List the layers that an update could adapt, and what it costs. No weights are read.
+
+    Args:
+        model: folder or hub id of a transformers model; its configuration is enough.
+        method: count what this method would train. Default: lora.
+        r: its rank. Default: the method's own, else 16.
+        lora_alpha: its alpha.
+        target_modules: names, a regular expression, or `all-linear`.
+        exclude_modules: in the same forms, what to leave out.
+        layers_to_transform: indices of the blocks.
+    """
+
+    model: tyro.conf.Positional[Annotated[str, PATH, HINT]]
+    method: Annotated[str, METHOD, HINT] = "lora"
+    r: Annotated[int | None, WHOLE, HINT] = None
+    lora_alpha: Annotated[float | None, NUMBER, HINT] = None
+    target_modules: Annotated[str | tuple[str, ...], MODULES, HINT] = "all-linear"
+    exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
+
+
+def run(options: Options) -> Outcome:
+    import lorica
+    from lorica.train.load import empty_model
+
+    model = empty_model(options.model)
+    groups = survey(model)
+    adapters = lorica.attach(
+        model,
+        options.method,
+        fresh=(),
+        verbose=False,
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        layers_to_transform=options.layers_to_transform,
+        **{
+            name: value
+            for name, value in (("r", options.r), ("lora_alpha", options.lora_alpha))
+            if value is not None
+        },
+    )
+    contract = adapters.contract
+    adapted = set(adapters.layers) or {name.rsplit(".", 1)[0] for name in adapters.direct}
+    for group in groups:
+        group["adapted"] = sum(path in adapted for path in group["paths"])
+    per_rank = sum(g["parameters_per_rank"] * g["adapted"] for g in groups)
+    data = {
+        "model": options.model,
+        "class": type(model).__name__,
+        "method": contract.method,
+        "r": adapters.recipe.r,
+        "parameters": contract.total - (contract.trainable if adapters.layers else 0),
+        "trainable": contract.trainable,
+        "parameters_per_rank": per_rank,
+        "layers": groups,
+        "tied": contract.tied,
+    }
+    return Outcome(data, (_table(data), *_words(data)))
+
+
+def survey(model: Any) -> list[dict[str, Any]]:
+    """Layers that can be adapted, gathered by name and shape, in model order.
+
+    `parameters_per_rank` is in + out: what one more rank of two factors costs in one layer.
+    """
+    from lorica.bases import base_for
+    from lorica.targets import head_names
+
+    heads = head_names(model)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        kind = base_for(module) if path else None
+        if kind is None:
+            continue
+        store = kind(module)
+        role = "embedding" if store.lookup else "head" if path in heads else "linear"
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+        key = (pattern, store.out_features, store.in_features, role)
+        group = groups.setdefault(
+            key,
+            {
+                "name": path.rsplit(".", 1)[-1],
+                "pattern": pattern,
+                "role": role,
+                "out": store.out_features,
+                "in": store.in_features,
+                "bias": store.bias() is not None,
+                "count": 0,
+                "parameters": 0,
+                "parameters_per_rank": store.in_features + store.out_features,
+                "paths": [],
+            },
+        )
+        group["count"] += 1
+        group["parameters"] += store.in_features * store.out_features
+        group["paths"].append(path)
+    return list(groups.values())
+
+
+def _table(data: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("adapted", "layers", "out x in", "role", "parameters", "per rank, each"):
+        right = column in ("adapted", "out x in", "parameters", "per rank, each")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for g in data["layers"]:
+        table.add_row(
+            f"{g['adapted']} of {g['count']}",
+            g["pattern"],
+            f"{g['out']} x {g['in']}",
+            g["role"],
+            f"{g['parameters']:,}",
+            f"{g['parameters_per_rank']:,}",
+        )
+    return table
+
+
+def _words(data: dict[str, Any]) -> list[str]:
+    share = data["trainable"] / max(data["parameters"], 1)
+    rank = "" if data["r"] is None else f", r={data['r']}"
+    lines = [
+        "",
+        f"{data['class']}: {data['parameters']:,} parameters",
+        f"{data['method']}{rank}: {data['trainable']:,} train ({share:.2%})",
+    ]
+    if data["r"] is not None:
+        costs = ", ".join(f"r={r}: {data['parameters_per_rank'] * r:,}" for r in RANKS)
+        lines.append(f"two factors a layer, by rank: {costs}")
+    lines += [f"{a} shares its weight with {b}" for a, b in data["tied"].items()]
+    return lines

@@ -1,0 +1,393 @@
+"""The formats of data files: the bytes of one file become a table, every row with its line.
+
+A format is one function and its suffix in `READERS`. What is wrong with a file is a ValueError that
+names the file, the line, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.data.words import WHERE, excerpt, keep_as_json, kind_of, listing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TXT_SPLITS = ("paragraph", "line", "file")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the format readers may be told."""
+
+    header: tuple[str, ...] | None
+    txt_split: str | None
+
+
+def suffix_of(path: Path) -> tuple[str, str]:
+    """(suffix of the format, suffix of the compression or "")."""
+    suffixes = [part.lower() for part in path.suffixes]
+    if suffixes and suffixes[-1] in OPENERS:
+        return (suffixes[-2] if len(suffixes) > 1 else "", suffixes[-1])
+    return (suffixes[-1] if suffixes else "", "")
+
+
+def formats() -> str:
+    return (
+        f"readable are {listing(READERS)}, each also with {listing(OPENERS)} behind (other "
+        "archives, such as .zip, must be unpacked first)"
+    )
+
+
+def read_file(path: Path, options: Options) -> pa.Table:
+    suffix, _ = suffix_of(path)
+    if suffix not in READERS:
+        raise ValueError(
+            f"{path} has the suffix {suffix or 'of no format'!r}: {formats()}. Rename the file if "
+            "it is one of these."
+        )
+    return READERS[suffix](path, _bytes_of(path), options)
+
+
+def _bytes_of(path: Path) -> bytes:
+    """The file's bytes, unpacked in memory."""
+    _, packed = suffix_of(path)
+    try:
+        data = path.read_bytes()
+        return OPENERS[packed](data) if packed else data
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(
+            f"{path} can't be read{f' as a {packed} file' if packed else ''}: {error}. It must be "
+            "whole and readable: copy or download it again."
+        ) from error
+
+
+def _text_of(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise ValueError(
+            f"{path}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8, and text files "
+            f"must be. Convert it: `iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 "
+            f"{path.name}`."
+        ) from error
+
+
+def _json(path: Path, data: bytes, options: Options) -> pa.Table:
+    text = _text_of(path, data)
+    rows = _json_array(path, text) if text.lstrip()[:1] == "[" else _json_lines(path, text)
+    return _table_of(path, list(rows))
+
+
+def _jsonl(path: Path, data: bytes, options: Options) -> pa.Table:
+    return _table_of(path, list(_json_lines(path, _text_of(path, data))))
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # `str.splitlines` would also cut at U+2028 and its like, which JSON allows inside texts.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(_broken(path, number, error.colno, error.msg, line, text)) from error
+        yield number, _object(path, number, value)
+
+
+def _broken(path: Path, line: int, column: int, reason: str, found: str, text: str) -> str:
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return (
+            f"{path}, line {line}, column {column}: not valid JSON: {reason}, in "
+            f"{excerpt(found)}. Each line must hold one whole object; mend or remove that line."
+        )
+    keys = f" (its keys: {listing(whole)})" if isinstance(whole, dict) else ""
+    return (
+        f"{path} holds a single JSON {kind_of(whole).split()[-1]}{keys}: an array of objects, or "
+        "one object a line, is needed. Write out the list of rows alone."
+    )
+
+
+def _json_array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Element by element, so that each knows its line."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        found = space.match(text, at)
+        assert found is not None
+        return found.end()
+
+    def expected(what: str, at: int) -> ValueError:
+        row, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        return ValueError(
+            f"{path}, line {row}, column {column}: not valid JSON: {what}. The file must be one "
+            "array of objects, `[{...}, {...}]`; mend it there."
+        )
+
+    at, line, counted = skip(skip(0) + 1), 1, 0
+    while text[at : at + 1] != "]":
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise expected(error.msg, error.pos) from error
+        line += text.count("\n", counted, at)
+        counted = at
+        yield line, _object(path, line, value)
+        at = skip(end)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+        elif text[at : at + 1] != "]":
+            raise expected("expecting ',' or ']'", at)
+    if skip(at + 1) != len(text):
+        raise expected("more text after the array", skip(at + 1))
+
+
+def _object(path: Path, line: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}, line {line}: {excerpt(value)} is {kind_of(value)}: each row must be an "
+            'object such as {"text": "..."}. Wrap it in one.'
+        )
+    hidden = [key for key in value if key.startswith("__")]
+    if hidden:
+        raise ValueError(
+            f"{path}, line {line}: the key `{hidden[0]}` starts with two underscores, which is "
+            "kept for this reader's own columns. Rename it."
+        )
+    return value
+
+
+def _table_of(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> pa.Table:
+    """Objects to columns; a key that a row lacks is null there."""
+    import pyarrow as pa
+
+    names = list(dict.fromkeys(key for _, row in rows for key in row))
+    first = rows[0] if rows else (0, {})
+    for line, row in rows:
+        if not first[1].keys() & row.keys():
+            raise ValueError(
+                f"{path}, line {line}: its keys ({listing(row)}) have none in common with those "
+                f"of line {first[0]} ({listing(first[1])}): the rows of a file are of one shape. "
+                "Keep the two kinds in two files."
+            )
+    lines = [line for line, _ in rows]
+    arrays = [_column(path, name, [row.get(name) for _, row in rows], lines) for name in names]
+    places = pa.array([f"{path}, line {line}" for line in lines], type=pa.string())
+    return pa.table([*arrays, places], names=[*names, WHERE])
+
+
+def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Array:
+    import pyarrow as pa
+
+    families = {int: "number", float: "number", list: "nested", dict: "nested"}
+    seen: dict[str, int] = {}
+    for index, value in enumerate(values):
+        if value is not None:
+            seen.setdefault(families.get(type(value), type(value).__name__), index)
+    if len(seen) > 1:
+        one, other = list(seen.values())[:2]
+        raise ValueError(
+            f"{path}, line {lines[other]}: `{name}` is {kind_of(values[other])} "
+            f"({excerpt(values[other])}), but {kind_of(values[one])} on line {lines[one]}: a "
+            "column holds one type. Write both the same way."
+        )
+    if "nested" not in seen:
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError) as error:
+            line = next(n for n, value in zip(lines, values, strict=True) if not _fits(value))
+            raise ValueError(
+                f"{path}, line {line}: `{name}` can't be stored: {error}. Numbers must fit in 64 "
+                "bits (write larger ones as texts), and texts hold no half surrogate pairs."
+            ) from error
+    try:
+        array = pa.array(values)
+        if array.to_pylist() == values:
+            return array
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        pass
+    # Arrow would give every dictionary the keys of all the others, or refuses their types.
+    return pa.array([keep_as_json(value) for value in values], type=pa.string())
+
+
+def _fits(value: Any) -> bool:
+    import pyarrow as pa
+
+    try:
+        pa.array([value])
+    except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _separated(delimiter: str, quoting: Any) -> Callable[[Path, bytes, Options], pa.Table]:
+    def reader(path: Path, data: bytes, options: Options) -> pa.Table:
+        text = _text_of(path, data)
+        rows = list(_fields(path, text, delimiter, quoting))
+        if options.header is not None:
+            header = list(options.header)
+        elif rows:
+            header = rows.pop(0)[1]
+        else:
+            header = []
+        return _field_table(path, header, rows, given=options.header is not None)
+
+    return reader
+
+
+def _fields(path: Path, text: str, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str]]]:
+    if quoting == csv.QUOTE_NONE:
+        # Not the csv module: without quotes a row is a line, and a lone "\r" is no line's end.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip("\r"):
+                yield number, line.rstrip("\r").split(delimiter)
+        return
+    limit = csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long document
+    try:
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True
+        )
+        start = 1
+        try:
+            for row in reader:
+                if row:
+                    yield start, row
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {start}: not valid CSV: {error}. A field with a quote, a comma or a "
+                'line end in it must stand in "...", with a quote inside doubled (""); mend that '
+                "row. A file without quoting is a .tsv."
+            ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _field_table(
+    path: Path, header: list[str], rows: list[tuple[int, list[str]]], *, given: bool
+) -> pa.Table:
+    import pyarrow as pa
+
+    named = [name for name in header if name != "_"] if given else header
+    bad = [name for name in named if not name.strip() or named.count(name) > 1]
+    if bad:
+        raise ValueError(
+            f"{path}, {'`header`' if given else 'line 1'}: the column name {bad[0]!r} is "
+            f"{'empty' if not bad[0].strip() else 'there twice'} in {excerpt(header)}: names must "
+            "differ. "
+            + (
+                'Name a column that you don\'t need "_".'
+                if given
+                else "If the file has no header line, give the names: "
+                + f"`header={['text', 'label', *'_' * len(header)][: len(header)]}`."
+            )
+        )
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(row)} field(s) where {len(header)} are needed "
+                f"({listing(header)}): {excerpt(row)}. Mend that row"
+                + ("." if not given else ", or give `header` one name for each field.")
+            )
+    keep = [(i, name) for i, name in enumerate(header) if not (given and name == "_")]
+    arrays = [pa.array([row[i] for _, row in rows], type=pa.string()) for i, _ in keep]
+    places = pa.array([f"{path}, line {line}" for line, _ in rows], type=pa.string())
+    return pa.table([*arrays, places], names=[*(name for _, name in keep), WHERE])
+
+
+def _parquet(path: Path, data: bytes, options: Options) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole parquet file: {error}. Write or download it again."
+        ) from error
+    places = pa.array([f"{path}, row {i}" for i in range(table.num_rows)], type=pa.string())
+    # Of the metadata only the features of `datasets` are wanted, and they don't know our column.
+    table = _with_features(table)
+    metadata = table.schema.metadata
+    return table.append_column(WHERE, places).replace_schema_metadata(metadata)
+
+
+def _with_features(table: pa.Table) -> pa.Table:
+    raw = (table.schema.metadata or {}).get(b"huggingface")
+    if raw is None:
+        return table.replace_schema_metadata(None)
+    info = json.loads(raw)
+    info["info"]["features"][WHERE] = {"dtype": "string", "_type": "Value"}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": info["info"]})})
+
+
+def _txt(path: Path, data: bytes, options: Options) -> pa.Table:
+    import pyarrow as pa
+
+    text = _text_of(path, data).replace("\r\n", "\n")
+    documents = list(_DOCUMENTS[options.txt_split or "paragraph"](text))
+    return pa.table(
+        [
+            pa.array([document for _, document in documents], type=pa.string()),
+            pa.array([f"{path}, line {line}" for line, _ in documents], type=pa.string()),
+        ],
+        names=["text", WHERE],
+    )
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    held: list[str] = []
+    start = 1
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
+        if line.strip():
+            start = start if held else number
+            held.append(line)
+        elif held:
+            yield start, "\n".join(held)
+            held = []
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    return ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def _whole(text: str) -> Iterator[tuple[int, str]]:
+    return iter([(1, text)] if text.strip() else [])
+
+
+_DOCUMENTS: dict[str, Callable[[str], Iterator[tuple[int, str]]]] = {
+    "paragraph": _paragraphs,
+    "line": _lines,
+    "file": _whole,
+}
+
+OPENERS: dict[str, Callable[[bytes], bytes]] = {
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+}
+
+READERS: dict[str, Callable[[Path, bytes, Options], Any]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".csv": _separated(",", csv.QUOTE_MINIMAL),
+    ".tsv": _separated("\t", csv.QUOTE_NONE),
+    ".parquet": _parquet,
+    ".txt": _txt,
+}

@@ -1,0 +1,117 @@
+"""Folders that are complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorica.io.strict import OWN_CONFIG, PEFT_CONFIG, entries
+
+# What a save writes, so what overwriting replaces; everything else in the folder is the user's.
+_OURS = re.compile(
+    r"adapter_config\.json|adapter_model\.(safetensors|bin)|lorica\.(json|safetensors)"
+    r"|model.*\.safetensors(\.index\.json)?|(generation_)?config\.json"
+)
+_MARKS = (OWN_CONFIG, PEFT_CONFIG)
+
+
+def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = _MARKS) -> None:
+    """Whether a folder may be written here.
+
+    Raises:
+        ValueError: a file is there; a folder with other things in it; a result of the same kind and
+            `overwrite` is not given.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; name a folder that does not exist yet")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not any((path / mark).exists() for mark in marks):
+        raise ValueError(
+            f"{str(path)!r} holds other things ({entries(path)}) and is not overwritten, whatever"
+            " `overwrite` says; name a folder that is empty or does not exist yet"
+        )
+    if not overwrite:
+        raise ValueError(
+            f"{str(path)!r} has been written already; pass `overwrite=True` (`--overwrite`) to"
+            " replace it, or name another folder"
+        )
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, *, overwrite: bool, marks: tuple[str, ...] = _MARKS
+) -> Iterator[Path]:
+    """A fresh folder beside `path` that takes its place when the block ends, and vanishes when it
+    raises.
+
+    What else lay in a folder that is overwritten (a tokenizer, a read-me) moves along.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> out = pathlib.Path(tempfile.mkdtemp()) / "out"
+        >>> with writing(out, overwrite=False) as folder:
+        ...     _ = (folder / "a.txt").write_text("a")
+        >>> [e.name for e in out.iterdir()]
+        ['a.txt']
+    """
+    check_free(path, overwrite=overwrite, marks=marks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
+    try:
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield fresh
+        if path.exists():
+            for entry in path.iterdir():
+                if not _OURS.fullmatch(entry.name) and not (fresh / entry.name).exists():
+                    _copy(entry, fresh / entry.name)
+        for file in fresh.rglob("*"):
+            _sync(file)
+        _sync(fresh)
+        _swap(fresh, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, path: Path) -> None:
+    """Two renames at most: a folder cannot be renamed over one that holds something."""
+    if not path.exists() or not any(path.iterdir()):
+        os.replace(fresh, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    os.replace(path, old)
+    try:
+        os.replace(fresh, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _sync(path: Path) -> None:
+    if path.is_symlink() or (os.name == "nt" and path.is_dir()):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

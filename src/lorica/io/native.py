@@ -1,0 +1,542 @@
+"""Adapters as folders: written atomically, read strictly, exact to the bit.
+
+A folder holds one of three forms, and `lorica.json` beside it: recipe, hash of the base, versions,
+hash of every file.
+
+* `peft`: `adapter_config.json` + `adapter_model.safetensors`, where PEFT computes the same from
+  them. What can't be cut out of PEFT's tensors bit for bit lies in `lorica.safetensors`.
+* `lorica`: `lorica.safetensors`, where it can't.
+* `model`: an ordinary transformers model, where the base itself trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import lorica
+from lorica.adapters import Adapters
+from lorica.attach import attach, detach
+from lorica.io import peft
+from lorica.io.folder import check_free, writing
+from lorica.io.strict import (
+    OWN_CONFIG,
+    OWN_TENSORS,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    check_types,
+    locate,
+    read_json,
+    read_tensors,
+    sha256,
+    tensor_file,
+)
+from lorica.moves import copy_, read_full
+from lorica.recipe import Recipe
+
+READER = 1  # raised when an older reader would misread what is written
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "reader": (int,), "lorica": (str,), "form": (str,), "recipe": (dict,), "dtype": (str,),
+    "base": (dict,), "fresh": (list,), "layers": (dict,), "saved": (list,), "direct": (list,),
+    "files": (dict,), "versions": (dict,),
+}  # fmt: skip
+
+
+# -- save ------------------------------------------------------------------------------------------
+
+
+def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the adapters (not the base) as a folder that `lorica.load` reads back bit for bit.
+
+    It is a PEFT adapter wherever PEFT computes the same from it, whatever the method was; else
+    Lorica's own form; and a whole transformers model where the method trains the base itself. The
+    folder is complete or absent, even if the process dies. With several processes all have to call;
+    the first one writes.
+
+    Args:
+        adapters: the handle, or the adapted model.
+        path: the folder; may not exist yet.
+        overwrite: replace an adapter that is there. Other files beside it stay; a folder without an
+            adapter is never overwritten.
+
+    Raises:
+        ValueError: the folder is taken; a factor is not a matrix (a sharded model that was not
+            gathered); a trained tensor has a value that is not finite.
+
+    Example:
+        >>> import tempfile, torch, lorica
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> adapters = lorica.attach(model, "olora", r=2, verbose=False)
+        >>> out = lorica.save(adapters, tempfile.mkdtemp() + "/out")
+        >>> sorted(file.name for file in out.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors', 'lorica.json']
+    """
+    adapters = adapters if isinstance(adapters, Adapters) else Adapters.of(adapters)
+    path = Path(path)
+    check_free(path, overwrite=overwrite)
+    state = full_state(adapters)
+    whole = bool(adapters.direct) and isinstance(adapters.model, PreTrainedModel)
+    obstacle = None if whole else peft.obstacle(adapters)
+    form = "model" if whole else "lorica" if obstacle else "peft"
+    own, tensors, config = state, {}, {}
+    if form == "peft":
+        tensors, config = peft.file_tensors(adapters, state), peft.config(adapters)
+        cuts = peft.places(adapters, peft.carried_ranks(adapters))
+        own = {name: value for name, value in state.items() if name not in cuts}
+    base_hash = adapters.hash_base() if adapters.pristine else adapters.base_hash
+    check_values(adapters, state, tensors)
+    if _rank() == 0:
+        with writing(path, overwrite=overwrite) as folder:
+            if form == "model":
+                assert isinstance(adapters.model, PreTrainedModel)
+                adapters.model.save_pretrained(folder)
+            else:
+                if form == "peft":
+                    write_tensors(tensors, folder / PEFT_TENSORS, {"format": "pt"})
+                    peft.write_config(config, folder)
+                if own or form == "lorica":
+                    write_tensors(own, folder / OWN_TENSORS, {"format": "pt"})
+            info = _describe(adapters, form, obstacle, base_hash)
+            info["files"] = {f.name: sha256(f) for f in sorted(folder.iterdir())}
+            text = json.dumps(info, indent=2, ensure_ascii=False)
+            (folder / OWN_CONFIG).write_text(text + "\n", encoding="utf-8")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return path
+
+
+def _rank() -> int:
+    live = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if live else 0
+
+
+def _buffers(adapters: Adapters) -> dict[str, Tensor]:
+    """Persistent buffers of the modules that train in full (running statistics, say)."""
+    out = {}
+    for site, module in adapters.saved.items():
+        own = {n for n, _ in module.copy.named_parameters(remove_duplicate=False)}
+        if module.only is None:
+            out |= {
+                f"{site}.copy.{n}": t for n, t in module.copy.state_dict().items() if n not in own
+            }
+    return out
+
+
+def full_state(adapters: Adapters) -> dict[str, Tensor]:
+    """`adapters.state_dict()` and the buffers of the modules that train in full, and what such a
+    module shares within itself under every name."""
+    shared = {
+        f"{site}.copy.{n}": p
+        for site, module in adapters.saved.items()
+        if module.only is None
+        for n, p in module.copy.named_parameters(remove_duplicate=False)
+    }
+    shared = {n: read_full(p).detach() for n, p in shared.items()}
+    return {**shared, **_buffers(adapters), **adapters.state_dict()}
+
+
+def check_values(
+    adapters: Adapters, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Whether this is worth writing.
+
+    Raises:
+        ValueError: see `save`.
+    """
+    expected = {f"{n}.{part}": p for n, layer in adapters for part, p, _ in layer.trained()}
+    flat = [n for n, p in expected.items() if state[n].ndim != p.ndim or not state[n].numel()]
+    flat += [n for n, t in tensors.items() if not t.numel()]
+    if flat:
+        raise ValueError(
+            f"{flat[0]} is {tuple((state | dict(tensors))[flat[0]].shape)}: an adapter's tensor is"
+            " neither empty nor flat, so the shards of a sharded model were not gathered. Gather"
+            " them before saving"
+        )
+    trained = [t.name for t in adapters.trained()]
+    bad = [n for n in trained if n in state and not torch.isfinite(state[n]).all()]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(trained)} trained tensors hold values that are not finite, first"
+            f" {bad[0]}: training has diverged. Go back to an earlier checkpoint and lower the"
+            " learning rate"
+        )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, meta: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    cpu = {
+        n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
+    }
+    save_file(cpu, path, metadata=meta)
+
+
+def _describe(
+    adapters: Adapters, form: str, obstacle: str | None, base_hash: str | None
+) -> dict[str, Any]:
+    model = adapters.model
+    carried = peft.carried_ranks(adapters)
+    base = {
+        "class": type(model).__name__,
+        "name": model.config.name_or_path if isinstance(model, PreTrainedModel) else None,
+        "sha256": base_hash,
+        "dtype": _dtypes(adapters),
+    }
+    return {
+        "lorica": lorica.__version__,
+        "reader": READER,
+        "form": form,
+        "why_not_peft": obstacle,
+        "method": adapters.recipe.text(),
+        "recipe": adapters.recipe.to_dict(),
+        "dtype": str(adapters.dtype).removeprefix("torch."),
+        "base": base,
+        "fresh": list(adapters.contract.fresh),
+        "layers": {
+            name: {
+                "in": layer.in_features,
+                "out": layer.out_features,
+                "r": layer.site.r,
+                "scale": layer.site.scale,
+                "carried": carried[name],
+            }
+            for name, layer in adapters
+        },
+        "saved": list(adapters.saved),
+        "direct": list(adapters.direct),
+        "versions": {
+            "python": platform.python_version(),
+            **{p: metadata.version(p) for p in ("torch", "transformers", "safetensors")},
+        },
+    }
+
+
+def _dtypes(adapters: Adapters) -> str:
+    """The base's dtype, or several."""
+    found = {str(p.dtype) for p in adapters.base_parameters().values() if p.is_floating_point()}
+    return ", ".join(sorted(d.removeprefix("torch.") for d in found))
+
+
+# -- read ------------------------------------------------------------------------------------------
+
+
+def read_own(folder: Path) -> dict[str, Any]:
+    """A checked `lorica.json`; the files it speaks of are whole.
+
+    Raises:
+        ValueError: a newer format, a value of the wrong type, a file that is missing or was changed.
+    """
+    file = folder / OWN_CONFIG
+    info = read_json(file)
+    reader = info.get("reader")
+    if isinstance(reader, int) and reader > READER:
+        raise ValueError(
+            f"{file} was written by Lorica {info.get('lorica')} and needs a reader of format"
+            f" {reader}; this is Lorica {lorica.__version__}, which reads up to {READER}. Upgrade:"
+            " `pip install -U lorica`"
+        )
+    check_types(info, _TYPES, file)
+    if missing := sorted(k for k in _TYPES if info.get(k) is None):
+        raise ValueError(
+            f"{file}: {missing} must be given; the file was cut. Copy the folder again"
+        )
+    for name, digest in info["files"].items():
+        if os.path.basename(name) != name or not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} lacks {name!r}, which belongs to the adapter. Copy the whole folder"
+            )
+        if sha256(folder / name) != digest:
+            remedy = (
+                f" If another program wrote it and you trust it, delete {OWN_CONFIG} to read the"
+                " folder as an ordinary PEFT adapter"
+                if info["form"] == "peft"
+                else ""
+            )
+            raise ValueError(
+                f"{folder / name} is not the file that {OWN_CONFIG} describes: truncated, or"
+                f" changed since it was saved. Copy the folder again from where it came.{remedy}"
+            )
+    return info
+
+
+def read_recipe(info: Mapping[str, Any], folder: Path) -> Recipe:
+    try:
+        return Recipe.from_dict(info["recipe"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / OWN_CONFIG}: `recipe`: {error}") from None
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    check_base: bool = True,
+    trainable: bool = True,
+    verbose: bool = False,
+) -> Adapters:
+    """Attach a saved adapter to its base: one of Lorica's, or one that PEFT wrote.
+
+    Of PEFT's, LoRA with its switches and starts is read (rsLoRA, DoRA, OLoRA, PiSSA, patterns,
+    embeddings, biases, modules trained in full). A start that PEFT would take out of the base as it
+    loads is computed from the base and carried beside it, so the base keeps its bytes. On an error
+    the model is as it was.
+
+    Args:
+        model: the plain base, loaded, not sharded.
+        path: a folder, or a hub id `owner/name`.
+        check_base: refuse a base whose weights are not those the adapter was trained on (PEFT's
+            files don't say).
+        trainable: False leaves every parameter frozen.
+        verbose: log the contract, as `attach` does.
+
+    Raises:
+        ValueError: what can't be read, and why; another base; tensors that are missing, left over
+            or of another shape, all of them named.
+
+    Example:
+        >>> import tempfile, torch, lorica
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> before = lorica.attach(model, "dora", r=2, verbose=False).fingerprint()
+        >>> out = lorica.save(model, tempfile.mkdtemp() + "/out")
+        >>> lorica.load(lorica.detach(model), out).fingerprint() == before
+        True
+    """
+    folder = locate(path)
+    if (folder / OWN_CONFIG).exists():
+        adapters = _load_own(model, folder, check_base=check_base, verbose=verbose)
+    else:
+        adapters = _load_peft(model, folder, verbose=verbose)
+    if not trainable:
+        for t in adapters.trained():
+            t.parameter.requires_grad_(False)
+    return adapters
+
+
+def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool) -> Adapters:
+    info = read_own(folder)
+    if info["form"] == "model":
+        raise ValueError(
+            f"{folder} is a whole model ({info['base'].get('class')}), trained by"
+            f" `{info.get('method')}`, and no adapter; load it with"
+            f" `{info['base'].get('class')}.from_pretrained({str(folder)!r})`"
+        )
+    recipe = read_recipe(info, folder)
+    tensors = _read_files(folder, info)
+    try:
+        adapters = attach(
+            model,
+            recipe,
+            fresh=info["fresh"],
+            dtype=_dtype(info, folder),
+            verbose=verbose,
+            initialise=False,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} does not fit this {type(model).__name__} (it was saved from"
+            f" {info['base'].get('class')} {info['base'].get('name')!r}): {error}"
+        ) from None
+    try:
+        if check_base:
+            _check_base(adapters, info, folder)
+        state = _own_state(adapters, info, tensors, folder)
+        _write(adapters, state)
+    except BaseException:
+        detach(model)
+        raise
+    return adapters
+
+
+def _load_peft(model: nn.Module, folder: Path, *, verbose: bool) -> Adapters:
+    file = folder / PEFT_CONFIG
+    data = peft.read_config(read_json(file), file)
+    tensors = read_tensors(tensor_file(folder))
+    recipe, anchored = peft.recipe_for(model, data, file)
+    try:
+        # An anchored start is computed and carried; the factors it leaves are overwritten.
+        adapters = attach(model, recipe, fresh=[], verbose=verbose, initialise=anchored)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    try:
+        for _, layer in adapters:
+            if layer.store.lookup:  # PEFT starts embeddings at zero, whatever the start is
+                layer.update.carried_A = layer.update.carried_B = None
+        cuts = peft.places(adapters, dict.fromkeys(adapters.layers, 0))
+        live = {n: t for n, t in adapters.state_dict().items() if n not in cuts}
+        left = peft.spare(adapters, tensors, {place.key for place in cuts.values()})
+        state = _cut(adapters, cuts, tensors, tensor_file(folder), left)
+        _write(adapters, {**live, **state})
+    except BaseException:
+        detach(model)
+        raise
+    return adapters
+
+
+def restore(adapters: Adapters, path: str | Path, *, check_base: bool = True) -> None:
+    """Read a saved state into adapters that are attached already, to go on training.
+
+    Args:
+        adapters: attached with the very recipe that was saved.
+        path: a folder that `save` wrote.
+        check_base: see `load`.
+
+    Raises:
+        ValueError: another recipe (the differences are named), another base, or tensors that don't
+            fit; nothing is changed then.
+    """
+    folder = locate(path)
+    if not (folder / OWN_CONFIG).exists():
+        raise ValueError(
+            f"{folder} was written by PEFT and holds no training state; start from it with"
+            " `lorica.load(model, path)`"
+        )
+    info = read_own(folder)
+    saved, live = read_recipe(info, folder), adapters.recipe
+    if saved != live:
+        ours, theirs = live.to_dict(), saved.to_dict()
+        differ = [f"`{k}` {theirs[k]!r} (here {ours[k]!r})" for k in theirs if theirs[k] != ours[k]]
+        raise ValueError(
+            f"{folder} was saved with another recipe: {', '.join(differ)}. Resume with the saved"
+            " recipe, or start anew in another folder"
+        )
+    if check_base:
+        _check_base(adapters, info, folder)
+    if info["form"] == "model":
+        _restore_model(adapters, folder)
+    else:
+        _write(adapters, _own_state(adapters, info, _read_files(folder, info), folder))
+
+
+def _restore_model(adapters: Adapters, folder: Path) -> None:
+    """Through `from_pretrained`, since what transformers writes may be named otherwise than what it
+    holds."""
+    model = adapters.model
+    assert isinstance(model, PreTrainedModel)
+    stored = type(model).from_pretrained(folder, dtype=adapters.dtype)
+    adapters.load_state_dict({n: stored.get_parameter(n).detach() for n in adapters.direct})
+
+
+def _dtype(info: Mapping[str, Any], folder: Path) -> torch.dtype:
+    known = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64,
+             torch.bfloat16, torch.float16)}  # fmt: skip
+    if info["dtype"] not in known:
+        raise ValueError(
+            f"{folder / OWN_CONFIG}: `dtype` is {info['dtype']!r}; allowed: {', '.join(known)}"
+        )
+    return known[info["dtype"]]
+
+
+def _check_base(adapters: Adapters, info: Mapping[str, Any], folder: Path) -> None:
+    saved = info["base"].get("sha256")
+    live = adapters.hash_base() if adapters.pristine else adapters.base_hash
+    if saved is None or live is None or saved == live:
+        return
+    here, there = _dtypes(adapters), info["base"].get("dtype")
+    hint = (
+        f" It was held in {there} there and is in {here} here, which rounds it: load it in"
+        f" {there}."
+        if here != there
+        else ""
+    )
+    raise ValueError(
+        f"{folder} was trained on another base: {info['base'].get('name') or 'the one saved'} has"
+        f" the hash {saved[:12]}, this model {live[:12]}.{hint} Load the right base, or, knowing"
+        " that the numbers will differ, pass `check_base=False` (`--ignore-base-hash`)"
+    )
+
+
+def _read_files(folder: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name in (PEFT_TENSORS, OWN_TENSORS):
+        if name in info["files"]:
+            out |= read_tensors(folder / name)
+    return out
+
+
+def _own_state(
+    adapters: Adapters, info: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The state as `full_state` had it, checked against the attached adapters."""
+    file = folder / (PEFT_TENSORS if info["form"] == "peft" else OWN_TENSORS)
+    cuts = {}
+    carried = {n: int(info["layers"].get(n, {}).get("carried", 0)) for n in adapters.layers}
+    if info["form"] == "peft":
+        cuts = peft.places(adapters, carried)
+    names = set(full_state(adapters)) - {
+        f"{n}.update.carried_{side}" for n in adapters.layers for side in "AB"
+    }
+    names |= {f"{n}.update.carried_{s}" for n, k in carried.items() if k for s in "AB"}
+    cuts |= {n: peft.Place(n) for n in names if n not in cuts}
+    # Factors that are computed lie in PEFT's file too; the parameters are in our own.
+    used = {place.key for place in cuts.values()}
+    left = [f"{k} belongs to nothing in this model" for k in sorted(set(tensors) - used)]
+    if OWN_TENSORS in info["files"] and info["form"] == "peft":
+        left = [f for f in left if not f.startswith(peft.PREFIX)]
+    return _cut(adapters, cuts, tensors, file, left)
+
+
+def _cut(
+    adapters: Adapters,
+    cuts: Mapping[str, peft.Place],
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    problems: list[str],
+) -> dict[str, Tensor]:
+    """The live state out of a file's tensors.
+
+    Raises:
+        ValueError: listing `problems` and every tensor that is missing or of another shape.
+    """
+    live = full_state(adapters)
+    problems = list(problems)
+    lengths: dict[str, int] = {}
+    for place in cuts.values():
+        lengths[place.key] = max(lengths.get(place.key, 0), place.start + place.length)
+    state = {}
+    for name, place in cuts.items():
+        found = tensors.get(place.key)
+        if found is None:
+            problems.append(f"{place.key} is missing")
+            continue
+        if place.axis is not None and (
+            found.ndim != 2 or found.shape[place.axis] != lengths[place.key]
+        ):
+            problems.append(
+                f"{place.key} is {tuple(found.shape)}, of rank {lengths[place.key]} expected"
+            )
+            continue
+        part = place.cut(tensors)
+        if name in live and part.shape != live[name].shape and ".update.carried_" not in name:
+            problems.append(
+                f"{place.key} is {tuple(found.shape)} instead of {tuple(live[name].shape)}"
+            )
+            continue
+        state[name] = part
+    if problems:
+        problems = list(dict.fromkeys(problems))
+        more = f" (and {len(problems) - 12} more)" if len(problems) > 12 else ""
+        raise ValueError(
+            f"{file} does not fit this {type(adapters.model).__name__} under"
+            f" `{adapters.recipe.text()}`: {'; '.join(problems[:12])}{more}. Load the base that the"
+            " adapter was trained on, and the whole file"
+        )
+    return state
+
+
+def _write(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
+    buffers = _buffers(adapters)
+    own = set(adapters.state_dict())
+    extra = {n for n in state if n not in own and ".update.carried_" not in n}
+    adapters.load_state_dict({n: t for n, t in state.items() if n not in extra})
+    for name in extra & set(buffers):
+        copy_(buffers[name], state[name])

@@ -1,0 +1,156 @@
+"""Models and tokenizers of transformers, loaded for a task, with errors that fit one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorica.data import Labels
+
+# task -> (transformers' auto class, ending of the class names of that task)
+AUTO = {
+    "causal-lm": ("AutoModelForCausalLM", "ForCausalLM"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "ForConditionalGeneration"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "ForSequenceClassification"),
+    "token-classification": ("AutoModelForTokenClassification", "ForTokenClassification"),
+}
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        ValueError: there is no such folder, or no model in it, or no such model to be had.
+    """
+    from transformers import AutoConfig
+
+    check_source(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_cannot("a model", name, error)) from error
+
+
+def check_source(name: str) -> None:
+    """A name that can only mean a folder has to be one."""
+    path = Path(name).expanduser()
+    looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if (looks or path.exists()) and not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"the model `{name}` {what}: a model is a folder with a config.json, or a hub id such"
+            " as `org/name`. Check the path (it is taken from the current folder)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"the folder `{name}` holds no model: it has no config.json. Name the folder that"
+            " `save_pretrained` wrote"
+        )
+
+
+def _cannot(what: str, name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) < 300 else reason[:297] + "..."
+    return f"cannot load {what} from `{name}`: {reason}"
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """The model's modules without any weights (on the meta device), from its configuration."""
+    import torch
+    import transformers
+
+    config = read_config(name)
+    made_for = (config.architectures or [None])[0]
+    cls: Any = getattr(transformers, made_for, None) if made_for else None
+    with torch.device("meta"):
+        try:
+            if cls is None:
+                return transformers.AutoModel.from_config(config)
+            return cls(config)
+        except (ValueError, ImportError) as error:
+            raise ValueError(_cannot("the layers", name, error)) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; where it has no padding token, EOS pads (nothing looks at padding)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_cannot("a tokenizer", name, error)) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def own_labels(config: PretrainedConfig, task: str) -> Labels | None:
+    """The classes that a checkpoint's head was trained for; None: it has no head of this task."""
+    from lorica.data import Labels
+
+    if not any(name.endswith(AUTO[task][1]) for name in config.architectures or []):
+        return None
+    if task not in ("sequence-classification", "token-classification"):
+        return None
+    if config.num_labels == 1:
+        return Labels()
+    numbered = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    if not config.label2id or dict(config.label2id) == numbered:
+        return Labels.from_num_labels(config.num_labels)
+    return Labels.from_label2id(config.label2id)
+
+
+def load_model(
+    name: str,
+    task: str,
+    *,
+    labels: Labels | None,
+    dtype: str,
+    attn_implementation: str | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model for a task, on the CPU.
+
+    Args:
+        labels: the classes of a classification; a head of that size is made where the checkpoint
+            has none.
+        dtype: `auto` keeps the checkpoint's, but float16 becomes float32 where `device` is a CPU
+            (exact: every float16 is a float32).
+        device: where it will train.
+    """
+    import torch
+    import transformers
+
+    auto: Any = getattr(transformers, AUTO[task][0])
+    more: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    more = more or {"dtype": "auto"}
+    if attn_implementation is not None:
+        more["attn_implementation"] = attn_implementation
+    if labels is not None:
+        more |= {
+            "id2label": labels.id2label,
+            "label2id": labels.label2id,
+            "problem_type": labels.problem_type,
+        }
+    try:
+        model = auto.from_pretrained(name, **more)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(_cannot(f"a model for {task}", name, error)) from error
+    if dtype == "auto" and device.type == "cpu":
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.dtype is torch.float16:
+                tensor.data = tensor.data.float()
+        model.config.dtype = model.dtype
+    return model
+
+
+def longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that the model and its tokenizer allow a row; None: they do not say."""
+    said = [vars(config).get("max_position_embeddings"), vars(config).get("n_positions")]
+    said.append(tokenizer.model_max_length)
+    known = [n for n in said if isinstance(n, int) and 0 < n < 10**9]
+    return min(known, default=None)

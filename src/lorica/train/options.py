@@ -1,0 +1,410 @@
+"""What a fine-tuning run can be told, as typed options.
+
+The command line, the YAML file and the run itself share this one list. Importing it costs nothing:
+neither torch nor transformers is needed to read options, so `--help` and a misspelt flag answer at
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import tyro
+
+TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
+
+
+class UsageError(ValueError):
+    """What was typed cannot be run as it stands: exit status 2, where any other error is 1."""
+
+
+def nearest(name: str, known: Iterable[str], *, flag: bool = False) -> str:
+    """` Did you mean `x`?` for the closest known name, or an empty string."""
+    found = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.6)
+    if not found:
+        return ""
+    return f" Did you mean `{'--' + found[0].replace('_', '-') if flag else found[0]}`?"
+
+
+# -- kinds of options ------------------------------------------------------------------------------
+
+
+class Kind(tyro.constructors.PrimitiveConstructorSpec):
+    """How the text of an option becomes its value; flags and YAML values go the same way.
+
+    Args:
+        metavar: stands for the value in `--help`.
+        read: the words after the flag -> value; raises ValueError with what is wanted.
+        nargs: how many words; `*` for any number.
+        mapping: how a YAML mapping becomes the value; None: it cannot be one.
+    """
+
+    def __init__(
+        self,
+        metavar: str,
+        read: Callable[[Sequence[str]], Any],
+        *,
+        nargs: Any = 1,
+        mapping: Callable[[Mapping[str, Any]], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            nargs=nargs,
+            metavar=metavar,
+            instance_from_str=read,
+            is_instance=lambda value: True,
+            str_from_instance=shown,
+        )
+        object.__setattr__(self, "mapping", mapping)
+
+    def from_yaml(self, value: Any) -> Any:
+        """The value of a YAML node; `null` leaves the option unset."""
+        if value is None:
+            return None
+        if isinstance(value, Mapping):
+            mapping: Any = vars(self)["mapping"]
+            if mapping is None:
+                raise ValueError(f"{self.metavar} is wanted, not a mapping")
+            return mapping(value)
+        if isinstance(value, bool):
+            if self.nargs != (0, 1):
+                raise ValueError(f"{self.metavar} is wanted, not {str(value).lower()}")
+            return self.instance_from_str([]) if value else None
+        if isinstance(value, list) and self.nargs != "*":
+            raise ValueError(f"one {self.metavar} is wanted, not a list")
+        return self.instance_from_str([str(v) for v in (value if type(value) is list else [value])])
+
+
+def shown(value: Any) -> list[str]:
+    """A value as it would be typed; `-` for what is unset."""
+    if value is None or value == () or value == {}:
+        return ["-"]
+    if isinstance(value, (tuple, list)):
+        return [str(v) for v in value]
+    return [json.dumps(value) if isinstance(value, Mapping) else str(value)]
+
+
+def _whole(words: Sequence[str]) -> int:
+    try:
+        return int(words[0])
+    except ValueError:
+        raise ValueError(f"a whole number is wanted, not {words[0]!r}") from None
+
+
+def _number(words: Sequence[str]) -> float:
+    try:
+        return float(words[0])
+    except ValueError:
+        raise ValueError(f"a number is wanted, e.g. 1e-4, not {words[0]!r}") from None
+
+
+def _names(words: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for word in words for name in word.split(","))
+    if not names or "" in names:
+        raise ValueError("one or more names are wanted, e.g. `q_proj v_proj`")
+    return names
+
+
+def _modules(words: Sequence[str]) -> str | tuple[str, ...]:
+    if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[*+?()\[\]{}|^$\\]", words[0])):
+        return words[0]
+    return _names(words)
+
+
+def _wholes(words: Sequence[str]) -> tuple[int, ...]:
+    return tuple(_whole([name]) for name in _names(words))
+
+
+def _json(words: Sequence[str]) -> dict[str, Any]:
+    wanted = """a JSON mapping is wanted, e.g. '{"q_proj": 8}', not """
+    try:
+        value = json.loads(words[0])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{wanted}{words[0]!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{wanted}{words[0]!r}")
+    return value
+
+
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    pairs = [name.partition("=") for name in _names(words)]
+    if bad := ["".join(pair) for pair in pairs if not all(pair)]:
+        raise ValueError(f"pairs name=column are wanted, e.g. `text=sentence`, not {bad[0]!r}")
+    return {name: value for name, _, value in pairs}
+
+
+def method_text(mapping: Mapping[str, Any]) -> str:
+    """The text form of a YAML mapping {word: {argument: value}}.
+
+    Example:
+        >>> method_text({"dora": None, "pissa": {"niter": 16}})
+        'dora+pissa(niter=16)'
+    """
+    parts = []
+    for word, arguments in mapping.items():
+        if arguments is not None and not isinstance(arguments, Mapping):
+            raise ValueError(f"`{word}` takes a mapping of its arguments, not {arguments!r}")
+        inside = ", ".join(f"{name}={value!r}" for name, value in (arguments or {}).items())
+        parts.append(f"{word}({inside})" if inside else str(word))
+    return "+".join(parts)
+
+
+def choice(*allowed: str) -> Kind:
+    """One word out of `allowed`."""
+
+    def read(words: Sequence[str]) -> str:
+        if words[0] not in allowed:
+            hint = nearest(words[0], allowed)
+            raise ValueError(f"{words[0]!r} is none of {', '.join(allowed)}.{hint}")
+        return words[0]
+
+    return Kind("{" + ",".join(allowed) + "}", read)
+
+
+def _first(words: Sequence[str]) -> str:
+    return words[0]
+
+
+TEXT = Kind("TEXT", _first)
+PATH = Kind("PATH", _first)
+METHOD = Kind("METHOD", _first, mapping=method_text)
+WHOLE = Kind("INT", _whole)
+NUMBER = Kind("FLOAT", _number)
+NAMES = Kind("NAME ...", _names, nargs="*")
+MODULES = Kind("NAMES|REGEX|all-linear", _modules, nargs="*")
+WHOLES = Kind("INT ...", _wholes, nargs="*")
+JSON = Kind("JSON", _json, mapping=dict)
+PAIRS = Kind("NAME=COLUMN ...", _pairs, nargs="*", mapping=dict)
+RESUME = Kind("[PATH]", lambda words: words[0] if words else "last", nargs=(0, 1))
+DTYPE = choice("auto", "float32", "bfloat16", "float16")
+
+_hint: Any = lambda text: "" if text == "-" else f"(default: {text})"  # noqa: E731
+HINT = tyro.conf.arg(help_behavior_hint=_hint)
+
+
+def kinds(options: type) -> dict[str, Kind | None]:
+    """{field: its kind} of a class of options; None: a switch."""
+    hints = get_type_hints(options, include_extras=True)
+    found: dict[str, Kind | None] = {}
+    for f in dataclasses.fields(options):
+        marks = getattr(hints[f.name], "__metadata__", ())
+        own = [m for m in marks if isinstance(m, Kind)]
+        if own or f.type == "bool":
+            found[f.name] = own[0] if own else None
+    return found
+
+
+# -- the options -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Fine-tune a model on a data set through an update of the method's form.
+
+    A YAML file of the same names (underscores) may stand first; flags override it. Every further
+    field of transformers' TrainingArguments is an option under its own name, e.g. `--weight-decay
+    0.01`, `--save-steps 50`, `--optim adamw_torch`.
+
+    Args:
+        model: folder or hub id of a transformers model. Default: the embedded one.
+        data: file, folder or hub id; its columns decide what it is. Default: the embedded one.
+        method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
+            weight. `lorica methods` lists them. Default: lora.
+        r: rank of what trains. Default: the method's own, else 16.
+        lora_alpha: numerator of the scale. Default: the method's own.
+        lora_dropout: probability that an input feature of the update is dropped.
+        lora_dropout_on: `update` (carried factors too) or `delta` (the trained ones alone, PEFT's
+            form).
+        target_modules: names (ends of module paths), one regular expression, or `all-linear`:
+            every linear layer but the head.
+        exclude_modules: in the same forms, what to leave out.
+        layers_to_transform: indices of the blocks to adapt. Default: all.
+        modules_to_save: modules that train in full and are saved with the adapter. A fresh head is
+            added by itself.
+        bias: `none`, `lora_only` (biases of adapted layers train) or `all`.
+        rank_pattern: {module pattern: r}, over `r`.
+        alpha_pattern: {module pattern: lora_alpha}, over `lora_alpha`.
+        adapter: start from this adapter (Lorica's or PEFT's) and its method.
+        ignore_base_hash: with `adapter`, take another base than it was trained on.
+        learning_rate: peak rate. Default: the method's own.
+        lr_scheduler_type: transformers' name of the schedule.
+        warmup_ratio: fraction of the steps in which the rate rises from 0.
+        num_train_epochs: passes over the data. Default: 3, unless `max_steps` is given.
+        max_steps: optimizer steps, instead of passes.
+        per_device_train_batch_size: examples a device and forward pass.
+        gradient_accumulation_steps: forward passes an optimizer step. The loss weighs tokens (or
+            labels) alike, however they fall into passes.
+        seed: of every random draw: the start, the order of the data, dropout.
+        bf16: compute in bfloat16 (autocast); what trains stays in float32.
+        gradient_checkpointing: recompute activations in backward, for memory.
+        dtype: of the frozen weights. `auto` keeps the checkpoint's, but float16 becomes float32 on
+            a CPU, which computes it badly (the values stay exactly what they were).
+        attn_implementation: transformers' name, e.g. `sdpa`, `eager`. Default: transformers'.
+        output_dir: the run's folder.
+        resume: go on from a checkpoint: a path, or without one the last of `output_dir`. Options
+            left out come from that run's config.yaml.
+        overwrite_output_dir: remove the run that is in `output_dir`.
+        report_to: where else to log: `tensorboard`, `wandb`, ..., or `none`.
+        split: split of the data to train on. Default: train, else everything.
+        eval_data: file, folder or hub id to evaluate on.
+        eval_split: its split, or without `eval_data` that of `data`.
+        eval_fraction: hold out this fraction of the rows of `data`.
+        max_samples: train on at most so many rows.
+        max_length: tokens a row. Default: 1024, or less where the model ends before.
+        columns: what the data calls the columns, e.g. `text=sentence`.
+        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
+        task: what is learnt: causal-lm, sequence-classification, token-classification or
+            seq2seq-lm. Default: from the data's columns.
+        packing: `none`, `best_fit` (several whole examples a row) or `wrapped` (running text cut so
+            that rows are full). Examples of a row never see each other.
+        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
+        train_on: `completion` (answers), `all`, or roles, e.g. `assistant`.
+        early_stopping_patience: stop after so many evaluations without a better one.
+    """
+
+    model: Annotated[str | None, PATH, HINT] = None
+    data: Annotated[str | None, PATH, HINT] = None
+    method: Annotated[str | None, METHOD, HINT] = None
+    r: Annotated[int | None, WHOLE, HINT] = None
+    lora_alpha: Annotated[float | None, NUMBER, HINT] = None
+    lora_dropout: Annotated[float | None, NUMBER, HINT] = None
+    lora_dropout_on: Annotated[str | None, choice("update", "delta"), HINT] = None
+    target_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
+    modules_to_save: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
+    rank_pattern: Annotated[dict[str, int] | None, JSON, HINT] = None
+    alpha_pattern: Annotated[dict[str, float] | None, JSON, HINT] = None
+    adapter: Annotated[str | None, PATH, HINT] = None
+    ignore_base_hash: bool = False
+    learning_rate: Annotated[float | None, NUMBER, HINT] = None
+    lr_scheduler_type: Annotated[str, TEXT, HINT] = "cosine"
+    warmup_ratio: Annotated[float | None, NUMBER, HINT] = None
+    num_train_epochs: Annotated[float | None, NUMBER, HINT] = None
+    max_steps: Annotated[int | None, WHOLE, HINT] = None
+    per_device_train_batch_size: Annotated[int, WHOLE, HINT] = 8
+    gradient_accumulation_steps: Annotated[int, WHOLE, HINT] = 1
+    seed: Annotated[int, WHOLE, HINT] = 42
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    dtype: Annotated[str, DTYPE, HINT] = "auto"
+    attn_implementation: Annotated[str | None, TEXT, HINT] = None
+    output_dir: Annotated[str, PATH, HINT] = "lorica-run"
+    resume: Annotated[
+        str | None,
+        RESUME,
+        tyro.conf.arg(help_behavior_hint=_hint, aliases=("--resume-from-checkpoint",)),
+    ] = None
+    overwrite_output_dir: bool = False
+    report_to: Annotated[tuple[str, ...], NAMES, HINT] = ("none",)
+    split: Annotated[str | None, TEXT, HINT] = None
+    eval_data: Annotated[str | None, PATH, HINT] = None
+    eval_split: Annotated[str | None, TEXT, HINT] = None
+    eval_fraction: Annotated[float | None, NUMBER, HINT] = None
+    max_samples: Annotated[int | None, WHOLE, HINT] = None
+    max_length: Annotated[int | None, WHOLE, HINT] = None
+    columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
+    header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    task: Annotated[str | None, choice(*TASKS), HINT] = None
+    packing: Annotated[str, choice("none", "best_fit", "wrapped"), HINT] = "none"
+    chat_template: Annotated[str | None, TEXT, HINT] = None
+    train_on: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    early_stopping_patience: Annotated[int | None, WHOLE, HINT] = None
+    further: Annotated[dict[str, Any], tyro.conf.SuppressFixed] = field(default_factory=dict)
+
+    aliases: ClassVar[Mapping[str, str]] = {"resume_from_checkpoint": "resume"}
+
+    def recipe_fields(self) -> dict[str, Any]:
+        """The fields of `Recipe` that were given."""
+        names = (
+            "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
+            "exclude_modules", "layers_to_transform", "modules_to_save", "bias", "rank_pattern",
+            "alpha_pattern",
+        )  # fmt: skip
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether any option says where evaluation rows come from."""
+        return not self.eval_data is self.eval_split is self.eval_fraction is None  # noqa: E714
+
+    def check(self) -> None:
+        """What can be told from the options alone.
+
+        Raises:
+            UsageError: a value out of range, or options that contradict each other.
+        """
+        for name in (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_samples",
+            "early_stopping_patience",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`{_flag(name)} {value}`: it is a whole number of at least 1")
+        for name in ("learning_rate", "num_train_epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"`{_flag(name)} {value}`: it is a number above 0")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise UsageError(
+                f"`--warmup-ratio {self.warmup_ratio}`: it is a fraction of the steps, at least 0"
+                " and below 1; a number of steps is `--warmup-steps`"
+            )
+        if self.seed < 0 or self.seed >= 2**32:
+            raise UsageError(f"`--seed {self.seed}`: it is a whole number from 0 to 4294967295")
+        self._contradict("max_steps", "num_train_epochs", "the length of a run is given once")
+        self._contradict("eval_data", "eval_fraction", "evaluation rows come from one place")
+        self._contradict("eval_split", "eval_fraction", "evaluation rows come from one place")
+        self._contradict("resume", "adapter", "a checkpoint holds its adapter")
+        if self.resume is not None and self.overwrite_output_dir:
+            raise UsageError(
+                "`--resume` and `--overwrite-output-dir` contradict each other: leave one of the"
+                " two out"
+            )
+        if self.warmup_ratio is not None and "warmup_steps" in self.further:
+            raise UsageError(
+                "`--warmup-ratio` and `--warmup-steps` say the same thing; leave one of the two out"
+            )
+        if self.adapter is not None and (self.method is not None or self.recipe_fields()):
+            given = (["method"] if self.method is not None else []) + list(self.recipe_fields())
+            raise UsageError(
+                f"`{_flag(given[0])}` was given with `--adapter {self.adapter}`, whose own file"
+                " says how it was made; leave it out"
+            )
+        if self.ignore_base_hash and self.adapter is None:
+            raise UsageError(
+                "`--ignore-base-hash` has no effect without `--adapter`; leave it out"
+            )
+        if not self.evaluates:
+            late = {"early_stopping_patience": self.early_stopping_patience is not None}
+            late |= {name: name in self.further for name in _NEEDS_EVALUATION}
+            for name in [name for name, given in late.items() if given]:
+                raise UsageError(
+                    f"`{_flag(name)}` needs something to evaluate on: give `--eval-data`,"
+                    " `--eval-split` or `--eval-fraction` too, or leave it out"
+                )
+
+    def _contradict(self, one: str, other: str, why: str) -> None:
+        a, b = getattr(self, one), getattr(self, other)
+        if a is not None and b is not None:
+            raise UsageError(
+                f"`{_flag(one)} {a}` and `{_flag(other)} {b}` were both given, and {why}; leave"
+                " one of the two out"
+            )
+
+
+_NEEDS_EVALUATION = (
+    "eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size",
+)  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,103 @@
+"""The text form of a method: words joined by `+`, each with arguments in the call's form.
+
+dora+olora+rslora        pissa(niter=16)+loraplus(loraplus_lr_ratio=8)
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lorica.rooms import ROOMS, Choice, build, plain, room_of, unknown
+
+_PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", re.S)
+
+
+def choices_of(method: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Recipe` that `method`, a text or a mapping {word: {argument: value}}, fills.
+
+    Raises:
+        ValueError: an unknown word or argument, a text that does not parse, two words on one axis.
+    """
+    return _choices(_words(method))
+
+
+def _words(method: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(method, Mapping):
+        return [(str(word), dict(arguments or {})) for word, arguments in method.items()]
+    if not method.strip():
+        raise ValueError("the method is empty; a method is words joined by `+`, e.g. `dora+olora`")
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(method + "+"):
+        depth += (c == "(") - (c == ")")
+        if c == "+" and depth <= 0:
+            parts.append(method[start:i])
+            start = i + 1
+    if depth:
+        raise ValueError(f"`{method}`: a bracket is open or missing; write e.g. `pissa(niter=16)`")
+    return [_word(part, method) for part in parts]
+
+
+def _word(part: str, method: str) -> tuple[str, dict[str, Any]]:
+    match = _PART.fullmatch(part)
+    if match is None:
+        raise ValueError(
+            f"`{part}` in `{method}` is no word; write e.g. `dora` or `pissa(niter=16)`"
+        )
+    word, arguments = match.groups()
+    if not (arguments or "").strip():
+        return word, {}
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError("arguments have names")
+        return word, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"`{part.strip()}`: the arguments are not of the form name=value ({error}); "
+            "write e.g. `pissa(niter=16)`"
+        ) from None
+
+
+def _choices(given: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Fields of Recipe from words: the user's first, then the presets' where nothing was said."""
+    by_room: dict[str, list[Choice]] = {}
+    for word, arguments in given:
+        room = room_of(plain(word))
+        if room is None:
+            raise ValueError(unknown(plain(word)))
+        choice = build(plain(word), arguments)
+        others = by_room.setdefault(room, [])
+        if any(o.word == choice.word for o in others) or (others and not ROOMS[room][2]):
+            raise ValueError(
+                f"`{others[0].word}` and `{choice.word}` both choose the axis `{ROOMS[room][0]}`; "
+                "name one of them"
+            )
+        others.append(choice)
+    named = {room: list(choices) for room, choices in by_room.items()}
+    whose: dict[str, str] = {}
+    for choice in [c for choices in named.values() for c in choices]:
+        for room, text in choice.preset.items():
+            word, arguments = _words(text)[0]
+            wanted = build(plain(word), arguments, room)
+            if ROOMS[room][2]:
+                if all(o.word != wanted.word for o in by_room.setdefault(room, [])):
+                    by_room[room].append(wanted)
+                continue
+            held = named.get(room) or by_room.get(room)
+            if held and held[0] != wanted and (room in choice.requires or room not in named):
+                by = held[0].word if room in named else whose[room]
+                raise ValueError(
+                    f"`{choice.word}` fills the axis `{ROOMS[room][0]}` with `{text}`, and `{by}`"
+                    f" fills it with `{held[0].text()}`; leave one of the two out"
+                )
+            if not held:
+                by_room[room], whose[room] = [wanted], choice.word
+    return {
+        ROOMS[room][0]: tuple(choices) if ROOMS[room][2] else choices[0]
+        for room, choices in by_room.items()
+        if choices
+    }

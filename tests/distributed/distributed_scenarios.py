@@ -1,0 +1,739 @@
+"""What is run on 2 and on 4 processes. Every scenario computes its one-process twin beside it.
+
+A scenario is a public function marked with the world sizes it runs at; it raises where it fails.
+Every process calls it, inside a gloo process group of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lorica
+from lorica import moves
+from lorica.attach import seeded
+from lorica.bind import KEY
+from lorica.deltas import Pair
+from lorica.proof import WATCHED_STEPS
+from lorica.recipe import Recipe
+from lorica.schedules import AbstractSchedule
+
+_WORLDS: dict[str, tuple[int, ...]] = {}
+
+
+def _on(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def mark(scenario: Callable[[], None]) -> Callable[[], None]:
+        _WORLDS[scenario.__name__] = worlds
+        return scenario
+
+    return mark
+
+
+def names(world: int) -> list[str]:
+    """Scenarios of this world size, in the order of this file."""
+    return [name for name, worlds in _WORLDS.items() if world in worlds]
+
+
+# -- what the scenarios share ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moving(AbstractSchedule):
+    """Merges every layer after each second step and swaps two vectors a layer after the others."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pair", "factors", "writable_base"})
+    withdraws: ClassVar[frozenset[str]] = frozenset({"pristine"})
+    edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
+
+    def init(self, adapters: Any) -> dict[str, Any]:
+        return {"merges": 0, "swaps": torch.zeros(2, dtype=torch.int64)}
+
+    def after_step(self, state: dict[str, Any], training: Any) -> None:
+        merging = training.step % 2 == 1
+        state["merges"] += int(merging)
+        for i, (name, layer) in enumerate(training.adapters):
+            generator = training.generator(name)
+            if merging:
+                moves.merge_(
+                    layer,
+                    training.optimizer,
+                    link=state["merges"],
+                    init=training.adapters.recipe.init,
+                    generator=generator,
+                )
+            else:
+                side = "AB"[(i + training.step // 2) % 2]
+                state["swaps"]["AB".index(side)] += 1
+                _swap(layer, training.optimizer, side, generator)
+
+
+def _swap(layer: Any, optimizer: Any, side: str, generator: torch.Generator) -> None:
+    r, site = layer.site.r, layer.site
+    index = torch.randperm(r, generator=generator)[: min(2, r)].tolist()
+    width = site.in_features if side == "A" else site.out_features
+    moves.swap_(layer, optimizer, side, index, 0.1 * moves.draw((len(index), width), generator))
+
+
+def _mesh(*shape: int) -> DeviceMesh:
+    shape = shape or (dist.get_world_size(),)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def _llama(intermediate: int = 45) -> Any:
+    # 45 is odd, so the shards of the MLP are uneven.
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=intermediate,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _gpt2() -> Any:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=32,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def _adapted(
+    method: str,
+    *,
+    make: Callable[[], Any] = _llama,
+    dtype: torch.dtype = torch.float64,
+    schedules: tuple = (Moving(),),
+    r: int = 3,
+    **fields: Any,
+) -> lorica.Adapters:
+    """A tiny model with adapters: the same on every process, and each time it is called."""
+    torch.manual_seed(0)
+    recipe = Recipe.parse(method, r=r, schedules=schedules, **fields)
+    return lorica.attach(make().to(dtype), recipe, dtype=dtype, verbose=False)
+
+
+def _shard(adapters: lorica.Adapters, mesh: DeviceMesh | None = None, axis: int = 0) -> None:
+    """fully_shard per layer and at the root; matrices along `axis`."""
+    model: Any = adapters.model
+    mesh = _mesh() if mesh is None else mesh
+    place: Any = {"shard_placement_fn": lambda p: Shard(axis if p.ndim > axis else 0)}
+    blocks = getattr(model, model.base_model_prefix)
+    for block in getattr(blocks, "layers", None) or blocks.h:
+        fully_shard(block, mesh=mesh, **place)
+    fully_shard(model, mesh=mesh, **place)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _optimizer(adapters: lorica.Adapters, **options: Any) -> torch.optim.Optimizer:
+    return lorica.optimizer(adapters, 5e-3, weight_decay=0.1, seed=3, **options)
+
+
+def _tokens(step: int) -> Tensor:
+    return torch.randint(0, 64, (8, 6), generator=torch.Generator().manual_seed(step))
+
+
+def _train(
+    model: nn.Module,
+    adapters: lorica.Adapters,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    *,
+    divided: bool,
+) -> list[float]:
+    """The losses of the global batch; where `divided`, each process takes its share of the
+    sequences."""
+    losses = []
+    for step in steps:
+        ids = _tokens(step)
+        if divided:
+            ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
+        logits = model(input_ids=ids).logits  # transformers' own loss is in float32
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        whole = loss.detach().clone()
+        if divided:
+            dist.all_reduce(whole)
+            whole /= dist.get_world_size()
+        losses.append(whole.item())
+    return losses
+
+
+@torch.no_grad()
+def _logits(adapters: lorica.Adapters) -> Tensor:
+    """Of a fixed batch; every process has the same sequences. In training mode: no dropout here,
+    and an evaluation must not be what makes it right."""
+    return adapters.model(input_ids=_tokens(1000)).logits.clone()
+
+
+def _equal_states(got: dict[str, Tensor], want: dict[str, Tensor], atol: float) -> None:
+    assert list(got) == list(want)
+    for name in want:
+        far = (got[name] - want[name]).abs().max().item()
+        assert far <= atol, f"{name} is {far:.2e} away"
+
+
+def _drawn(like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other values of the same names and shapes."""
+    return {n: torch.randn(v.shape, generator=seeded(n), dtype=v.dtype) for n, v in like.items()}
+
+
+def _on_every_process(value: Any) -> list[Any]:
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def _refuses(call: Callable[[], Any], *parts: str) -> None:
+    try:
+        call()
+    except ValueError as error:
+        missing = [part for part in parts if part not in str(error)]
+        assert not missing, f"{error} lacks {missing}"
+    else:
+        raise AssertionError(f"no error with {parts}")
+
+
+# -- verbs -----------------------------------------------------------------------------------------
+
+
+class _One(nn.Module):
+    def __init__(self, t: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(t.clone())
+
+
+def _placed(t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values plain, sharded by `fully_shard` and sharded by hand: even, uneven and empty
+    parts."""
+    world = dist.get_world_size()
+    flat = _mesh()
+    yield "plain", t.clone()
+    for axis in range(t.ndim):
+        if axis == 0 or t.shape[axis] % world == 0:  # all that FSDP2 allows beside axis 0
+            module = _One(t)
+            fully_shard(module, mesh=flat, shard_placement_fn=lambda p, axis=axis: Shard(axis))
+            yield f"fully_shard {axis}", module.weight.detach()
+        yield f"shard {axis}", distribute_tensor(t.clone(), flat, [Shard(axis)])
+    yield "replicate", distribute_tensor(t.clone(), flat, [Replicate()])
+    if world == 4:
+        grid = _mesh(2, 2)
+        yield "hybrid", distribute_tensor(t.clone(), grid, [Replicate(), Shard(0)])
+        if t.ndim == 2:
+            yield "grid", distribute_tensor(t.clone(), grid, [Shard(0), Shard(1)])
+
+
+_SHAPES = ((8, 4), (5, 7), (2, 9), (1, 6), (9, 1), (7,))
+
+
+def _cases(generator: torch.Generator) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(what it is, plain twin, the tensor in some placement)."""
+    for shape in _SHAPES:
+        t = torch.randn(shape, generator=generator)
+        for how, placed in _placed(t):
+            yield f"{shape} {how}", t.clone(), placed
+
+
+def _same(got: Tensor, want: Tensor, what: str, *, atol: float = 0.0) -> None:
+    full = moves.read_full(got)
+    assert not isinstance(full, DTensor) and full.shape == want.shape, what
+    torch.testing.assert_close(full, want, atol=atol, rtol=0, msg=lambda m: f"{what}: {m}")
+
+
+@_on(2, 4)
+def verbs_read_and_shard() -> None:
+    for what, twin, t in _cases(torch.Generator().manual_seed(1)):
+        _same(t, twin, f"read_full {what}")
+        local, offset = moves.shard_of(t)
+        assert not isinstance(local, DTensor)
+        mine = torch.zeros_like(twin)
+        count = torch.zeros_like(twin)
+        window = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+        mine[window] = local.detach()
+        count[window] = 1
+        dist.all_reduce(mine)
+        dist.all_reduce(count)
+        assert count.min() >= 1, f"{what}: the offsets leave holes"
+        torch.testing.assert_close(mine / count, twin, atol=1e-6, rtol=0)
+
+
+@_on(2, 4)
+def verbs_write() -> None:
+    g, flat = torch.Generator().manual_seed(2), _mesh()
+    for what, twin, t in _cases(g):
+        new = torch.randn(twin.shape, generator=torch.Generator().manual_seed(5))
+        moves.zero_(t)
+        _same(t, torch.zeros_like(twin), f"zero_ {what}")
+        for source in (new, distribute_tensor(new, flat, [Shard(new.ndim - 1)])):
+            moves.zero_(t)
+            moves.copy_(t, source)
+            _same(t, new, f"copy_ {what}")
+        twin.copy_(new)
+        for axis in range(twin.ndim):
+            n = twin.shape[axis]
+            for index in ([], [0], [n - 1], [n - 1, 0, n // 2][: min(n, 3)] if n > 2 else [0]):
+                shape = [len(index) if d == axis else s for d, s in enumerate(twin.shape)]
+                rows = torch.randn(shape, generator=g, dtype=torch.float64)  # cast on the way
+                moves.write_rows(t, index, rows, axis)
+                twin.index_copy_(axis, torch.tensor(index, dtype=torch.int64), rows.float())
+                _same(t, twin, f"write_rows {index} along {axis} {what}")
+        moves.zero_rows(t, [0], twin.ndim - 1)
+        twin.select(twin.ndim - 1, 0).zero_()
+        _same(t, twin, f"zero_rows {what}")
+
+
+@_on(2, 4)
+def verbs_draw_and_fill() -> None:
+    for what, twin, t in _cases(torch.Generator().manual_seed(3)):
+        for bound in (None, 0.25):
+            moves.draw_(t, torch.Generator().manual_seed(9), bound=bound)
+            want = moves.draw(twin.shape, torch.Generator().manual_seed(9), bound=bound)
+            _same(t, want, f"draw_ {bound} {what}")
+    weight = torch.randn(10, 7, generator=torch.Generator().manual_seed(4))
+    full = {r: (torch.zeros(r, 7), torch.zeros(10, r)) for r in (1, 3)}
+    for word in ("kaiming", "olora", "pissa(niter=2)"):
+        init: Any = Recipe.parse(word, r=1).init
+        for r, (A, B) in full.items():
+            want = Pair(nn.Parameter(A.clone()), nn.Parameter(B.clone()), 0.5)
+            with torch.no_grad():
+                init.fill(weight, want, torch.Generator().manual_seed(6))
+            for (how, a), (_, b) in zip(_placed(A), _placed(B), strict=False):
+                pair = Pair(nn.Parameter(a), nn.Parameter(b), 0.5)
+                moves.fill_(pair, init, weight, torch.Generator().manual_seed(6))
+                _same(pair.A, want.A, f"fill_ {word} r={r} {how}")
+                _same(pair.B, want.B, f"fill_ {word} r={r} {how}")
+
+
+@_on(2, 4)
+def verbs_outer_add() -> None:
+    g = torch.Generator().manual_seed(7)
+    for out, wide, k in ((8, 4, 2), (5, 7, 3), (1, 6, 1), (3, 2, 1)):
+        W, A, B = (torch.randn(s, generator=g) for s in ((out, wide), (k, wide), (out, k)))
+        want = W - 0.3 * B @ A
+        for transposed in (False, True):
+            stored = (W.T if transposed else W).contiguous()
+            factors = itertools.cycle(zip(_placed(A), _placed(B), strict=False))
+            for (how, t), ((how_a, a), (how_b, b)) in zip(_placed(stored), factors, strict=False):
+                moves.outer_add_(t, b, a, -0.3, transposed=transposed)
+                what = f"outer_add_ {(out, wide)} {how}, {how_a}, {how_b} {transposed=}"
+                _same(t, want.T if transposed else want, what, atol=1e-6)
+    # Half precision is rounded once, from a float32 sum.
+    W, A, B = (torch.randn(s, generator=g) for s in ((6, 8), (3, 8), (6, 3)))
+    W = W.bfloat16()
+    for how, w in _placed(W):
+        moves.outer_add_(w, B, A, 0.01)
+        _same(w, (W.float() + 0.01 * B @ A).bfloat16(), f"outer_add_ bfloat16 {how}")
+
+
+@_on(2, 4)
+def verbs_reduce() -> None:
+    cases = list(_cases(torch.Generator().manual_seed(8)))
+    got = moves.reduce_scalar([t for _, _, t in cases])  # plain and differently sharded together
+    assert all(value == got for value in _on_every_process(got))
+    for (what, twin, t), value in zip(cases, got, strict=True):
+        want = twin.square().sum().item()
+        assert abs(value - want) <= 1e-5 * want, f"reduce_scalar {what}: {value} for {want}"
+        alone = moves.reduce_scalar([t])
+        assert abs(alone[0] - want) <= 1e-5 * want, f"reduce_scalar alone {what}"
+    assert moves.reduce_scalar([]) == []
+
+
+@_on(2, 4)
+def verbs_optimizer_state() -> None:
+    """Rows of moments and of step counts kept per row (plain tensors beside sharded moments)."""
+    for what, twin, t in _cases(torch.Generator().manual_seed(9)):
+        for axis in range(twin.ndim):
+            held = [nn.Parameter(x.clone()) for x in (twin, t)]
+            optimizers = [torch.optim.AdamW([p], lr=0.1, amsgrad=True) for p in held]
+            for p, optimizer in zip(held, optimizers, strict=True):
+                p.grad = p.detach() * 2
+                optimizer.step()
+                per_row = [p.shape[d] if d == axis else 1 for d in range(p.ndim)]
+                optimizer.state[p]["count"] = torch.arange(1.0, p.shape[axis] + 1).view(per_row)
+            index = [twin.shape[axis] - 1]
+            before = [moves.read_full(p.detach()).clone() for p in held]
+            for p, optimizer in zip(held, optimizers, strict=True):
+                moves.zero_rows(p, index, axis, optimizer)
+            label = f"zero_rows of state, {what}, axis {axis}"
+            for p, value in zip(held, before, strict=True):
+                _same(p.detach(), value, f"{label}: the parameter itself stays")
+            want, got = (o.state[p] for p, o in zip(held, optimizers, strict=True))
+            assert list(got) == ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "count"]
+            for name in got:
+                _same(got[name], want[name], f"{label}: {name}")
+                if name != "step":
+                    whole = moves.read_full(got[name])
+                    assert not whole.select(axis, index[0]).any(), f"{label}: {name} not reset"
+                    rest = whole.index_select(axis, torch.arange(index[0]))
+                    assert rest.numel() == 0 or rest.abs().sum() > 0, f"{label}: {name} all reset"
+            assert got["step"] == 1
+            moves.reset_state(optimizers[1], held[1])
+            assert not any(moves.read_full(v).any() for v in got.values()), f"reset_state {what}"
+
+
+# -- moves on a model ------------------------------------------------------------------------------
+
+
+def _moved(
+    adapters: lorica.Adapters, optimizer: torch.optim.Optimizer, *, divided: bool
+) -> list[Tensor]:
+    """Logits before, after a swap of A, a swap of B and a merge, in every layer."""
+    _train(adapters.model, adapters, optimizer, range(2), divided=divided)
+    seen = [_logits(adapters)]
+    for side in "AB":
+        for name, layer in adapters:
+            _swap(layer, optimizer, side, seeded(f"{side}/{name}"))
+        seen.append(_logits(adapters))
+    for name, layer in adapters:
+        moves.merge_(
+            layer, optimizer, link=1, init=adapters.recipe.init, generator=seeded(f"merge/{name}")
+        )
+    return [*seen, _logits(adapters)]
+
+
+def _moves_keep(method: str, *, axis: int = 0, make: Callable[[], Any] = _llama, r: int = 3,
+                atol: float = 1e-5, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+    one = _adapted(method, make=make, dtype=dtype, schedules=(), r=r)
+    many = _adapted(method, make=make, dtype=dtype, schedules=(), r=r)
+    _shard(many, axis=axis)
+    want = _moved(one, _optimizer(one), divided=False)
+    optimizer = _optimizer(many)
+    got = _moved(many, optimizer, divided=True)
+    for logits, twin in zip(got, want, strict=True):
+        torch.testing.assert_close(logits, got[0], atol=atol, rtol=0)
+        torch.testing.assert_close(logits, twin, atol=atol, rtol=0)
+    fresh = [p for _, pair in many.pairs() for p in (pair.A, pair.B)]
+    assert all(not moves.read_full(v).any() for p in fresh for v in optimizer.state[p].values())
+    _equal_states(many.state_dict(), one.state_dict(), atol)
+
+
+@_on(2, 4)
+def moves_keep_the_function() -> None:
+    _moves_keep("lora")
+    _moves_keep("dora+olora", r=2)  # 4 processes: half of them hold nothing of A
+
+
+@_on(2)
+def moves_keep_the_function_transposed() -> None:
+    _moves_keep("dora+pissa", make=_gpt2)
+    _moves_keep("lora", make=_gpt2, r=1)
+
+
+@_on(2)
+def moves_keep_the_function_along_columns() -> None:
+    _moves_keep("dora+olora", make=lambda: _llama(46), axis=1, r=4)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def _follows(
+    method: str,
+    *,
+    wrap: Callable[[lorica.Adapters], nn.Module],
+    atol: float = 1e-9,
+    steps: int = 6,
+    **options: Any,
+) -> None:
+    one, many = _adapted(method, **options), _adapted(method, **options)
+    model = wrap(many)
+    want = _train(one.model, one, _optimizer(one), range(steps), divided=False)
+    optimizer = _optimizer(many)
+    got = _train(model, many, optimizer, range(steps), divided=True)
+    assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= atol, (got, want)
+    _equal_states(many.state_dict(), one.state_dict(), atol)
+    assert len(set(_on_every_process(many.fingerprint()))) == 1
+    own = optimizer.param_groups[0][KEY]
+    assert own["step"] == steps and bool(own["seen"].all())
+    start = _adapted(method, **options).state_dict()
+    moved = max((v - start[n]).abs().max().item() for n, v in many.state_dict().items())
+    assert moved > 1e-3, "nothing has moved, so nothing was compared"
+
+
+def _sharded(mesh: Callable[[], DeviceMesh] = _mesh) -> Callable[[lorica.Adapters], nn.Module]:
+    def wrap(adapters: lorica.Adapters) -> nn.Module:
+        _shard(adapters, mesh())
+        return adapters.model
+
+    return wrap
+
+
+def _ddp(adapters: lorica.Adapters) -> nn.Module:
+    return DistributedDataParallel(adapters.model)
+
+
+@_on(2)
+def training_on_shards() -> None:
+    _follows("lora", wrap=_sharded())
+    _follows("dora+olora", wrap=_sharded())
+
+
+@_on(2)
+def training_on_shards_float32() -> None:
+    _follows("lora", wrap=_sharded(), dtype=torch.float32, atol=1e-5)
+    _follows("dora+olora", wrap=_sharded(), dtype=torch.float32, atol=1e-5, schedules=())
+
+
+@_on(2)
+def training_on_shards_transposed() -> None:
+    _follows("dora+olora", wrap=_sharded(), make=_gpt2)
+    _follows("loraplus+pissa", wrap=_sharded(), make=_gpt2, r=1, bias="all", schedules=())
+
+
+@_on(4)
+def training_on_empty_shards_and_replicas() -> None:
+    _follows("dora+olora", wrap=_sharded(), r=2)
+    _follows("lora", wrap=_sharded(lambda: _mesh(2, 2)), r=1)
+
+
+@_on(2)
+def training_in_full_on_shards() -> None:
+    _follows("full", wrap=_sharded(), schedules=(), r=None)
+
+
+@_on(2)
+def ddp_follows_one_process() -> None:
+    for method in ("lora", "dora+olora"):
+        _follows(method, wrap=_ddp)
+        _follows(method, wrap=_ddp, dtype=torch.float32, atol=1e-5, schedules=())
+
+
+@_on(2)
+def drift_is_seen() -> None:
+    adapters = _adapted("dora+olora")
+    assert len(set(_on_every_process(adapters.fingerprint()))) == 1
+    pair = next(pair for _, pair in adapters.pairs())
+    with torch.no_grad():
+        pair.B[0, 0] += 1e-12 * dist.get_rank()
+    assert len(set(_on_every_process(adapters.fingerprint()))) == dist.get_world_size()
+    adapters = _adapted("lora")  # its schedule edits the base, so the base counts
+    with torch.no_grad():
+        next(layer for _, layer in adapters).store.parameter[0, 0] += 1e-6 * dist.get_rank()
+    assert len(set(_on_every_process(adapters.fingerprint()))) == dist.get_world_size()
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def _bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _resume(save: Callable[..., Any], load: Callable[..., None]) -> None:
+    def sharded() -> tuple[lorica.Adapters, torch.optim.Optimizer]:
+        adapters = _adapted("dora+olora", dtype=torch.float32)
+        _shard(adapters)
+        return adapters, _optimizer(adapters)
+
+    adapters, optimizer = sharded()
+    losses = _train(adapters.model, adapters, optimizer, range(3), divided=True)
+    saved = save(adapters.model, optimizer)
+    at_cut = {n: v.clone() for n, v in adapters.state_dict().items()}
+    losses += _train(adapters.model, adapters, optimizer, range(3, 7), divided=True)
+
+    again, resumed = sharded()
+    assert not _bits(again.state_dict(), at_cut)
+    load(again.model, resumed, saved)
+    own = resumed.param_groups[0][KEY]
+    assert own["step"] == 3 and bool(own["seen"].all()), own
+    (state,) = own["schedules"].values()
+    assert state["merges"] == 1 and state["swaps"].sum() == 2 * len(again), state
+    assert _bits(again.state_dict(), at_cut), "loading edited the weights"
+    tail = _train(again.model, again, resumed, range(3, 7), divided=True)
+    assert tail == losses[3:]
+    assert _bits(again.state_dict(), adapters.state_dict()), "the resumed run differs"
+
+
+@_on(2)
+def checkpoint_sharded_on_disk() -> None:
+    """torch.distributed.checkpoint writes each process's shards, and loads into a template."""
+
+    def save(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+        # One folder for all processes.
+        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(folder)
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        write_shards(state, checkpoint_id=folder[0])
+        return str(folder[0])
+
+    def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
+        start = {n: moves.read_full(p).clone() for n, p in model.named_parameters()}
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),  # steps a fresh optimizer
+        }
+        assert optimizer.state, "the API took no fake step, so this proves nothing"
+        assert optimizer.param_groups[0][KEY]["step"] == 0
+        assert _bits({n: moves.read_full(p) for n, p in model.named_parameters()}, start)
+        read_shards(state, checkpoint_id=folder)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+    _resume(save, load)
+
+
+@_on(2)
+def checkpoint_full_in_memory() -> None:
+    """Whole tensors, gathered on rank 0 and broadcast from there."""
+    save_options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    load_options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+    def save(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        model_state = get_model_state_dict(model, options=save_options)
+        optimizer_state = get_optimizer_state_dict(model, optimizer, options=save_options)
+        return copy.deepcopy((model_state, optimizer_state))  # as on disk: the run goes on
+
+    def load(model: nn.Module, optimizer: torch.optim.Optimizer, saved: tuple) -> None:
+        # The model after the optimizer would hide an edit by the fake step.
+        set_model_state_dict(model, saved[0], options=load_options)
+        set_optimizer_state_dict(model, optimizer, saved[1], options=load_options)
+
+    _resume(save, load)
+
+
+@_on(2)
+def warm_up_from_zero_counts() -> None:
+    """A first step at rate 0 has gradients, so it is no fake step."""
+    adapters = _adapted("lora")
+    _shard(adapters)
+    optimizer = _optimizer(adapters)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    _train(adapters.model, adapters, optimizer, range(1), divided=True)
+    assert optimizer.param_groups[0][KEY]["step"] == 1
+
+
+@_on(2)
+def state_dict_of_shards() -> None:
+    for schedules in ((), (Moving(),)):
+        one = _adapted("dora+olora", schedules=schedules, modules_to_save=("lm_head",))
+        many = _adapted("dora+olora", schedules=schedules, modules_to_save=("lm_head",))
+        _shard(many)
+        state = many.state_dict()
+        assert not any(isinstance(v, DTensor) for v in state.values())
+        assert _bits(state, one.state_dict())
+        assert many.fingerprint() == one.fingerprint() and many.hash_base() == one.hash_base()
+        new = _drawn(state)
+        many.load_state_dict(new)
+        one.load_state_dict(new)
+        assert _bits(many.state_dict(), new)
+        torch.testing.assert_close(_logits(many), _logits(one), atol=1e-9, rtol=1e-9)
+        _refuses(lambda: many.load_state_dict({}), "missing")  # noqa: B023
+
+
+@_on(2)
+def loading_after_an_evaluation() -> None:
+    """After a forward without backward the root unit holds plain copies: a write into those would
+    be lost at the next reshard."""
+    many = _adapted("dora", schedules=(), modules_to_save=("lm_head",))
+    fully_shard(many.model, mesh=_mesh())  # everything is the root's
+    one = _adapted("dora", schedules=(), modules_to_save=("lm_head",))
+    new = _drawn(one.state_dict())
+    _logits(many)
+    assert _bits(many.state_dict(), one.state_dict())
+    many.load_state_dict(new)
+    one.load_state_dict(new)
+    assert _bits(many.state_dict(), new)
+    torch.testing.assert_close(_logits(many), _logits(one), atol=1e-9, rtol=1e-9)
+    optimizers = [_optimizer(one), _optimizer(many)]
+    want = _train(one.model, one, optimizers[0], range(2), divided=False)
+    got = _train(many.model, many, optimizers[1], range(2), divided=True)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+    _equal_states(many.state_dict(), one.state_dict(), 1e-9)
+
+
+# -- refusals and the start-up watch ---------------------------------------------------------------
+
+
+@_on(2)
+def wrong_order_is_refused() -> None:
+    adapters = _adapted("lora")
+    optimizer = _optimizer(adapters)
+    _shard(adapters)
+    _refuses(
+        lambda: _train(adapters.model, adapters, optimizer, range(1), divided=True),
+        "replaced after it was made",
+        "Shard the model first",
+    )
+    model = _llama()
+    fully_shard(model, mesh=_mesh())
+    before = [n for n, _ in model.named_parameters()]
+    _refuses(lambda: lorica.attach(model, "lora", verbose=False), "attach first, shard then")
+    assert [n for n, _ in model.named_parameters()] == before
+
+
+@_on(2)
+def silent_adapter_is_named() -> None:
+    for r in (3, 1):  # r=1: rank 1 holds nothing of A
+        adapters = _adapted("lora", schedules=(), r=r)
+        silent = next(name for name, _ in adapters)
+        _shard(adapters)
+        pair = adapters.layers[silent].update.delta.pair()
+        assert pair is not None
+        moves.zero_(pair.A)  # both factors 0: neither has a gradient
+        optimizer = _optimizer(adapters)
+        _train(adapters.model, adapters, optimizer, range(WATCHED_STEPS - 1), divided=True)
+        seen = optimizer.param_groups[0][KEY]["seen"]
+        assert not seen[0] and bool(seen[1:].all())
+        _refuses(
+            lambda: _train(adapters.model, adapters, optimizer, range(1), divided=True),  # noqa: B023
+            "1 adapter(s) had no gradient",
+            silent,
+        )
+
+
+@_on(2)
+def gradient_on_one_process_is_enough() -> None:
+    """The watch sums over the shards: a gradient whose non-zero rows all lie elsewhere counts."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    adapters = lorica.attach(model, "lora", r=2, verbose=False)
+    fully_shard(model, mesh=_mesh())
+    optimizer = lorica.optimizer(adapters, 1e-2)
+    model(torch.ones(2, 4))[:, -1].sum().backward()  # B is 0, and of its gradient all but a row
+    if dist.get_rank() == 0:
+        grads = [moves.shard_of(t.parameter.grad)[0] for t in adapters.trained()]  # type: ignore[arg-type]
+        assert not any(g.any() for g in grads), "rank 0 was to see nothing"
+    optimizer.step()
+    assert bool(optimizer.param_groups[0][KEY]["seen"].all())
