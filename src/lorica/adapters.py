@@ -7,18 +7,19 @@ the modules.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lorica import state
 from lorica.deltas import Pair
 from lorica.groups import Trained
-from lorica.layer import AdaptedLinear, TrainedModule
-from lorica.moves import copy_, read_full, reshard
+from lorica.layer import AdaptedLinear
+from lorica.moves import read_full, reshard
 from lorica.objectives import Context
+from lorica.whole import TrainedModule
 
 if TYPE_CHECKING:
     from lorica.contract import Contract
@@ -160,109 +161,32 @@ class Adapters:
 
     # -- state
 
-    def _tensors(self) -> dict[str, nn.Parameter]:
-        out: dict[str, nn.Parameter] = {}
-        for site, layer in self.layers.items():
-            out |= {f"{site}.{n}": p for n, p, _ in layer.trained()}
-            out |= {f"{site}.{n}": p for n, p in layer.frozen()}
-            if not self.pristine:
-                out[f"{site}.base.weight"] = layer.store.parameter
-        for site, module in self.saved.items():
-            out |= {f"{site}.{n}": p for n, p, _ in module.trained()}
-        parameters = dict(self.model.named_parameters()) if self.direct else {}
-        return out | {n: parameters[n] for n in self.direct}
-
     def state_dict(self) -> dict[str, Tensor]:
-        """All that training changes or the forward reads beside the frozen base, full-size, on its
-        device.
+        """All that training changes or the forward reads beside the frozen base, full-size.
 
         Keys are paths in the model. Sharded tensors are gathered, so every process has to call.
         """
-        return {name: read_full(p).detach() for name, p in self._tensors().items()}
+        return {name: read_full(p).detach() for name, p in state.tensors(self).items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`, strict.
-
-        Raises:
-            ValueError: a missing, extra or misshapen tensor; nothing is written then.
-        """
-        reshard(self.model)
-        for site, layer in self.layers.items():  # what is carried grows and shrinks with training
-            a, b = (state.get(f"{site}.update.carried_{side}") for side in "AB")
-            if a is not None and b is not None and layer.update.carried_A is None:
-                device = layer.store.parameter.device
-                layer.update.carry_(
-                    torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
-                )
-        own = self._tensors()
-        missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-        shapes = [
-            f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
-            for n in own
-            if n in state and state[n].shape != own[n].shape
-        ]
-        if missing or extra or shapes:
-            raise ValueError(
-                "the saved tensors are not those of these adapters: "
-                + "; ".join(
-                    f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-                    for what, names in (("missing", missing), ("extra", extra), ("shape", shapes))
-                    if names
-                )
-                + f". The recipe here is `{self.recipe.text()}` with r={self.recipe.r}; attach with"
-                " the saved one"
-            )
-        for name, p in own.items():
-            copy_(p, state[name])
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`, strict: a missing, extra or misshapen tensor is a
+        ValueError, and nothing is written then."""
+        state.load(self, saved)
 
     def fingerprint(self) -> str:
         """SHA-256 of all of `state_dict`: equal on every process, or training has drifted apart."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(as_bytes(value))
-        return digest.hexdigest()
+        return state.hash_exactly(self.state_dict())
 
     def hash_base(self) -> str:
-        """SHA-256 of the frozen base by name, shape and float32 value, so independent of the dtype
-        it is held in.
+        """SHA-256 of the frozen base, independent of the dtype it is held in; see `lorica.state`.
 
-        Modules that train in full are left out. Computed once; a base that training writes to has
-        to be hashed before the first step.
+        Modules that train in full are left out. Computed once: with a method that writes to the
+        base `attach` asks for it, before the first step.
         """
         if self.base_hash is None:
-            self.base_hash = hash_parameters(self.base_parameters())
+            self.base_hash = state.hash_values(self.base_parameters())
         return self.base_hash
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The frozen base's parameters under the names they have in the plain model."""
-        inner = {id(p) for layer in self.layers.values() for p in layer.base.parameters()}
-        own = {id(p) for p in self._tensors().values()} - inner
-        saved = {id(p) for m in self.saved.values() for p in m.parameters()}
-        out = {}
-        for name, p in self.model.named_parameters():
-            if (id(p) in own and name not in self.direct) or id(p) in saved:
-                continue
-            owner, _, leaf = name.rpartition(".base.")
-            out[f"{owner}.{leaf}" if owner in self.layers else name] = p
-        return out
-
-
-def hash_parameters(parameters: Mapping[str, Tensor]) -> str:
-    """See `Adapters.hash_base`."""
-    digest = hashlib.sha256()
-    for name, p in sorted(parameters.items()):
-        full = read_full(p).detach()
-        digest.update(f"{name}{tuple(full.shape)}".encode())
-        if full.is_meta:
-            continue
-        flat = full.reshape(-1)
-        for chunk in flat.split(1 << 24):  # bounded memory for large tables
-            digest.update(as_bytes(chunk.float()))
-    return digest.hexdigest()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor, whatever its dtype."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+        return state.base_parameters(self)

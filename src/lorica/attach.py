@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lorica.adapters import _HANDLE, Adapters
 from lorica.bases import AbstractBase
-from lorica.contract import Contract
+from lorica.contract import Contract, fill, say
 from lorica.deltas import Site
-from lorica.layer import AdaptedLinear, TrainedModule, Update
+from lorica.layer import AdaptedLinear
 from lorica.recipe import Recipe
-from lorica.targets import Targets, find, fresh_modules
+from lorica.shards import seeded
+from lorica.targets import find, fresh_modules, refuse, sites_of
+from lorica.update import Update
+from lorica.whole import TrainedModule, bias_modules, train_in_place
 
 logger = logging.getLogger("lorica")
 
@@ -81,8 +82,8 @@ def attach(
         modules_to_save=saved,
         wraps=wraps,
     )
-    _refuse(model, recipe, targets)
-    sites = _sites(model, recipe, targets, dtype, any_rank=not initialise) if wraps else {}
+    refuse(model, recipe, targets)
+    sites = sites_of(model, recipe, targets, dtype, any_rank=not initialise) if wraps else {}
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -96,7 +97,7 @@ def attach(
         for name, layer in layers.items() if initialise else ():
             start(layer, recipe, f"{recipe.seed}/{name}")
         wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
-        wrapped |= _bias_modules(model, recipe, targets, dtype)
+        wrapped |= bias_modules(model, recipe, targets, dtype)
         for p in model.parameters():
             p.requires_grad_(False)
         for name, module in {**layers, **wrapped}.items():
@@ -109,11 +110,13 @@ def attach(
             for _, p, _ in layer.trained():
                 p.requires_grad_(id(p) in trained)
     else:
-        _train_in_place(model, adapters, targets, whole, dtype, keep_base)
+        train_in_place(model, adapters, targets, whole, dtype, keep_base)
     vars(model)[_HANDLE] = adapters
-    adapters.contract = _fill(contract, adapters, targets, dtype)
+    if not adapters.pristine:
+        adapters.hash_base()
+    adapters.contract = fill(contract, adapters, targets)
     if verbose:
-        _say(str(adapters.contract))
+        say(str(adapters.contract))
     return adapters
 
 
@@ -188,60 +191,7 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
         layer.combine.start(store, update)
 
 
-def seeded(key: str) -> torch.Generator:
-    """A CPU generator that depends on `key` alone, not on the order of layers or the number of
-    processes."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 # -- steps of attach
-
-
-def _refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
-    delta: Any = recipe.delta
-    for name, kind in targets.layers.items():
-        if kind is AbstractBase:
-            continue
-        recipe.check(kind.gives)
-        if kind.lookup and "lookup" not in delta.gives:
-            raise ValueError(
-                f"{name!r} is an embedding, whose input is a token id; `{delta.word}` needs an"
-                " input vector. Leave it out of `target_modules`"
-            )
-    for name, p in model.named_parameters():
-        if isinstance(p, DTensor):
-            raise ValueError(
-                f"{name!r} is sharded already, so an adapter beside it would train alone on every"
-                " process; attach first, shard then"
-            )
-
-
-def _sites(
-    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, *, any_rank: bool
-) -> dict[str, Site]:
-    names = list(targets.layers)
-    given = recipe.rank.assign(names, recipe)  # type: ignore[union-attr]
-    sites, too_large = {}, []
-    for name in names:
-        store = targets.layers[name](model.get_submodule(name))
-        r, alpha = given[name]
-        limit = min(store.in_features, store.out_features)
-        if r > limit and not any_rank:
-            too_large.append(f"{name} ({store.out_features} x {store.in_features})")
-        scale = recipe.scale.factor(alpha, r)  # type: ignore[union-attr]
-        wide = torch.promote_types(store.parameter.dtype, dtype)
-        sites[name] = Site(
-            name, store.in_features, store.out_features, r, scale, store.lookup,
-            wide if wide is torch.float64 else dtype, store.parameter.device,
-        )  # fmt: skip
-    if too_large:
-        raise ValueError(
-            f"`r={recipe.r}` is larger than min(in, out) of {len(too_large)} layer(s): "
-            f"{', '.join(too_large[:4])}{' ...' if len(too_large) > 4 else ''}. "
-            "Choose a smaller `r`, or a smaller one for these through `rank_pattern`"
-        )
-    return sites
 
 
 def _build(
@@ -261,47 +211,6 @@ def _build(
     return layer.train(module.training)
 
 
-def _bias_modules(
-    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype
-) -> dict[str, TrainedModule]:
-    """With `bias="all"`: every other module that has a bias of its own."""
-    if recipe.bias != "all":
-        return {}
-    return {
-        name: TrainedModule(module, dtype, frozenset({"bias"}))
-        for name, module in model.named_modules()
-        if name
-        and "bias" in dict(module.named_parameters(recurse=False))
-        and name not in targets.layers
-        and not any(name == s or name.startswith(s + ".") for s in targets.saved)
-    }
-
-
-def _train_in_place(
-    model: nn.Module,
-    adapters: Adapters,
-    targets: Targets,
-    whole: bool,
-    dtype: torch.dtype,
-    keep: bool,
-) -> None:
-    roots = [*targets.layers, *targets.saved]
-    names = [
-        n
-        for n, p in model.named_parameters()
-        if p.is_floating_point() and (whole or any(n.startswith(r + ".") for r in roots))
-    ]
-    if keep:
-        adapters.originals = {
-            n: p.data.clone() for n, p in model.named_parameters() if n in set(names)
-        }
-    for n, p in model.named_parameters():
-        p.requires_grad_(n in set(names))
-        if p.is_floating_point() and p.dtype != torch.float64:
-            p.data = p.data.to(dtype)
-    adapters.direct = tuple(names)
-
-
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
@@ -312,71 +221,3 @@ def _release(model: nn.Module, adapters: Adapters) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(adapters.requires_grad.get(name, True))
     return model
-
-
-def _fill(contract: Contract, adapters: Adapters, targets: Targets, dtype: torch.dtype) -> Contract:
-    """Counts, bytes and defaults, from the model as it now stands."""
-    recipe, model = adapters.recipe, adapters.model
-    trained = adapters.trained()
-    ids = {id(t.parameter) for t in trained}
-    base = {n: p for n, p in model.named_parameters() if id(p) not in ids}
-    carried = [p for layer in adapters.layers.values() for _, p in layer.frozen()]
-    own = {id(p) for p in carried}
-    for t in trained:
-        _count(contract.trained, f"{t.role}" if t.role != "module" else "in full", t.parameter)
-    for p in base.values():
-        _count(contract.frozen, "carried" if id(p) in own else "base", p)
-    contract.total = sum(p.numel() for p in model.parameters())
-    contract.saved = list(adapters.saved)
-    if not adapters.direct:
-        contract.unadapted = {n: k / contract.total for n, k in targets.unadapted.items()}
-    for layer in adapters.layers.values():
-        site = layer.site
-        shape = f"{site.out_features} x {site.in_features}"
-        rule: Any = recipe.kernel
-        start_at = (
-            None
-            if site.lookup or recipe.lora_dropout
-            else rule.threshold(site.in_features, site.out_features)
-        )
-        if layer.store.parameter.dtype not in (torch.float32, torch.float64):
-            start_at = None
-        key = (
-            f"{shape}, r={site.r}"
-            if f"{shape}" in contract.layers and contract.layers[shape]["r"] != site.r
-            else shape
-        )
-        info = contract.layers.setdefault(
-            key, {"count": 0, "r": site.r, "scale": site.scale, "materialise_from": start_at}
-        )
-        info["count"] += 1
-        contract.materialise_from[key] = start_at
-    elements = sum(t.parameter.numel() for t in trained)
-    size = sum(t.parameter.numel() * t.parameter.element_size() for t in trained)
-    state: Any = recipe.rule
-    contract.memory = {
-        "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
-        "trained": size,
-        "carried": sum(p.numel() * p.element_size() for p in carried),
-        "gradients": size,
-        "optimizer": state.state_per_element * elements * 4,
-    }
-    contract.defaults = {k: {"value": v, "from": w} for k, (v, w) in recipe.filled.items()}
-    if (rate := recipe.learning_rate) is not None:
-        contract.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}
-    return contract
-
-
-def _count(groups: dict[str, dict[str, int]], name: str, p: nn.Parameter) -> None:
-    group = groups.setdefault(name, {"tensors": 0, "elements": 0})
-    group["tensors"] += 1
-    group["elements"] += p.numel()
-
-
-def _say(text: str) -> None:
-    if logger.hasHandlers():
-        logger.info(text)
-    else:
-        import sys
-
-        print(text, file=sys.stderr)

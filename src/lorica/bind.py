@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from lorica.adapters import Adapters
-from lorica.attach import seeded
-from lorica.moves import reduce_scalar
+from lorica.moves import reduce_scalar, seeded
 from lorica.proof import Proof
 from lorica.recipe import Recipe
 
@@ -72,7 +71,7 @@ class _Binding:
         self.real = not _is_fake(optimizer)
         if not self.real:
             return
-        if len(args) > 1 or kwargs.get("closure") is not None:
+        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
             raise ValueError(
                 "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
                 " schedule reads would be stale; call `loss.backward()` and then `optimizer.step()`"

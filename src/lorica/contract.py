@@ -4,9 +4,15 @@ in."""
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
+
+logger = logging.getLogger("lorica")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -82,3 +88,69 @@ class Contract:
         for name, d in self.defaults.items():
             lines.append(f"  default {name}={d['value']} (from {d['from']})")
         return "\n".join(lines)
+
+
+def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
+    """Counts, bytes and defaults, from the model as it now stands."""
+    recipe, model = adapters.recipe, adapters.model
+    trained = adapters.trained()
+    ids = {id(t.parameter) for t in trained}
+    base = {n: p for n, p in model.named_parameters() if id(p) not in ids}
+    carried = [p for layer in adapters.layers.values() for _, p in layer.frozen()]
+    own = {id(p) for p in carried}
+    for t in trained:
+        _count(contract.trained, f"{t.role}" if t.role != "module" else "in full", t.parameter)
+    for p in base.values():
+        _count(contract.frozen, "carried" if id(p) in own else "base", p)
+    contract.total = sum(p.numel() for p in model.parameters())
+    contract.saved = list(adapters.saved)
+    if not adapters.direct:
+        contract.unadapted = {n: k / contract.total for n, k in targets.unadapted.items()}
+    for layer in adapters.layers.values():
+        site = layer.site
+        shape = f"{site.out_features} x {site.in_features}"
+        rule: Any = recipe.kernel
+        start_at = (
+            None
+            if site.lookup or recipe.lora_dropout
+            else rule.threshold(site.in_features, site.out_features)
+        )
+        if layer.store.parameter.dtype not in (torch.float32, torch.float64):
+            start_at = None
+        key = (
+            f"{shape}, r={site.r}"
+            if f"{shape}" in contract.layers and contract.layers[shape]["r"] != site.r
+            else shape
+        )
+        info = contract.layers.setdefault(
+            key, {"count": 0, "r": site.r, "scale": site.scale, "materialise_from": start_at}
+        )
+        info["count"] += 1
+        contract.materialise_from[key] = start_at
+    elements = sum(t.parameter.numel() for t in trained)
+    size = sum(t.parameter.numel() * t.parameter.element_size() for t in trained)
+    state: Any = recipe.rule
+    contract.memory = {
+        "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
+        "trained": size,
+        "carried": sum(p.numel() * p.element_size() for p in carried),
+        "gradients": size,
+        "optimizer": state.state_per_element * elements * 4,
+    }
+    contract.defaults = {k: {"value": v, "from": w} for k, (v, w) in recipe.filled.items()}
+    if (rate := recipe.learning_rate) is not None:
+        contract.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}
+    return contract
+
+
+def _count(groups: dict[str, dict[str, int]], name: str, p: nn.Parameter) -> None:
+    group = groups.setdefault(name, {"tensors": 0, "elements": 0})
+    group["tensors"] += 1
+    group["elements"] += p.numel()
+
+
+def say(text: str) -> None:
+    if logger.hasHandlers():
+        logger.info(text)
+    else:
+        print(text, file=sys.stderr)

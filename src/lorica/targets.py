@@ -6,11 +6,15 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lorica.bases import AbstractBase, base_for
+from lorica.deltas import Site
 
 
 @dataclass
@@ -225,3 +229,54 @@ def _fill_rest(model: nn.Module, out: Targets) -> None:
                 out.tied[owner] = others[0]
                 for n in names:
                     out.unadapted.pop(n, None)
+
+
+def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
+    """What the targets and the recipe together rule out.
+
+    Raises:
+        ValueError: a base that lacks what the recipe needs, a token-id input, a sharded weight.
+    """
+    delta = recipe.delta
+    for name, kind in targets.layers.items():
+        if kind is AbstractBase:
+            continue
+        recipe.check(kind.gives)
+        if kind.lookup and "lookup" not in delta.gives:
+            raise ValueError(
+                f"{name!r} is an embedding, whose input is a token id; `{delta.word}` needs an"
+                " input vector. Leave it out of `target_modules`"
+            )
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            raise ValueError(
+                f"{name!r} is sharded already, so an adapter beside it would train alone on every"
+                " process; attach first, shard then"
+            )
+
+
+def sites_of(
+    model: nn.Module, recipe: Any, targets: Targets, dtype: torch.dtype, *, any_rank: bool
+) -> dict[str, Site]:
+    names = list(targets.layers)
+    given = recipe.rank.assign(names, recipe)
+    sites, too_large = {}, []
+    for name in names:
+        store = targets.layers[name](model.get_submodule(name))
+        r, alpha = given[name]
+        limit = min(store.in_features, store.out_features)
+        if r > limit and not any_rank:
+            too_large.append(f"{name} ({store.out_features} x {store.in_features})")
+        scale = recipe.scale.factor(alpha, r)
+        wide = torch.promote_types(store.parameter.dtype, dtype)
+        sites[name] = Site(
+            name, store.in_features, store.out_features, r, scale, store.lookup,
+            wide if wide is torch.float64 else dtype, store.parameter.device,
+        )  # fmt: skip
+    if too_large:
+        raise ValueError(
+            f"`r={recipe.r}` is larger than min(in, out) of {len(too_large)} layer(s): "
+            f"{', '.join(too_large[:4])}{' ...' if len(too_large) > 4 else ''}. "
+            "Choose a smaller `r`, or a smaller one for these through `rank_pattern`"
+        )
+    return sites

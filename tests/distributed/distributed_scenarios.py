@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lorica
 from lorica import moves
-from lorica.attach import seeded
+from lorica.shards import seeded
 from lorica.bind import KEY
 from lorica.deltas import Pair
 from lorica.proof import WATCHED_STEPS
@@ -141,20 +141,27 @@ def _adapted(
     make: Callable[[], Any] = _llama,
     dtype: torch.dtype = torch.float64,
     schedules: tuple = (Moving(),),
-    r: int = 3,
+    r: int | None = 3,
+    base: torch.dtype | None = None,
     **fields: Any,
 ) -> lorica.Adapters:
     """A tiny model with adapters: the same on every process, and each time it is called."""
     torch.manual_seed(0)
     recipe = Recipe.parse(method, r=r, schedules=schedules, **fields)
-    return lorica.attach(make().to(dtype), recipe, dtype=dtype, verbose=False)
+    return lorica.attach(make().to(base or dtype), recipe, dtype=dtype, verbose=False)
 
 
-def _shard(adapters: lorica.Adapters, mesh: DeviceMesh | None = None, axis: int = 0) -> None:
+def _shard(
+    adapters: lorica.Adapters,
+    mesh: DeviceMesh | None = None,
+    axis: int = 0,
+    policy: MixedPrecisionPolicy | None = None,
+) -> None:
     """fully_shard per layer and at the root; matrices along `axis`."""
     model: Any = adapters.model
     mesh = _mesh() if mesh is None else mesh
     place: Any = {"shard_placement_fn": lambda p: Shard(axis if p.ndim > axis else 0)}
+    place["mp_policy"] = policy or MixedPrecisionPolicy()
     blocks = getattr(model, model.base_model_prefix)
     for block in getattr(blocks, "layers", None) or blocks.h:
         fully_shard(block, mesh=mesh, **place)
@@ -186,6 +193,7 @@ def _train(
         if divided:
             ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
         logits = model(input_ids=ids).logits  # transformers' own loss is in float32
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         optimizer.step()
@@ -265,9 +273,11 @@ def _placed(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 _SHAPES = ((8, 4), (5, 7), (2, 9), (1, 6), (9, 1), (7,))
 
 
-def _cases(generator: torch.Generator) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _cases(
+    generator: torch.Generator, shapes: tuple[tuple[int, ...], ...] = _SHAPES
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(what it is, plain twin, the tensor in some placement)."""
-    for shape in _SHAPES:
+    for shape in shapes:
         t = torch.randn(shape, generator=generator)
         for how, placed in _placed(t):
             yield f"{shape} {how}", t.clone(), placed
@@ -380,7 +390,7 @@ def verbs_reduce() -> None:
 @_on(2, 4)
 def verbs_optimizer_state() -> None:
     """Rows of moments and of step counts kept per row (plain tensors beside sharded moments)."""
-    for what, twin, t in _cases(torch.Generator().manual_seed(9)):
+    for what, twin, t in _cases(torch.Generator().manual_seed(9), ((5, 7), (2, 9), (1, 6), (9, 1))):
         for axis in range(twin.ndim):
             held = [nn.Parameter(x.clone()) for x in (twin, t)]
             optimizers = [torch.optim.AdamW([p], lr=0.1, amsgrad=True) for p in held]
@@ -448,8 +458,9 @@ def _moves_keep(method: str, *, axis: int = 0, make: Callable[[], Any] = _llama,
 
 @_on(2, 4)
 def moves_keep_the_function() -> None:
-    _moves_keep("lora")
     _moves_keep("dora+olora", r=2)  # 4 processes: half of them hold nothing of A
+    if dist.get_world_size() == 2:
+        _moves_keep("lora")
 
 
 @_on(2)
@@ -528,6 +539,24 @@ def training_on_empty_shards_and_replicas() -> None:
 @_on(2)
 def training_in_full_on_shards() -> None:
     _follows("full", wrap=_sharded(), schedules=(), r=None)
+
+
+@_on(2)
+def half_precision_base_on_shards() -> None:
+    """A bfloat16 base beside float32 adapters in one unit, with FSDP2's mixed precision (forward
+    sees the adapters in bfloat16) and without."""
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for policy in (MixedPrecisionPolicy(), mixed):
+        one, many = (_adapted("dora+olora", dtype=torch.float32, base=torch.bfloat16) for _ in "12")
+        _shard(many, policy=policy)
+        want = _train(one.model, one, _optimizer(one), range(4), divided=False)
+        optimizer = _optimizer(many)
+        got = _train(many.model, many, optimizer, range(4), divided=True)
+        assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= 2e-2, (got, want)
+        held = [t.parameter for t in many.trained()]
+        assert {p.dtype for p in held} == {torch.float32}
+        assert {optimizer.state[p]["exp_avg"].dtype for p in held} == {torch.float32}
+        assert len(set(_on_every_process(many.fingerprint()))) == 1
 
 
 @_on(2)

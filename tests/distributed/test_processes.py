@@ -37,16 +37,12 @@ def launch(out: Path, world: int) -> None:
         *(f"--nproc-per-node={world}", str(HERE / "worker.py"), str(out)),
     ]
     with (out / "log").open("w") as log:
+        agent = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            subprocess.run(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                timeout=LAUNCH_SECONDS,
-                check=False,
-            )
+            agent.wait(LAUNCH_SECONDS)
         except subprocess.TimeoutExpired:
+            agent.terminate()  # not kill: it takes its workers with it
+            agent.wait(60)
             log.write(f"\nstopped after {LAUNCH_SECONDS} s")
     (out / "done").touch()
 

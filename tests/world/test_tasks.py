@@ -45,8 +45,7 @@ def without_repeats(text: str) -> str:
 
 
 def looked_up(text: str) -> str:
-    wanted = text[0] + "="
-    return (text + " ").split(wanted)[1].split(" ")[0]
+    return text.split(text[-1] + "=")[1].split(" ")[0]
 
 
 def from_end(text: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from lorica.train.folder import strict
 
 
 class Others(abc.ABC):
@@ -68,7 +69,9 @@ def write(outcome: Outcome, *, json: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width; nothing is cut for it
+        console = Console(highlight=False, width=240)
     for part in outcome.shown:
         if isinstance(part, str):
             print(part)
@@ -79,14 +82,3 @@ def write(outcome: Outcome, *, json: bool) -> None:
 def as_json(data: Any) -> str:
     """One line of strict JSON: what is no finite number becomes null."""
     return json.dumps(strict(data), allow_nan=False, ensure_ascii=False, default=str)
-
-
-def strict(data: Any) -> Any:
-    """The same with None in place of NaN and infinities, which JSON does not have."""
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {str(key): strict(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [strict(value) for value in data]
-    return data

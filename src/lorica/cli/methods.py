@@ -118,7 +118,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("axis", "word", "what it does", "year", "arXiv", "status"):
-        table.add_column(column, no_wrap=column != "what it does")
+        table.add_column(column, overflow="fold", ratio=1 if column == "what it does" else None)
     axis = None
     for row in rows:
         if row["axis"] != axis:

@@ -121,7 +121,7 @@ def _table(data: dict[str, Any]) -> Any:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("adapted", "layers", "out x in", "role", "parameters", "per rank, each"):
         right = column in ("adapted", "out x in", "parameters", "per rank, each")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for g in data["layers"]:
         table.add_row(
             f"{g['adapted']} of {g['count']}",

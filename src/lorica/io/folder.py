@@ -17,10 +17,10 @@ _OURS = re.compile(
     r"adapter_config\.json|adapter_model\.(safetensors|bin)|lorica\.(json|safetensors)"
     r"|model.*\.safetensors(\.index\.json)?|(generation_)?config\.json"
 )
-_MARKS = (OWN_CONFIG, PEFT_CONFIG)
+ADAPTER_MARKS = (OWN_CONFIG, PEFT_CONFIG)
 
 
-def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = _MARKS) -> None:
+def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_MARKS) -> None:
     """Whether a folder may be written here.
 
     Raises:
@@ -45,7 +45,7 @@ def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = _MARKS) 
 
 @contextlib.contextmanager
 def writing(
-    path: Path, *, overwrite: bool, marks: tuple[str, ...] = _MARKS
+    path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_MARKS
 ) -> Iterator[Path]:
     """A fresh folder beside `path` that takes its place when the block ends, and vanishes when it
     raises.

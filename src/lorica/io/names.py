@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
-from lorica.layer import AdaptedLinear, TrainedModule
+from lorica.layer import AdaptedLinear
+from lorica.whole import TrainedModule
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -158,7 +158,7 @@ def check_values(
     flat += [n for n, t in tensors.items() if not t.numel()]
     if flat:
         raise ValueError(
-            f"{flat[0]} is {tuple((state | dict(tensors))[flat[0]].shape)}: an adapter's tensor is"
+            f"{flat[0]} is {tuple({**state, **tensors}[flat[0]].shape)}: an adapter's tensor is"
             " neither empty nor flat, so the shards of a sharded model were not gathered. Gather"
             " them before saving"
         )
@@ -234,7 +234,8 @@ def read_own(folder: Path) -> dict[str, Any]:
     """A checked `lorica.json`; the files it speaks of are whole.
 
     Raises:
-        ValueError: a newer format, a value of the wrong type, a file that is missing or was changed.
+        ValueError: a newer format, a value of the wrong type, a file that is missing or was
+            changed.
     """
     file = folder / OWN_CONFIG
     info = read_json(file)
@@ -443,8 +444,7 @@ def _check_base(adapters: Adapters, info: Mapping[str, Any], folder: Path) -> No
         return
     here, there = _dtypes(adapters), info["base"].get("dtype")
     hint = (
-        f" It was held in {there} there and is in {here} here, which rounds it: load it in"
-        f" {there}."
+        f" It was held in {there} there and is in {here} here, which rounds it: load it in {there}."
         if here != there
         else ""
     )

@@ -68,7 +68,7 @@ def places(adapters: Adapters, carried: Mapping[str, int]) -> dict[str, Place]:
     out: dict[str, Place] = {}
     for site, layer in adapters:
         key = f"{PREFIX}{site}"
-        a, b = _factor_keys(key, layer.site.lookup)
+        a, b = factor_keys(key, layer.site.lookup)
         names = {id(p): n for n, p in layer.named_parameters()}
         pair, own = layer.update.delta.pair(), layer.update.delta.factors()
         if pair is not None and own is not None and own.A is pair.A and own.B is pair.B:
@@ -88,7 +88,7 @@ def places(adapters: Adapters, carried: Mapping[str, int]) -> dict[str, Place]:
     return out
 
 
-def _factor_keys(key: str, lookup: bool) -> tuple[str, str]:
+def factor_keys(key: str, lookup: bool) -> tuple[str, str]:
     if lookup:
         return f"{key}.lora_embedding_A", f"{key}.lora_embedding_B"
     return f"{key}.lora_A.weight", f"{key}.lora_B.weight"
@@ -142,7 +142,7 @@ def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, T
         tensors = [t.cpu() for _, t in pieces]
         out[key] = tensors[0] if axis is None else torch.cat(tensors, axis)
     for site, layer in adapters:
-        a, b = _factor_keys(f"{PREFIX}{site}", layer.site.lookup)
+        a, b = factor_keys(f"{PREFIX}{site}", layer.site.lookup)
         if a not in out:
             factors = layer.update.factors()
             assert factors is not None
@@ -151,15 +151,23 @@ def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, T
     return {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in out.items()}
 
 
-def config(adapters: Adapters) -> dict[str, Any]:
+def config(
+    adapters: Adapters,
+    ranks: Mapping[str, int] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """`adapter_config.json`: what PEFT needs to compute the same, no more.
 
     The user's r, alpha and `use_rslora` stay where they are true of the file; where something is
-    carried, or s differs between layers, alpha = s·rank is written for each layer.
+    carried, or s differs between layers, alpha = s·rank is written for each layer. `ranks` and
+    `scales` (of every layer) stand for the adapters' own where the factors were written otherwise.
     """
     recipe: Any = adapters.recipe
     modules = plain_modules(adapters.model)
-    ranks, alphas, rslora = _numbers(adapters)
+    if ranks is not None and scales is not None:
+        alphas, rslora = {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
+    else:
+        ranks, alphas, rslora = _numbers(adapters)
     r, alpha = _commonest(ranks), _commonest(alphas)
     saved = list(_saved_names(adapters) or ()) or None
     base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
@@ -198,12 +206,13 @@ def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool
     ranks = {name: f.A.shape[0] for name, f in factors.items() if f is not None}
     scales = {name: f.scale for name, f in factors.items() if f is not None}
     given = recipe.rank.assign(list(adapters.layers), recipe)
-    own = recipe.scale.peft_rslora is not None and len(set(scales.values())) == 1
-    if own and all(
+    rslora: bool | None = recipe.scale.peft_rslora
+    true = len(set(scales.values())) == 1 and all(
         given[n][0] == ranks[n] and recipe.scale.factor(given[n][1], given[n][0]) == scales[n]
         for n in ranks
-    ):
-        return ranks, {n: _whole(alpha) for n, (_, alpha) in given.items()}, recipe.scale.peft_rslora
+    )
+    if rslora is not None and true:
+        return ranks, {n: _whole(alpha) for n, (_, alpha) in given.items()}, rslora
     return ranks, {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
 
 
@@ -226,7 +235,7 @@ def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     return out
 
 
-_TASKS: dict[str, Mapping[str, Any]] = {
+_TASKS: dict[str, Mapping[Any, Any]] = {
     "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -261,7 +270,7 @@ def _task(adapters: Adapters, modules: Mapping[str, nn.Module]) -> str | None:
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "peft_type": (str,), "r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float),
-    "use_rslora": (bool,), "use_dora": (bool,), "init_lora_weights": (bool, str),
+    "use_rslora": (bool,), "init_lora_weights": (bool, str),
     "target_modules": (list, str), "exclude_modules": (list, str), "modules_to_save": (list,),
     "layers_to_transform": (list, int), "layers_pattern": (list, str), "rank_pattern": (dict,),
     "alpha_pattern": (dict,), "bias": (str,), "fan_in_fan_out": (bool,), "task_type": (str,),
@@ -292,7 +301,7 @@ def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: another method's file; a value of the wrong type; a switch that changes what is
             computed and isn't implemented here.
     """
-    check_types(data, _TYPES, file)
+    check_types(data, {**_TYPES, **dict.fromkeys(_flags(), (bool,))}, file)
     if data.get("peft_type") != "LORA":
         raise ValueError(
             f"{file}: `peft_type` is {data.get('peft_type')!r}; read are LORA files (LoRA, DoRA,"
@@ -468,7 +477,9 @@ def _in_layers(name: str, data: Mapping[str, Any]) -> bool:
     match = None if containers else re.match(r".*?\.[^.]*\.(?P<i>\d+)\.", name)
     for container in containers:
         match = match or re.match(rf"(?:^|.*?\.){container}\.(?P<i>\d+)\.", name)
-    return match is not None and int(match["i"]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return match is not None and int(match["i"]) in (
+        [wanted] if isinstance(wanted, int) else wanted
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from lorica.world.task import LETTERS, AbstractTask, pick
 
 
 class Get(AbstractTask):
-    """The value of a key: `get: b from a=31 b=7 c=12` is 7."""
+    """The value of a key: `get: a=31 b=7 c=12 b` is 7."""
 
     name = "get"
     kind = "old"
@@ -20,8 +20,8 @@ class Get(AbstractTask):
             if key not in keys:
                 keys.append(key)
         line = " ".join(f"{key}={rng.randrange(100)}" for key in keys)
-        return f"{keys[rng.randrange(3)]} from {line}"
+        return f"{line} {keys[rng.randrange(3)]}"
 
     def answer(self, text: str) -> str:
-        key, line = text.split(" from ")
-        return dict(item.split("=") for item in line.split())[key]
+        *pairs, key = text.split()
+        return dict(pair.split("=") for pair in pairs)[key]

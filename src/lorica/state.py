@@ -1,0 +1,100 @@
+"""What of an adapted model is state: read, written back, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.moves import copy_, read_full, reshard
+
+
+def tensors(adapters: Any) -> dict[str, nn.Parameter]:
+    """{path: parameter} of all that training changes or the forward reads beside the frozen
+    base."""
+    out: dict[str, nn.Parameter] = {}
+    for site, layer in adapters.layers.items():
+        out |= {f"{site}.{n}": p for n, p, _ in layer.trained()}
+        out |= {f"{site}.{n}": p for n, p in layer.frozen()}
+        if not adapters.pristine:
+            out[f"{site}.base.weight"] = layer.store.parameter
+    for site, module in adapters.saved.items():
+        out |= {f"{site}.{n}": p for n, p, _ in module.trained()}
+    parameters = dict(adapters.model.named_parameters()) if adapters.direct else {}
+    return out | {n: parameters[n] for n in adapters.direct}
+
+
+def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
+    """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
+    reshard(adapters.model)
+    for site, layer in adapters.layers.items():  # what is carried grows with training
+        a, b = (saved.get(f"{site}.update.carried_{side}") for side in "AB")
+        if a is not None and b is not None and layer.update.carried_A is None:
+            device = layer.store.parameter.device
+            layer.update.carry_(
+                torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
+            )
+    own = tensors(adapters)
+    shared = [n for n in own if n in saved and saved[n].shape != own[n].shape]
+    wrong = {
+        "missing": sorted(set(own) - set(saved)),
+        "extra": sorted(set(saved) - set(own)),
+        "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in shared],
+    }
+    if any(wrong.values()):
+        listed = "; ".join(
+            f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            for what, names in wrong.items()
+            if names
+        )
+        recipe = adapters.recipe
+        raise ValueError(
+            f"the saved tensors are not those of these adapters: {listed}. The recipe here is"
+            f" `{recipe.text()}` with r={recipe.r}; attach with the saved one"
+        )
+    for name, p in own.items():
+        copy_(p, saved[name])
+
+
+def base_parameters(adapters: Any) -> dict[str, nn.Parameter]:
+    """See `Adapters.base_parameters`."""
+    inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
+    own = {id(p) for p in tensors(adapters).values()} - inner
+    saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
+    out = {}
+    for name, p in adapters.model.named_parameters():
+        if (id(p) in own and name not in adapters.direct) or id(p) in saved:
+            continue
+        owner, _, leaf = name.rpartition(".base.")
+        out[f"{owner}.{leaf}" if owner in adapters.layers else name] = p
+    return out
+
+
+def hash_exactly(named: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(named.items()):
+        digest.update(name.encode())
+        digest.update(as_bytes(value))
+    return digest.hexdigest()
+
+
+def hash_values(named: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values: a half-precision copy held in float32 hashes
+    as it did."""
+    digest = hashlib.sha256()
+    for name, p in sorted(named.items()):
+        full = read_full(p).detach()
+        digest.update(f"{name}{tuple(full.shape)}".encode())
+        if not full.is_meta:
+            for chunk in full.reshape(-1).split(1 << 24):  # bounded memory for large tables
+                digest.update(as_bytes(chunk.float()))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """The raw bytes of a tensor, whatever its dtype."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

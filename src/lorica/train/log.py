@@ -1,0 +1,147 @@
+"""What a run says while it runs: a line a log step, in metrics.jsonl and on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from lorica.train.folder import RunFolder, strict
+
+logger = logging.getLogger("lorica")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: of the accelerator's allocator, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class RunLog(TrainerCallback, ExportableState):
+    """Writes metrics.jsonl, tells of progress, evaluates at the last step, and stops a run whose
+    loss is no number.
+
+    Args:
+        folder: where metrics.jsonl lies; lines after the step that a run goes on from are dropped.
+        device: whose memory is measured.
+        facts: saved with every checkpoint, e.g. the hash of the data.
+        main: whether this process is the one that writes.
+    """
+
+    def __init__(
+        self, folder: RunFolder, device: torch.device, facts: dict[str, Any], main: bool = True
+    ) -> None:
+        self.folder, self.device, self.facts, self.main = folder, device, facts, main
+        self.before = 0.0  # seconds of the sessions that this one goes on from
+        self.start = self.last = time.perf_counter()
+        self.tokens = 0
+        self.live = main and sys.stderr.isatty()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"facts": self.facts}}
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = [line for line in self.folder.lines() if line["step"] <= state.global_step]
+        kept = kept if state.global_step else []
+        self.before = max((line["seconds"] for line in kept), default=0.0)
+        self.tokens = state.num_input_tokens_seen
+        if self.main:
+            self.folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self.start = self.last = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = args.save_strategy in ("steps", "epoch")
+        elif self.live:
+            print(f"\r\x1b[Kstep {state.global_step}/{state.max_steps}", end="", file=sys.stderr)
+            sys.stderr.flush()
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._train_line(state, logs)
+        elif any(name.startswith("eval_") for name in logs):
+            self._eval_line(state, logs)
+
+    def _train_line(self, state: Any, logs: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        tokens, self.tokens = state.num_input_tokens_seen - self.tokens, state.num_input_tokens_seen
+        pace, self.last = tokens / max(now - self.last, 1e-9), now
+        line = {"step": state.global_step, "epoch": round(state.epoch, 6), "loss": logs["loss"]}
+        line |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
+        line |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
+        line |= {"tokens_per_second": round(pace, 1), "peak_memory": peak_memory(self.device)}
+        self._write(line)
+        done = state.global_step
+        left = (state.max_steps - done) * (now - self.start) / max(done, 1)
+        self._say(
+            f"step {done}/{state.max_steps}  loss {logs['loss']:.4f}"
+            f"  lr {logs.get('learning_rate', 0):.2e}  {pace:,.0f} tokens/s  {clock(left)} left"
+        )
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {done}: training has diverged. Lower"
+                " `--learning-rate`, raise `--warmup-ratio`, or with float16 weights type `--dtype"
+                " float32`"
+            )
+
+    def _eval_line(self, state: Any, logs: dict[str, Any]) -> None:
+        figures = {k: v for k, v in logs.items() if k.startswith("eval_") and _figure(k)}
+        self._write({"step": state.global_step, **figures, "seconds": round(self.seconds, 3)})
+        shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in figures.items())
+        self._say(f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
+        self.last = time.perf_counter()  # no training in that time
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(strict(line)) + "\n")
+
+    def _say(self, text: str) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        if self.main:
+            logger.info(text)
+
+
+def _figure(name: str) -> bool:
+    """Whether it measures the model, not the machine."""
+    return not name.endswith(("_runtime", "_per_second", "_time"))
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    Example:
+        >>> clock(3700)
+        '1:01:40'
+    """
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,84 @@
+"""Every label token weighs the same, however the tokens fall into micro-batches, processes and
+evaluation batches.
+
+transformers leaves that to each model's own loss: language models divide by the count it hands
+them, BERT's and the generic classification heads take the argument and ignore it (their gradients
+then grow with the number of accumulation steps), and evaluation averages the means of batches. Here
+the model is only ever asked for the mean over its own micro-batch, and weighing it is one
+multiplication.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+class TokenWeighted(transformers.Trainer):
+    """A Trainer whose losses are means over label tokens (over labels, for sequence
+    classification).
+
+    It is right for every model whose loss is a mean over the labels that are not -100. Evaluation
+    adds `eval_perplexity` for language models.
+    """
+
+    perplexity = False  # set by whoever knows that the loss is a log-likelihood of tokens
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Asks for the count and takes the loss as scaled; the model itself is never handed it.
+        self.model_accepts_loss_kwargs = True
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def _labels(self, inputs: Any) -> Tensor:
+        """How many labels of this micro-batch the loss averages over, 0-d."""
+        labels = inputs["labels"]
+        shifted = self._loss_shifts_labels  # type: ignore[attr-defined]
+        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        count = self._labels(inputs)
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
+        try:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+        if num_items_in_batch is not None:
+            across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * (count.to(loss.device) / num_items_in_batch * across)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        count = self._labels(inputs)
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
+        if loss is not None:
+            self._seen.append((loss.detach().double() * count.to(loss.device), count))
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._seen = []
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._seen and output.metrics is not None:
+            sums = torch.stack([torch.stack([a, b.to(a)]) for a, b in self._seen]).sum(0)
+            sums = self.accelerator.gather(sums.reshape(1, 2))
+            total, count = sums.sum(0).tolist()  # type: ignore[union-attr]
+            loss = total / count if count else float("nan")
+            output.metrics[f"{prefix}_loss"] = loss
+            if self.perplexity:
+                output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        return output

@@ -1,0 +1,137 @@
+"""Update: the trained delta and what is carried frozen beside it.
+
+*Carried* is a stack of factors under the layer's own scale: the start ΔW₀ of an anchored init
+enters with a minus, a finished link of a restarting schedule with a plus. So the base is never
+mutated by a start. Combines, norms, kernels and export take the update as a whole, of rank r + k,
+and know neither part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorica.bases import AbstractBase
+from lorica.deltas import AbstractDelta, Factors, Site
+
+
+class Update(nn.Module):
+    """delta + carried of one layer, with the dropout that falls on it. Combines, kernels and export
+    take this."""
+
+    carried_A: nn.Parameter | None  # (k, in), frozen
+    carried_B: nn.Parameter | None  # (out, k), frozen; sign folded in, scale that of the delta
+
+    def __init__(self, delta: AbstractDelta, site: Site, *, dropout: float, drop_carried: bool):
+        super().__init__()
+        self.delta = delta
+        self.lookup = site.lookup
+        self.dropout = dropout
+        self.drop_carried = drop_carried
+        # Parameters, not buffers: DDP would broadcast buffers at every forward, FSDP2 fails to load
+        # them.
+        self.register_parameter("carried_A", None)
+        self.register_parameter("carried_B", None)
+
+    @torch.no_grad()
+    def carry_(self, A: Tensor, B: Tensor) -> None:
+        """Stack A (k, in), B (out, k) onto what is carried; needs plain tensors, so before
+        sharding."""
+        like = {"dtype": self._dtype, "device": A.device}
+        A, B = A.to(**like), B.to(**like)
+        if self.carried_A is not None and self.carried_B is not None:
+            A, B = torch.cat([self.carried_A, A]), torch.cat([self.carried_B, B], dim=1)
+        self.carried_A = nn.Parameter(A.clone(), requires_grad=False)
+        self.carried_B = nn.Parameter(B.clone(), requires_grad=False)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.delta.parameters()).dtype
+
+    @property
+    def carried(self) -> Factors | None:
+        if self.carried_A is None or self.carried_B is None:
+            return None
+        return Factors(self.carried_A, self.carried_B, self.delta.scale)
+
+    @property
+    def dropping(self) -> bool:
+        """Whether this call drops inputs, so that no one matrix stands for the update."""
+        return self.training and self.dropout > 0
+
+    def factors(self) -> Factors | None:
+        """Low-rank view of the whole update, rank r + k, or None where the delta has none."""
+        own, carried = self.delta.factors(), self.carried
+        if own is None or carried is None:
+            return own
+        if own.scale != carried.scale:
+            own = Factors(own.A, own.B * (own.scale / carried.scale), carried.scale)
+        return Factors(torch.cat([own.A, carried.A]), torch.cat([own.B, carried.B], 1), own.scale)
+
+    def weight(self, base: AbstractBase) -> Tensor:
+        """ΔW (out, in) of the whole update, in at least float32."""
+        if (factors := self.factors()) is not None:
+            return factors.weight()
+        own, carried = self.delta.weight(base), self.carried
+        assert own is not None, "the combine needs a weight and the recipe's check let this pass"
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        return own if carried is None else own + carried.weight()
+
+    def row_norms(self, base: AbstractBase) -> Tensor:
+        """Row norms of W + ΔW (out,), in at least float32, without forming ΔW where factors exist:
+
+        c² = rowsum(W²) + 2 rowsum((W Aᵀ) ∘ B) + rowsum((B A Aᵀ) ∘ B), the scale folded into B.
+        """
+        with torch.autocast(base.parameter.device.type, enabled=False):
+            if (factors := self.factors()) is None:
+                delta = self.weight(base)
+                return torch.linalg.vector_norm(base.weight().to(delta.dtype) + delta, dim=1)
+            wide = torch.promote_types(factors.A.dtype, torch.float32)
+            w, A = base.weight().to(wide), factors.A.to(wide)
+            B = factors.B.to(wide) * factors.scale
+            cross = F.linear(w, A)  # (out, k)
+            square = w.square().sum(1) + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
+            return square.clamp_min(0).sqrt()
+
+    # -- the product, split by what dropout falls on
+
+    def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input after dropout; for token ids a mask (..., 1) instead, since a dropped one-hot
+        is a zero."""
+        if not self.dropping:
+            return x, None
+        if self.lookup:
+            mask = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
+            return x, F.dropout(mask, self.dropout)
+        return F.dropout(x, self.dropout), None
+
+    def moving(self, x: Tensor, base: AbstractBase, keep: Tensor | None = None) -> Tensor:
+        """The part that dropout falls on, of an input already dropped."""
+        factors = self.factors() if self.drop_carried else self.delta.factors()
+        if factors is not None:
+            return self._product(x, factors, keep)
+        y = self.delta(x, base)
+        carried = self.carried if self.drop_carried else None
+        return y if carried is None else y + self._product(x, carried, keep)
+
+    def still(self, x: Tensor) -> Tensor | None:
+        """The part that dropout leaves alone, or None where that is nothing."""
+        carried = None if self.drop_carried else self.carried
+        return None if carried is None else self._product(x, carried)
+
+    def forward(self, x: Tensor, base: AbstractBase) -> Tensor:
+        """x ΔWᵀ: (..., in) -> (..., out), in x's dtype (token ids: in the base's)."""
+        dropped, keep = self.drop(x)
+        y = self.moving(dropped, base, keep)
+        if (still := self.still(x)) is not None:
+            y = y + still
+        return y.to(base.parameter.dtype) if self.lookup else y
+
+    def _product(self, x: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
+        if self.lookup:
+            h = F.embedding(x, factors.A.T)  # (..., k)
+            return F.linear(h if keep is None else h * keep, factors.B * factors.scale)
+        # The small factors go to x's dtype, never x to theirs: no wide copy of an activation.
+        B = factors.B if factors.scale == 1 else factors.B * factors.scale
+        return F.linear(F.linear(x, factors.A.to(x.dtype)), B.to(x.dtype))

@@ -1,0 +1,107 @@
+"""What trains in full beside low-rank updates: fresh heads, `modules_to_save`, biases, or
+everything."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.targets import Targets
+
+
+class TrainedModule(nn.Module):
+    """A module that trains in full (a fresh head, `modules_to_save`) beside its frozen original.
+
+    Args:
+        base: the original; stays as it is.
+        only: names of the base's own parameters that train; None means all. The others are shared,
+        not copied.
+    """
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype, only: frozenset[str] | None = None):
+        super().__init__()
+        shared = {
+            id(p): p for n, p in base.named_parameters() if only is not None and n not in only
+        }
+        self.base = base
+        self.copy = copy.deepcopy(base, dict(shared))
+        for name, p in self.copy.named_parameters():
+            if only is None or name in only:
+                p.data = p.data.to(dtype)
+        self.only = only
+        self.dtype = dtype
+        self.disabled = False
+
+    def forward(self, *args, **kwargs):
+        if self.disabled:
+            return self.base(*args, **kwargs)
+        own = next(self.base.parameters()).dtype
+        if own == self.dtype:
+            return self.copy(*args, **kwargs)
+        if self.only is not None:  # the rest is shared with the base, so the few go to its dtype
+            cast = {n: p.to(own) for n, p in self.copy.named_parameters() if n in self.only}
+            return torch.func.functional_call(self.copy, cast, args, kwargs)
+        y = self.copy(*(_cast(a, self.dtype) for a in args), **kwargs)
+        return _cast(y, own)
+
+    def trained(self) -> list[tuple[str, nn.Parameter, str]]:
+        return [
+            (f"copy.{name}", p, "bias" if name.rsplit(".", 1)[-1] == "bias" else "module")
+            for name, p in self.copy.named_parameters()
+            if self.only is None or name in self.only
+        ]
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base if self.disabled else self.copy, name)
+
+
+def _cast(value, dtype: torch.dtype):
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
+
+
+def bias_modules(
+    model: nn.Module, recipe: Any, targets: Targets, dtype: torch.dtype
+) -> dict[str, TrainedModule]:
+    """With `bias="all"`: every other module that has a bias of its own."""
+    if recipe.bias != "all":
+        return {}
+    return {
+        name: TrainedModule(module, dtype, frozenset({"bias"}))
+        for name, module in model.named_modules()
+        if name
+        and "bias" in dict(module.named_parameters(recurse=False))
+        and name not in targets.layers
+        and not any(name == s or name.startswith(s + ".") for s in targets.saved)
+    }
+
+
+def train_in_place(
+    model: nn.Module,
+    adapters: Any,
+    targets: Targets,
+    whole: bool,
+    dtype: torch.dtype,
+    keep: bool,
+) -> None:
+    roots = [*targets.layers, *targets.saved]
+    names = [
+        n
+        for n, p in model.named_parameters()
+        if p.is_floating_point() and (whole or any(n.startswith(r + ".") for r in roots))
+    ]
+    if keep:
+        adapters.originals = {
+            n: p.data.clone() for n, p in model.named_parameters() if n in set(names)
+        }
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in set(names))
+        if p.is_floating_point() and p.dtype != torch.float64:
+            p.data = p.data.to(dtype)
+    adapters.direct = tuple(names)

@@ -1,0 +1,241 @@
+"""`lorica train`: a run's folder, resuming, repeating, evaluating."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_complete_folder(train, tmp_path):
+    ran = train("--method", "dora+olora", "--r", 2, "--eval-fraction", 0.2)
+    assert ran.status == 0, ran.err
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoint-6",
+    }  # fmt: skip
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    assert ran.json == json.loads((out / "result.json").read_text())
+    assert ran.json["method"] == "dora+olora" and ran.json["steps"] == 6
+    assert ran.json["trainable"] == ran.json["contract"]["trainable"]
+    figures = ran.json["evaluation"]
+    assert figures["eval_perplexity"] == pytest.approx(math.exp(figures["eval_loss"]))
+    train_lines = [line for line in lines(out) if "loss" in line]
+    assert [line["step"] for line in train_lines] == [1, 2, 3, 4, 5, 6]
+    assert set(train_lines[0]) >= {
+        "step", "loss", "learning_rate", "tokens", "seconds", "tokens_per_second", "peak_memory",
+    }  # fmt: skip
+    assert train_lines[-1]["tokens"] == ran.json["tokens"]
+    assert "train (" in ran.err  # the contract
+    assert "[[" in ran.err  # one masked example
+
+
+def test_config_yaml_repeats_the_run(train, lorica, tmp_path):
+    first = train("--r", 2, "--lora-dropout", 0.1, "--weight-decay", 0.01, "--rank-pattern",
+                  '{"q_proj": 1}')  # fmt: skip
+    assert first.status == 0, first.err
+    again = lorica("train", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "b", "--json")
+    assert again.status == 0, again.err
+    assert again.json["loss"] == first.json["loss"]
+    assert again.json["adapter_sha256"] == first.json["adapter_sha256"]
+    assert same(tmp_path / "out", tmp_path / "b")
+    one, other = (yaml.safe_load((tmp_path / n / "config.yaml").read_text()) for n in ("out", "b"))
+    assert {**one, "output_dir": ""} == {**other, "output_dir": ""}
+    assert one["lora_alpha"] and one["learning_rate"] and one["warmup_ratio"] == 0.03
+
+
+@pytest.mark.parametrize("method", ["lora", "dora+pissa+loraplus", "full"])
+def test_resuming_equals_the_straight_run(train, lorica, tmp_path, monkeypatch, method):
+    from lorica.train.log import RunLog
+
+    words = ("--method", method, "--save-steps", 2, "--eval-fraction", 0.2, "--eval-steps", 2)
+    if method != "full":
+        words += ("--r", 2, "--lora-dropout", 0.2)
+    straight = train(*words, out="straight")
+    assert straight.status == 0, straight.err
+
+    step_end = RunLog.on_step_end
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise RuntimeError("the power went")
+        return step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunLog, "on_step_end", die)
+    killed = train(*words, out="killed")
+    assert killed.status == 1 and "the power went" in killed.err
+    assert killed.json == {"error": killed.json["error"], "status": 1}
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    left = {p.name for p in (tmp_path / "killed").iterdir()}
+    assert left == {"config.yaml", "metrics.jsonl", "checkpoint-2", "checkpoint-4"}
+
+    # Options left out come from the run's own config.yaml.
+    resumed = lorica("train", "--output-dir", tmp_path / "killed", "--resume", "--json")
+    assert resumed.status == 0, resumed.err
+    assert resumed.json["adapter_sha256"] == straight.json["adapter_sha256"]
+    assert resumed.json["loss"] == straight.json["loss"]
+    assert resumed.json["evaluation"] == straight.json["evaluation"]
+    assert resumed.json["train_loss"] == straight.json["train_loss"]
+    assert [x["step"] for x in lines(tmp_path / "killed")] == [
+        x["step"] for x in lines(tmp_path / "straight")
+    ]
+
+
+def test_resuming_with_other_options_or_rows_is_refused(train, lorica, text, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text.read_text())
+    assert train("--save-steps", 2, data=data).status == 0
+    changed = lorica("train", "--output-dir", tmp_path / "out", "--resume", "--learning-rate", "1e-3")
+    assert changed.status == 2 and "`learning_rate` is 0.0002, not 0.001" in changed.err
+    data.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
+    other = lorica("train", "--output-dir", tmp_path / "out", "--resume")
+    assert other.status == 1 and "a file has changed" in other.err
+
+
+def test_accumulation_weighs_tokens_not_batches(lorica, llama, bert, text, classes, tmp_path):
+    """8 x 1 and 2 x 4 see the same rows; a mean of the means of ragged batches would differ."""
+    for name, more in (
+        ("text", ("--model", llama, "--data", text)),
+        ("classes", ("--model", bert, "--data", classes, "--dtype", "float32")),
+    ):
+        found = []
+        for batch, steps in ((8, 1), (2, 4)):
+            out = tmp_path / f"{name}{batch}"
+            ran = lorica(
+                "train", *more, "--output-dir", out, "--max-steps", 3, "--r", 2, "--json",
+                "--per-device-train-batch-size", batch, "--gradient-accumulation-steps", steps,
+                "--learning-rate", "1e-2", "--lr-scheduler-type", "constant", "--warmup-ratio", 0,
+            )  # fmt: skip
+            assert ran.status == 0, ran.err
+            found.append((ran.json, weights(out), lines(out)))
+        (one, a, first), (other, b, second) = found
+        for x, y in zip(first, second, strict=True):
+            assert x["loss"] == pytest.approx(y["loss"], abs=1e-6)
+            assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-5)
+        assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
+
+
+def test_evaluation_weighs_tokens_not_batches(train, tmp_path):
+    losses = [
+        train("--eval-fraction", 0.3, "--per-device-eval-batch-size", n, out=f"e{n}").json[
+            "evaluation"
+        ]["eval_loss"]
+        for n in (1, 5, 16)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+
+def test_classification_measures_and_keeps_the_head(lorica, bert, classes, tmp_path):
+    ran = lorica(
+        "train", "--model", bert, "--data", classes, "--eval-fraction", 0.3, "--max-steps", 4,
+        "--r", 2, "--output-dir", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert ran.json["task"] == "sequence-classification"
+    assert ran.json["model"]["dtype"] == "float32"  # float16 is widened on a CPU
+    assert set(ran.json["evaluation"]) == {
+        "eval_loss", "eval_accuracy", "eval_f1", "eval_matthews",
+    }  # fmt: skip
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["metric_for_best_model"] == "accuracy" and config["greater_is_better"]
+    assert "fresh" in ran.err and any("classifier" in k for k in weights(tmp_path / "out"))
+
+
+def test_regression_and_tags(lorica, bert, tmp_path):
+    figures = tmp_path / "figures.csv"
+    figures.write_text("text,label\n" + "".join(f"the cat {'very ' * i},{i / 4}\n" for i in range(12)))
+    ran = lorica("train", "--model", bert, "--data", figures, "--eval-fraction", 0.4, "--max-steps", 2,
+                 "--r", 2, "--output-dir", tmp_path / "a", "--json")  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert set(ran.json["evaluation"]) == {"eval_loss", "eval_pearson", "eval_spearman", "eval_mse"}
+    assert ran.json["evaluation"]["eval_loss"] == pytest.approx(ran.json["evaluation"]["eval_mse"])
+    tags = tmp_path / "tags.jsonl"
+    rows = [{"tokens": ["the", "cat", "sees"], "tags": ["D", "N", "V"]}] * 6
+    tags.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ran = lorica("train", "--model", bert, "--data", tags, "--eval-fraction", 0.4, "--max-steps", 2,
+                 "--r", 2, "--output-dir", tmp_path / "b", "--json")  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert set(ran.json["evaluation"]) == {"eval_loss", "eval_accuracy", "eval_f1"}
+
+
+def test_the_best_checkpoint_is_what_is_kept(train, text, tmp_path):
+    """Training on one word alone makes every other text less likely, step by step."""
+    narrow = tmp_path / "narrow.jsonl"
+    narrow.write_text('{"prompt": "cat", "completion": " cat cat cat"}\n' * 8)
+    ran = train("--eval-data", text, "--learning-rate", "0.3", "--save-steps", 1, "--eval-steps", 1,
+                "--r", 2, "--early-stopping-patience", 2, steps=8, data=narrow)  # fmt: skip
+    assert ran.status == 0, ran.err
+    evaluated = {x["step"]: x["eval_loss"] for x in lines(tmp_path / "out") if "eval_loss" in x}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert ran.json["best_step"] == best and best < max(evaluated)
+    assert ran.json["evaluation"]["eval_loss"] == evaluated[best]
+    assert ran.json["steps"] == best + 2 < 8
+    kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert all((kept[k] == v).all() for k, v in weights(tmp_path / "out").items())
+
+
+def test_packing_bf16_and_checkpointing_run(train):
+    ran = train("--packing", "best_fit", "--bf16", "--gradient-checkpointing", "--max-length", 32)
+    assert ran.status == 0, ran.err
+    assert ran.json["data"]["packing"] == "best_fit"
+
+
+def test_full_training_writes_a_model(train, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ran = train("--method", "full")
+    assert ran.status == 0, ran.err
+    assert ran.json["output"].endswith("model")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+
+
+def test_tensorboard_is_told(train, tmp_path):
+    pytest.importorskip("tensorboard")
+    ran = train("--report-to", "tensorboard", steps=2)
+    assert ran.status == 0, ran.err
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+# -- starting from an adapter ------------------------------------------------------------------------
+
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_starting_from_an_adapter_of_our_own_or_of_peft(train, llama, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    first = train("--r", 2, out="first", steps=3)
+    assert first.status == 0, first.err
+    more = train("--adapter", tmp_path / "first" / "adapter", out="second", steps=2)
+    assert more.status == 0, more.err
+    assert more.json["method"] == "lora" and more.json["recipe"]["r"] == 2
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    model.save_pretrained(str(tmp_path / "peft"))
+    other = train("--adapter", tmp_path / "peft", out="third", steps=2)
+    assert other.status == 0, other.err
+    assert other.json["recipe"]["r"] == 3
+    refused = train("--adapter", tmp_path / "peft", "--r", 4, out="fourth")
+    assert refused.status == 2 and "leave it out" in refused.err

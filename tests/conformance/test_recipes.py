@@ -1,0 +1,159 @@
+"""What holds for every word: its text, its declarations, its company, its trajectory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+from walk import every, recipe
+
+import lorica
+from lorica import Recipe, rooms
+from models import llama, train
+
+WORDS = [word for _, word in every()]
+PAIRS = list(itertools.combinations(WORDS, 2))
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_object_and_json_are_one(word):
+    try:
+        made = recipe(word, r=4)
+    except ValueError as error:  # a word that means nothing without a field of the recipe
+        assert f"`{word}`" in str(error) and "no effect" in str(error)
+        return
+    assert Recipe.parse(made.text()).choices == Recipe.parse(word).choices
+    assert Recipe.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert Recipe.parse({word: {}}) == Recipe.parse(word), "the YAML form"
+    for spelling in (word.upper(), f" {word} ", f"{word}()", "-".join(word), "_".join(word)):
+        assert Recipe.parse(spelling) == Recipe.parse(word)
+    assert made == dataclasses.replace(made)
+
+
+@pytest.mark.parametrize(("room", "word"), every())
+def test_every_argument_can_be_written_and_read(room, word):
+    cls = rooms.load(word)
+    for f in dataclasses.fields(cls):
+        text = f"{word}({f.name}={f.default!r})"
+        assert Recipe.parse(text) == Recipe.parse(word), "the default, given"
+    with pytest.raises(ValueError, match=f"`{word}` has no argument `nonsense`"):
+        Recipe.parse(f"{word}(nonsense=1)")
+
+
+@pytest.mark.parametrize(("room", "word"), every())
+def test_declarations(room, word):
+    cls = rooms.load(word)
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    assert cls.room == room
+    for capability in cls.gives | cls.needs | cls.withdraws:
+        assert capability in rooms.CAPABILITIES, capability
+    assert not cls.gives & cls.withdraws and not cls.needs & cls.withdraws - {"pristine"}
+    assert set(cls.preset) <= set(rooms.ROOMS) and cls.requires <= set(cls.preset)
+    for other_room, text in cls.preset.items():
+        assert Recipe.parse(text), (other_room, text)
+    choice = cls()
+    assert choice == cls() and choice.word == word and choice.text() == word
+    assert choice in Recipe.parse(word).choices
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_defaults_are_there_and_say_whose_they_are(word):
+    made = Recipe.parse(word)
+    rate, source = made.learning_rate
+    assert 0 < rate < 1 and source in {c.word for c in made.choices}
+    for name, (value, by) in made.filled.items():
+        assert getattr(made, name) == value
+        assert by == "Lorica" or by in {c.word for c in made.choices}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_two_words_stand_together_or_the_error_names_both_and_a_way_out(pair):
+    a, b = pair
+    room_a, room_b = rooms.room_of(a), rooms.room_of(b)
+    try:
+        made = Recipe.parse(f"{a}+{b}")
+    except ValueError as error:
+        text = str(error)
+        assert f"`{a}`" in text and f"`{b}`" in text, text
+        assert any(hint in text for hint in ("name one of", "Leave one", "leave one")), text
+        together = rooms.load(a).needs | rooms.load(b).needs
+        given = Recipe.parse(a).given() & Recipe.parse(b).given()
+        one_axis = room_a == room_b and not rooms.ROOMS[room_a][2]
+        presets = set(rooms.load(a).preset) | set(rooms.load(b).preset)
+        edits = [rooms.load(w).edits for w in pair if rooms.room_of(w) == "schedules"]
+        shared = len(edits) == 2 and edits[0] & edits[1]
+        assert one_axis or together - given or presets or shared, "refused without a reason"
+        return
+    assert room_a != room_b or rooms.ROOMS[room_a][2], "one axis, two words"
+    reordered = Recipe.parse(f"{b}+{a}")
+    assert {c.word for c in made.choices} == {c.word for c in reordered.choices}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    adapters = lorica.attach(model, recipe(f"{a}+{b}", r=2), verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=20)
+    before = adapters.fingerprint()
+    model(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    assert adapters.fingerprint() != before
+
+
+# -- every word does something of its own ----------------------------------------------------------
+
+
+def effective(word: str) -> torch.Tensor:
+    """All effective weights after four steps at one rate, in one row."""
+    model = llama(num_hidden_layers=1, vocab_size=31).double()
+    adapters = lorica.attach(model, recipe(word, r=4), verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=4)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        ids = torch.randint(0, 31, (2, 6), generator=generator)
+        inputs = {"input_ids": ids, "labels": ids}
+        adapters.loss(model(**inputs), inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lorica.merge(model)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_every_words_trajectory_differs_from_every_others():
+    """Except where a word only names a default, and for compute orders, which only round apart."""
+    classes: dict[str, list[str]] = {}
+    for room, word in every():
+        if room != "kernels":
+            classes.setdefault(Recipe.parse(word).text(), []).append(word)
+    defaults = {default for _, default, _ in rooms.ROOMS.values() if default}
+    for text, members in classes.items():
+        named = [w for w in members if w not in defaults and rooms.room_of(w) != "ranks"]
+        assert len(named) <= 1, f"{named} all mean `{text}`"
+    rows = {text: effective(members[0]) for text, members in classes.items()}
+    for (a, one), (b, other) in itertools.combinations(rows.items(), 2):
+        distance = (one - other).norm() / (one - rows["lora"]).norm().clamp_min(1e-3)
+        assert distance > 1e-3, f"`{a}` and `{b}` train to the same weights"
+
+
+@pytest.mark.parametrize(("room", "word"), every())
+def test_every_argument_does_something(room, word):
+    """An option without effect is an error, so each has one; its test names a value it may take."""
+    import inspect
+
+    source = inspect.getsource(inspect.getmodule(rooms.load(word)))
+    for f in dataclasses.fields(rooms.load(word)):
+        assert source.count(f"self.{f.name}") >= 1 or f'"{f.name}"' in source, f.name
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_same_seed_gives_the_same_run(word):
+    results = []
+    for stream in (0, 7):
+        model = llama(num_hidden_layers=1)
+        torch.manual_seed(stream)
+        adapters = lorica.attach(model, recipe(word, r=4), verbose=False)
+        optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=3)
+        train(adapters, optimizer, 3)
+        results.append(adapters.fingerprint())
+    assert results[0] == results[1]

@@ -1,0 +1,137 @@
+"""How the suite finds what it tests: by walking the rooms, never from a list."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lorica
+from lorica import Recipe, rooms
+from lorica.adapters import Adapters
+from lorica.layer import AdaptedLinear
+
+IN, OUT = 6, 5
+# Fields of a recipe that mean nothing to some methods, which then refuse them.
+NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
+
+
+def every() -> list[tuple[str, str]]:
+    """(room, word) of every word there is."""
+    return [(room, word) for room in rooms.ROOMS for word in rooms.words(room)]
+
+
+def recipe(method: str, **fields: Any) -> Recipe:
+    """The recipe of `method` with small numbers, less those that mean nothing to it."""
+    plain = Recipe.parse(method)
+    if plain.filled.get("r", (0, "Lorica"))[1] != "Lorica":
+        fields.pop("r", None)  # the method has a rank of its own
+    return Recipe.parse(
+        method, **{k: v for k, v in fields.items() if k not in NUMERIC or k in plain.takes}
+    )
+
+
+class One(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def linear(bias: bool = True, dtype: torch.dtype = torch.float64) -> One:
+    torch.manual_seed(1)
+    return One(nn.Linear(IN, OUT, bias=bias, dtype=dtype))
+
+
+def conv1d(dtype: torch.dtype = torch.float64) -> One:
+    torch.manual_seed(1)
+    layer = Conv1D(OUT, IN)
+    nn.init.normal_(layer.weight, std=0.4)
+    nn.init.normal_(layer.bias)
+    return One(layer.to(dtype))
+
+
+def embedding(dtype: torch.dtype = torch.float64) -> One:
+    torch.manual_seed(1)
+    return One(nn.Embedding(IN, OUT, dtype=dtype))
+
+
+KINDS = {
+    "linear": linear,
+    "linear without bias": lambda dtype=torch.float64: linear(False, dtype),
+    "conv1d": conv1d,
+    "embedding": embedding,
+}
+
+
+def inputs(kind: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x (*shape, in), or token ids (*shape)."""
+    generator = torch.Generator().manual_seed(7)
+    if kind == "embedding":
+        return torch.randint(0, IN, shape, generator=generator)
+    return torch.randn(*shape, IN, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def one_hot(x: Tensor) -> Tensor:
+    """Token ids as the input vectors that an embedding means by them."""
+    return nn.functional.one_hot(x, IN).double() if not x.is_floating_point() else x
+
+
+def adapt(model: nn.Module, method: str | Recipe, **fields: Any) -> Adapters:
+    """Attach to the one layer (or to all), quietly."""
+    if isinstance(method, str):
+        if isinstance(model, One) and Recipe.parse(method).delta.wraps:  # type: ignore[union-attr]
+            fields.setdefault("target_modules", ["layer"])
+        method = recipe(method, **fields)
+    return lorica.attach(model, method, verbose=False)
+
+
+def only(adapters: Adapters) -> AdaptedLinear:
+    (layer,) = adapters.layers.values()
+    return layer
+
+
+def serves(method: str, kind: str) -> bool:
+    """Whether the declarations say that this method works on this kind of layer."""
+    return kind != "embedding" or "lookup" in Recipe.parse(method).given()
+
+
+def allowed(method: str) -> bool:
+    """Whether the declarations let these words stand together."""
+    try:
+        Recipe.parse(method)
+    except ValueError:
+        return False
+    return True
+
+
+def variants(word: str) -> Iterator[str]:
+    """The word as it stands, and with each of its switches turned."""
+    cls = rooms.load(word)
+    yield word
+    for f in dataclasses.fields(cls):
+        if isinstance(f.default, bool):
+            yield f"{word}({f.name}={not f.default})"
+
+
+def state_bytes(adapters: Adapters) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in adapters.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wrapping() -> Iterator[str]:
+    """Words of the deltas that hold an adapter."""
+    for word in rooms.words("deltas"):
+        if rooms.load(word).wraps:  # type: ignore[attr-defined]
+            yield word

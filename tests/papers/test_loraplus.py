@@ -1,0 +1,96 @@
+"""LoRA+: B learns λ times faster than A."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import loraplus as twin
+
+import lorica
+from models import llama, train
+
+
+def attached(method="loraplus(loraplus_lr_ratio=4)", **fields):
+    return lorica.attach(llama(), method, r=4, verbose=False, **fields)
+
+
+def rate_of(optimizer) -> dict[int, dict]:
+    return {id(p): g for g in optimizer.param_groups for p in g["params"]}
+
+
+def test_the_rates_are_the_twins():
+    adapters = attached("dora+loraplus(loraplus_lr_ratio=4)", bias="lora_only")
+    optimizer = lorica.optimizer(adapters, lr=1e-3, weight_decay=0.1)
+    groups, trained = rate_of(optimizer), adapters.trained()
+    expected = twin.rates([t.role for t in trained], 1e-3, 4)
+    assert [groups[id(t.parameter)]["lr"] for t in trained] == expected
+    decay = {t.role: groups[id(t.parameter)]["weight_decay"] for t in trained}
+    assert decay["A"] == decay["B"] == 0.1 and decay["magnitude"] == 0
+
+
+def test_the_defaults_are_the_authors():
+    optimizer = lorica.optimizer(attached("loraplus"))
+    assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([5e-5, 16 * 5e-5])
+
+
+def test_a_ratio_of_one_is_lora():
+    runs = []
+    for method in ("lora", "loraplus(loraplus_lr_ratio=1)"):
+        adapters = attached(method)
+        train(adapters, lorica.optimizer(adapters, lr=1e-2), 4)
+        runs.append(adapters.fingerprint())
+    assert runs[0] == runs[1]
+
+
+def test_the_ratio_stands_after_every_step_of_a_scheduler():
+    adapters = attached()
+    optimizer = lorica.optimizer(adapters, lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
+    for step in range(5):
+        train(adapters, optimizer, 1, first=step)
+        scheduler.step()
+        a, b = sorted(g["lr"] for g in optimizer.param_groups)
+        assert b / a == pytest.approx(4)
+
+
+def test_equal_gradients_move_b_further_by_the_ratio():
+    """Adam's first step is the rate times the gradient's sign."""
+    adapters = attached()
+    optimizer = lorica.optimizer(adapters, lr=1e-3, eps=1e-30)
+    before = {t.name: t.parameter.detach().clone() for t in adapters.trained()}
+    for t in adapters.trained():
+        t.parameter.grad = torch.full_like(t.parameter, 0.3)
+    optimizer.step()
+    for t in adapters.trained():
+        moved = before[t.name] - t.parameter.detach()
+        expected = 4e-3 if t.role == "B" else 1e-3
+        torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-3, atol=1e-7)
+
+
+def test_an_embeddings_factors_have_their_own_rate():
+    adapters = attached("loraplus(loraplus_lr_embedding=3e-6)", target_modules=["embed_tokens"])
+    (group,) = lorica.optimizer(adapters, lr=1e-3).param_groups
+    assert group["lr"] == 3e-6
+
+
+@pytest.mark.parametrize("argument", ["loraplus_lr_ratio=0", "loraplus_lr_embedding=-1"])
+def test_a_rate_must_be_positive(argument):
+    with pytest.raises(ValueError, match=f"`loraplus.{argument}.` must be positive"):
+        lorica.Recipe.parse(f"loraplus({argument})")
+
+
+def test_the_toy_model_changes_by_its_three_terms():
+    """The paper's decomposition, and its point: at one rate the terms differ in the width n."""
+    for n in (16, 256):
+        generator = torch.Generator().manual_seed(n)
+        a, x, w = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(3))
+        a, b = a / n**0.5, 0.3
+        f = float((w + b * a) @ x)
+        new_a, new_b, terms = twin.toy_step(a, b, x, w, 0.7, 1e-3, 1e-2)
+        assert float((w + new_b * new_a) @ x) - f == pytest.approx(sum(terms), rel=1e-9)
+    shares = []
+    for n in (16, 4096):
+        x, a = torch.ones(n, dtype=torch.float64), torch.full((n,), n**-1.0, dtype=torch.float64)
+        _, _, terms = twin.toy_step(a, 1.0, x, 0 * x, 0.0, 1 / n, 1 / n)
+        shares.append(terms[1] / terms[0])
+    assert shares[0] / shares[1] == pytest.approx(4096 / 16)
