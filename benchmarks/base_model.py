@@ -1,6 +1,6 @@
 """Trains the base model that the package embeds, from nothing, on the old tasks of its task world.
 
-    python benchmarks/base_model.py --out DIR [--seed 0] [--steps 3000] [--threads 2]
+    python benchmarks/base_model.py --out DIR [--seed 0] [--steps 2400] [--threads 1]
 
 DIR gets what `src/lorica/world/base/` holds: weights in half precision, configuration, tokenizer,
 and PROVENANCE.md with the exact match of every task on inputs that were never trained on.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import shutil
 import sys
 import time
@@ -35,7 +34,7 @@ from lorica import world
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BOS, EOS = range(3)
-BATCH, MICRO_BATCH = 192, 64  # examples
+BATCH, MICRO_BATCH = 128, 64  # examples
 WARMUP, DECAY = 0.02, 0.4  # shares of the run; between them the rate stands still
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 3e-3, (0.9, 0.98), 0.05, 1.0
 EVALUATED = 500  # test examples a task in PROVENANCE.md
@@ -58,6 +57,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=SPECIAL[EOS],
         padding_side="left",
         model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -74,7 +74,6 @@ def new_model(vocabulary: int) -> LlamaForCausalLM:
         bos_token_id=BOS,
         eos_token_id=EOS,
         tie_word_embeddings=False,
-        use_cache=False,
     )
     return LlamaForCausalLM(config)
 
@@ -107,7 +106,8 @@ def rate(step: int, steps: int) -> float:
 def two_optimizers(model) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the matrices inside, AdamW for embedding, head and norms.
 
-    After 200 steps the loss is 0.64 with Muon and 1.54 with AdamW alone at its best rate (2e-3).
+    With batches of 192 and seed 0, the loss after 200 steps was 0.64 with Muon at 4e-3, 1.54 and
+    1.74 with AdamW alone at 2e-3 and 4e-3. Muon is in torch from 2.9 on.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
@@ -128,8 +128,7 @@ def exact_match(model, tokenizer, examples) -> dict[str, float]:
     for start in range(0, len(examples), 256):
         part = examples[start : start + 256]
         inputs = tokenizer([e["prompt"] for e in part], padding=True, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
-        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, use_cache=True)
+        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         texts = tokenizer.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -155,12 +154,12 @@ def train(model, tokenizer, *, steps: int, seed: int) -> int:
     pool: list[dict[str, str]] = []
     for step in range(steps):
         if len(pool) < BATCH:
-            pool = world.generate("old", 200 * BATCH, seed=1_000_003 * (seed + 1) + step)
+            pool = world.generate("old", 400 * BATCH, seed=1_000_003 * (seed + 1) + step)
         examples, pool = pool[:BATCH], pool[BATCH:]
         batches = list(micro_batches(examples, tokenizer))
         answers = sum(int((labels >= 0).sum()) for _, labels in batches)
         for ids, labels in batches:
-            logits = model(ids).logits[:, :-1]
+            logits = model(ids, use_cache=False).logits[:, :-1]
             loss = cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
             )
@@ -177,7 +176,7 @@ def train(model, tokenizer, *, steps: int, seed: int) -> int:
                 f"step {step + 1} loss {running:.4f} tokens {seen} {spent:.0f} s", file=sys.stderr
             )
             running = 0.0
-        if (step + 1) % 1000 == 0:
+        if (step + 1) % 600 == 0:
             scores = exact_match(model, tokenizer, watched)
             print(f"step {step + 1} mean {mean(scores):.3f} {scores}", file=sys.stderr)
     return seen
@@ -189,9 +188,16 @@ def store(model, tokenizer, folder: Path) -> None:
     stored.load_state_dict(model.state_dict())
     stored.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    rewrite(folder / "config.json", dtype="float32")
+    # The class's name that every version of transformers knows.
+    rewrite(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def rewrite(path: Path, **fields: str) -> None:
+    content = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def provenance(folder: Path, options, tokens: int, seconds: float) -> str:
@@ -236,16 +242,15 @@ Greedy generation by the files as stored, read as float32, on inputs of the test
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Retrain the embedded base model.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    random.seed(options.seed)
     tokenizer = byte_tokenizer()
     model = new_model(len(tokenizer))
     start = time.perf_counter()

@@ -105,24 +105,16 @@ class Adapters:
         return out
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Optimizer groups, one for each set of options; decay spares vectors (magnitudes, norms,
-        biases).
+        """Optimizer groups as the recipe's rule wants them: one for each set of options, or one for
+        each pair; decay spares vectors (magnitudes, norms, biases).
 
         Args:
             lr: rate of a parameter that no choice on the groups axis touches.
             weight_decay: decoupled decay of everything with two dimensions or more.
         """
         reshard(self.model)
-        groups: dict[tuple, dict[str, Any]] = {}
-        for t in self.trained():
-            options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-            if t.parameter.ndim < 2 or t.role in ("magnitude", "bias"):
-                options["weight_decay"] = 0.0
-            for group in self.recipe.groups:
-                options = group.adjust(t, options)  # type: ignore[attr-defined]
-            group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
-            group["params"].append(t.parameter)
-        return list(groups.values())
+        rule: Any = self.recipe.rule
+        return rule.groups(self, lr, weight_decay)
 
     # -- loss and reference
 
@@ -151,13 +143,14 @@ class Adapters:
                 " fall back on; load the base a second time for a reference"
             )
         modules = [*self.layers.values(), *self.saved.values()]
+        before = [m.disabled for m in modules]
         for m in modules:
             m.disabled = True
         try:
             yield
         finally:
-            for m in modules:
-                m.disabled = False
+            for m, disabled in zip(modules, before, strict=True):
+                m.disabled = disabled
 
     # -- state
 

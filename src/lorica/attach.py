@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lorica.adapters import _HANDLE, Adapters
 from lorica.bases import AbstractBase
@@ -15,8 +16,8 @@ from lorica.contract import Contract, fill, say
 from lorica.deltas import Site
 from lorica.layer import AdaptedLinear
 from lorica.recipe import Recipe
-from lorica.shards import seeded
-from lorica.targets import find, fresh_modules, refuse, sites_of
+from lorica.shards import reshard, seeded
+from lorica.targets import find, fresh_modules, refuse, refuse_idle, sites_of
 from lorica.update import Update
 from lorica.whole import TrainedModule, bias_modules, train_in_place
 
@@ -73,7 +74,6 @@ def attach(
     wraps: bool = recipe.delta.wraps  # type: ignore[union-attr]
     fresh = fresh_modules(model) if fresh is None else list(fresh)
     saved = tuple(dict.fromkeys([*recipe.modules_to_save, *fresh]))
-    whole = not wraps and recipe.target_modules == "all-linear" and not recipe.exclude_modules
     targets = find(
         model,
         target_modules=recipe.target_modules,
@@ -96,10 +96,17 @@ def attach(
     if wraps:
         for name, layer in layers.items() if initialise else ():
             start(layer, recipe, f"{recipe.seed}/{name}")
+            refuse_idle(layer, recipe)
         wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
         wrapped |= bias_modules(model, recipe, targets, dtype)
         for p in model.parameters():
             p.requires_grad_(False)
+        if keep_base and not adapters.pristine:
+            adapters.originals = {
+                f"{n}.{leaf}": p.detach().clone()
+                for n, layer in layers.items()
+                for leaf, p in layer.base.named_parameters()
+            }
         for name, module in {**layers, **wrapped}.items():
             _replace(model, name, module)
         adapters.layers, adapters.saved = layers, wrapped
@@ -110,7 +117,7 @@ def attach(
             for _, p, _ in layer.trained():
                 p.requires_grad_(id(p) in trained)
     else:
-        train_in_place(model, adapters, targets, whole, dtype, keep_base)
+        train_in_place(model, adapters, targets, dtype, keep_base)
     vars(model)[_HANDLE] = adapters
     if not adapters.pristine:
         adapters.hash_base()
@@ -127,17 +134,16 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: nothing is attached, or training wrote to the base and no copy was kept.
     """
     adapters = Adapters.of(model)
-    if not adapters.pristine:
-        if adapters.originals is None:
-            raise ValueError(
-                f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
-                " gone; attach with `keep_base=True` to be able to detach, or load the base again"
-            )
-        parameters = dict(model.named_parameters())
-        for name, original in adapters.originals.items():
-            parameters[name].data = original
+    if not adapters.pristine and adapters.originals is None:
+        raise ValueError(
+            f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
+            " gone; attach with `keep_base=True` to be able to detach, or load the base again"
+        )
     for name, module in {**adapters.layers, **adapters.saved}.items():
         _replace(model, name, module.base)
+    parameters = dict(model.named_parameters())
+    for name, original in (adapters.originals or {}).items():
+        parameters[name].grad, parameters[name].data = None, original
     return _release(model, adapters)
 
 
@@ -148,6 +154,13 @@ def merge(model: nn.Module) -> nn.Module:
     shared with another module (a tied head) is untied first, in the configuration too.
     """
     adapters = Adapters.of(model)
+    reshard(model)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            "this model is sharded, and its engine would go on computing with the weights it holds;"
+            " `lorica.save` the adapters, then load base and adapters in one process and merge"
+            " there"
+        )
     untied = False
     for name, layer in adapters.layers.items():
         weight, bias = layer.effective()
@@ -162,11 +175,7 @@ def merge(model: nn.Module) -> nn.Module:
         _replace(model, name, module)
     for name, module in adapters.saved.items():
         untied |= name in adapters.contract.tied
-        for (_, p), (_, o) in zip(
-            module.copy.named_parameters(), module.base.named_parameters(), strict=True
-        ):
-            p.data = p.data.to(o.dtype)
-        _replace(model, name, module.copy)
+        _replace(model, name, module.merged())
     if untied:
         for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
             config.tie_word_embeddings = False
@@ -177,18 +186,19 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
     """Fill a new layer's pair, carry the anchor of a start that is not zero, and let the combine
     begin."""
     store, update = layer.store, layer.update
-    if store.parameter.is_meta:
-        return
-    pair = update.delta.pair()
+    pair, on_meta = update.delta.pair(), store.parameter.is_meta
     init: Any = recipe.init
     with torch.no_grad():
         if pair is not None:
-            weight = store.weight()
-            weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            init.fill(weight, pair, seeded(key))
+            weight = store.weight().detach()
+            weight = weight if init.reads_weight else weight.to("meta")
+            if not on_meta:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                init.fill(weight.to(wide), pair, seeded(key))
             if "zero_start" not in init.gives:
                 update.carry_(pair.A, -pair.B)
-        layer.combine.start(store, update)
+        if not on_meta:
+            layer.combine.start(store, update)
 
 
 # -- steps of attach
@@ -212,8 +222,11 @@ def _build(
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)
+    old = model.get_submodule(name)
+    for owner in list(model.modules()):  # a module may stand under several names
+        for leaf, child in list(owner._modules.items()):
+            if child is old:
+                setattr(owner, leaf, module)
 
 
 def _release(model: nn.Module, adapters: Adapters) -> nn.Module:

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
-from lorica.rooms import CAPABILITIES
+from lorica.rooms import CAPABILITIES, ROOMS
 
 DENSE = frozenset(
     {"pristine", "writable_base"}
 )  # what a dense base gives; attach asks the real one
 _NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
+_AXES = {name for name, _, _ in ROOMS.values()}
 _ALLOWED = {"bias": ("none", "all", "lora_only"), "lora_dropout_on": ("update", "delta")}
+
+
+def check_fields(known: list[str], method: Any, fields: Mapping[str, Any]) -> None:
+    """Fields exist, and a choice among them is an object: words belong into the method's text."""
+    for name, value in fields.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"its fields: {', '.join(known)}"
+            raise ValueError(f"a recipe has no field `{name}`; {hint}")
+        several = value if isinstance(value, (list, tuple)) else [value]
+        for word in several if name in _AXES else ():
+            if isinstance(word, str):
+                text = method if isinstance(method, str) else "..."
+                raise ValueError(
+                    f"`{name}={value!r}` is a word; put it into the method's text: `{text}+{word}`"
+                )
 
 
 def check_effects(recipe: Any) -> None:
     """What was given has an effect on this method."""
+    if not recipe.delta.wraps:
+        useless: dict[str, Any] = {"bias": "none", "lora_dropout_on": "update"}
+        if recipe.whole:
+            useless["modules_to_save"] = ()
+        for name, default in useless.items():
+            if (value := getattr(recipe, name)) != default:
+                raise ValueError(
+                    f"`{name}={value!r}` has no effect with `{recipe.delta.word}`, which trains the"
+                    " weights themselves; leave it out"
+                )
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
         idle = f.name in _NUMERIC and f.name not in recipe.takes
@@ -59,8 +88,10 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
     for choice in recipe.choices:
         for need in sorted(choice.needs - have):
             blame = [c.word for c in recipe.choices if need in c.withdraws] or [recipe.delta.word]
+            by = [c.word for c in recipe.choices if c.preset.get(choice.room) == choice.text()]
+            word = [*by, choice.word][0]  # the word that was typed, not what it fills in
             raise ValueError(
-                f"`{choice.word}` cannot stand beside `{blame[0]}`: `{choice.word}` needs `{need}`"
+                f"`{word}` cannot stand beside `{blame[0]}`: `{word}` needs `{need}`"
                 f" ({CAPABILITIES[need]}), which `{blame[0]}` does not leave. Leave one of the two"
                 f" out of `{recipe.text()}`"
             )

@@ -127,7 +127,6 @@ def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
         )
         info["count"] += 1
         contract.materialise_from[key] = start_at
-    elements = sum(t.parameter.numel() for t in trained)
     size = sum(t.parameter.numel() * t.parameter.element_size() for t in trained)
     state: Any = recipe.rule
     contract.memory = {
@@ -135,7 +134,7 @@ def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
         "trained": size,
         "carried": sum(p.numel() * p.element_size() for p in carried),
         "gradients": size,
-        "optimizer": state.state_per_element * elements * 4,
+        "optimizer": state.state_elements(adapters) * 4,
     }
     contract.defaults = {k: {"value": v, "from": w} for k, (v, w) in recipe.filled.items()}
     if (rate := recipe.learning_rate) is not None:

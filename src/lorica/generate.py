@@ -12,8 +12,8 @@ are padded on the left here.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -39,7 +39,7 @@ from lorica.data.samples import (
     SourceTarget,
 )
 from lorica.data.shapes import Shape, detect, shapes
-from lorica.data.words import listing, visible
+from lorica.data.words import visible
 from lorica.train.load import longest
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def _(sample: SourceTarget, form: Format) -> _Asked:
 def _(sample: Exchange, form: Format) -> _Asked:
     turns, answer = sample.turns, None
     if turns[-1][0] == ASSISTANT:
-        turns, answer = turns[:-1], turns[-1][1].lstrip(" ")
+        turns, answer = turns[:-1], turns[-1][1]
     return _Asked(Exchange(turns).pieces(form), answer)
 
 
@@ -321,7 +321,7 @@ def _(sample: Encoded, form: Format) -> _Asked:
     if mask is not None and any(mask):
         end = len(mask) - mask[::-1].index(True)
         start = end - next((i for i, learn in enumerate(reversed(mask[:end])) if not learn), end)
-        text = str(form.tokenizer.decode(piece.ids[start:end], skip_special_tokens=True))
+        text = str(form.tokenizer.decode(list(piece.ids[start:end]), skip_special_tokens=True))
         return _Asked([Piece(False, ids=piece.ids[:start])], text)
     return _Asked([Piece(False, ids=piece.ids)])
 
@@ -430,18 +430,28 @@ def generate(
                 f" positions end at {longest(model.config, tokenizer):,}: there is no room for an"
                 " answer. Shorten it"
             )
-    order = sorted(range(len(prompts)), key=lambda i: (new[i], prompts[i].ends, len(prompts[i].ids)))
+    order = sorted(
+        range(len(prompts)), key=lambda i: (new[i], prompts[i].ends, len(prompts[i].ids))
+    )
     answers: list[list[Answer]] = [[] for _ in prompts]
     done = 0
-    with _ready(model, decoding.seed if decoding.samples else None):
+    with _ready(model, decoding.seed if decoding.samples else None) as settings:
+        # A batch has one length of answer and one set of ends, whatever else is asked beside it.
         for (tokens, ends), group in groupby(order, key=lambda i: (new[i], prompts[i].ends)):
             alike = list(group)
             for at in range(0, len(alike), batch_size):
-                batch = alike[at : at + batch_size]
-                work = _Batch(model, tokenizer, [prompts[i] for i in batch], decoding, tokens, ends)
-                for i, made in zip(batch, work.answers(on_text), strict=True):
+                chosen = alike[at : at + batch_size]
+                batch = _Batch(
+                    model,
+                    tokenizer,
+                    [prompts[i] for i in chosen],
+                    decoding,
+                    tokens,
+                    frozenset({*_ends(tokenizer, settings), *ends}),
+                )
+                for i, made in zip(chosen, batch.answers(settings, on_text), strict=True):
                     answers[i] = made
-                done += len(batch)
+                done += len(chosen)
                 if on_batch is not None:
                     on_batch(done, len(prompts))
     return answers
@@ -467,20 +477,173 @@ def room(
 
 
 @contextlib.contextmanager
-def _ready(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
-    """In evaluation mode, without the checkpoint's generation settings, with draws of our own."""
+def _ready(model: PreTrainedModel, seed: int | None) -> Iterator[GenerationConfig]:
+    """In evaluation mode, without the checkpoint's generation settings (which are handed out), and
+    with draws of our own."""
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} generates no text: a causal model or an encoder-decoder is"
+            " needed, e.g. loaded with AutoModelForCausalLM"
+        )
     settings: Any = model.generation_config
-    training = model.training
-    devices = [model.device] if model.device.type not in ("cpu", "meta") else []
-    kind = model.device.type if devices else "cuda"
+    training, device = model.training, model.device
+    others = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
     try:
         model.eval()
+        # transformers fills in what `Decoding` leaves open from here.
         model.generation_config = GenerationConfig()
-        vars(model)[_SETTINGS] = settings
-        with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None, device_type=kind):
+        drawn = torch.random.fork_rng(others, enabled=seed is not None, device_type=kind)
+        with torch.no_grad(), drawn:
             if seed is not None:
                 torch.manual_seed(seed)
-            yield
+            yield settings
     finally:
         model.generation_config = settings
         model.train(training)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> list[int]:
+    """What ends an answer: the tokenizer's EOS, which training teaches, and the checkpoint's."""
+    found = [tokenizer.eos_token_id, settings.eos_token_id]
+    flat = [e for each in found for e in (each if isinstance(each, list) else [each])]
+    return [e for e in flat if isinstance(e, int)]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that are answered together."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    decoding: Decoding
+    new: int
+    ends: frozenset[int]
+
+    def answers(
+        self, settings: GenerationConfig, on_text: Callable[[str], None] | None
+    ) -> list[list[Answer]]:
+        ids, mask = self._inputs()
+        width = 1 if self._encodes else ids.shape[1]
+        pad = self.tokenizer.pad_token_id
+        pad = pad if isinstance(pad, int) else min(self.ends, default=0)
+        stream = None if on_text is None else _Stream(self, on_text)
+        ending = [_Stops(self, width)] if any(map(self.stops, self.prompts)) else []
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=self.decoding.config(settings, self.new, sorted(self.ends), pad),
+            stopping_criteria=StoppingCriteriaList(ending),
+            streamer=stream,
+        )
+        rows = out[:, width:].tolist()
+        each = len(rows) // len(self.prompts)
+        made = [
+            [self._answer(prompt, row) for row in rows[i * each : (i + 1) * each]]
+            for i, prompt in enumerate(self.prompts)
+        ]
+        if stream is not None:
+            stream.finish(made[0][0].text)
+        return made
+
+    @property
+    def _encodes(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        """ids and mask (batch, longest), padded on the left (an encoder's on the right)."""
+        longest_ids = max(len(prompt.ids) for prompt in self.prompts)
+        ids, mask = [], []
+        for prompt in self.prompts:
+            # Padding repeats a token of the prompt: a repetition penalty looks at masked ones too.
+            fill, ones = [prompt.ids[0]] * (longest_ids - len(prompt.ids)), [1] * len(prompt.ids)
+            zeros = [0] * len(fill)
+            ids.append([*prompt.ids, *fill] if self._encodes else [*fill, *prompt.ids])
+            mask.append([*ones, *zeros] if self._encodes else [*zeros, *ones])
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def stops(self, prompt: Prompt) -> tuple[str, ...]:
+        return (*self.decoding.stop_strings, *prompt.stops)
+
+    def text(self, prompt: Prompt, ids: Sequence[int]) -> str:
+        """The text that `ids` add to the prompt, up to the first stop."""
+        text = self.behind(prompt, ids)
+        return text[
+            : min((at for s in self.stops(prompt) if (at := text.find(s)) >= 0), default=None)
+        ]
+
+    def behind(self, prompt: Prompt, ids: Sequence[int]) -> str:
+        context = [] if self._encodes else list(prompt.ids[-_CONTEXT:])
+        before, both = self._decode(context), self._decode([*context, *ids])
+        return both[len(before) :] if both.startswith(before) else self._decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def stopped(self, prompt: Prompt, ids: Sequence[int]) -> bool:
+        text = self.behind(prompt, ids)
+        return any(stop in text for stop in self.stops(prompt))
+
+    def _answer(self, prompt: Prompt, row: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(row) if token in self.ends), None)
+        ids = row[:end]
+        if self.stops(prompt) and self.stopped(prompt, ids):
+            many = range(len(ids) + 1)
+            count = bisect_left(many, True, key=lambda n: self.stopped(prompt, ids[:n]))
+            return Answer(self.text(prompt, ids), tuple(ids[:count]), "stop")
+        wanted = self.decoding.max_new_tokens or MAX_NEW_TOKENS
+        cut = "max_new_tokens" if self.new == wanted else "positions"
+        return Answer(self.text(prompt, ids), tuple(ids), cut if end is None else "eos")
+
+
+class _Stops(StoppingCriteria):
+    """A row is done once its text holds one of its prompt's stops, wherever tokens begin."""
+
+    def __init__(self, batch: _Batch, width: int) -> None:
+        self.batch = batch
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        batch = self.batch
+        each = len(input_ids) // len(batch.prompts)
+        rows = input_ids[:, self.width :].tolist()
+        done = [batch.stopped(batch.prompts[i // each], row) for i, row in enumerate(rows)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class _Stream(BaseStreamer):
+    """Hands on the text of one growing answer, as soon as nothing behind can change it."""
+
+    def __init__(self, batch: _Batch, on_text: Callable[[str], None]) -> None:
+        self.batch, self.on_text = batch, on_text
+        self.ids: list[int] | None = None
+        self.sent = ""
+
+    def put(self, value: Tensor) -> None:
+        if self.ids is None:
+            self.ids = []  # transformers puts the prompt first
+            return
+        self.ids += [token for token in value.reshape(-1).tolist() if token not in self.batch.ends]
+        [prompt] = self.batch.prompts
+        text = self.batch.text(prompt, self.ids).rstrip("\ufffd")  # half a character
+        for stop in self.batch.stops(prompt):  # what may become a stop waits
+            held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+            text = text[: len(text) - held]
+        self._send(text)
+
+    def end(self) -> None:
+        pass
+
+    def finish(self, text: str) -> None:
+        self._send(text)
+
+    def _send(self, text: str) -> None:
+        if len(text) > len(self.sent):
+            self.on_text(text[len(self.sent) :])
+            self.sent = text

@@ -88,13 +88,17 @@ def merge_(
     update.delta.restart(link, generator)
     pair = update.delta.pair()
     if pair is not None and init is not None:
-        weight = read_full(store.parameter)
+        weight = read_full(store.parameter) if init.reads_weight else _shape_of(store.parameter)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         fill_(pair, init, weight.T if store.transposed else weight, generator)
         outer_add_(store.parameter, pair.B, pair.A, -pair.scale, transposed=store.transposed)
     reset_state(
         optimizer, *(p for _, p, role in layer.trained() if role in ("A", "B", "diagonal", "core"))
     )
+
+
+def _shape_of(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lorica.adapters import Adapters
@@ -20,6 +22,7 @@ class Proof:
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
         self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
+        self.hooks: list[Any] = []
 
     def check(self, seen: Tensor, step: int) -> None:
         """Note in `seen` (a flag for each adapter, in model order) which adapters have a gradient.
@@ -30,6 +33,8 @@ class Proof:
             ValueError: at the last watched step, some had none although tokens reached them.
         """
         if step >= WATCHED_STEPS or bool(seen.all()):
+            while self.hooks:
+                self.hooks.pop().remove()
             return
         units: dict[str, list[Any]] = {}
         for t in self.adapters.trained():
@@ -56,11 +61,16 @@ class Proof:
         def note(module: Any, args: tuple) -> None:
             self.reached[site] |= bool(args) and args[0].numel() > 0
 
-        self.adapters.model.get_submodule(site).register_forward_pre_hook(note)
+        module = self.adapters.model.get_submodule(site)
+        self.hooks.append(module.register_forward_pre_hook(note))
 
     def _report(self, missing: list[str], count: int) -> None:
-        resting = [s for s in missing if not self.reached[s]]
-        silent = [s for s in missing if self.reached[s]]
+        reached = torch.tensor([self.reached[s] for s in missing], dtype=torch.int32)
+        if dist.is_initialized():  # an expert may have had its tokens on another process
+            reached = reached.to(next(self.adapters.model.parameters()).device)
+            dist.all_reduce(reached, op=dist.ReduceOp.MAX)
+        resting = [s for s, r in zip(missing, reached.tolist(), strict=True) if not r]
+        silent = [s for s in missing if s not in resting]
         if len(resting) == count:
             silent, resting = resting, []
         if resting:

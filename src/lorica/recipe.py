@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorica.checks import DENSE, check_capabilities, check_effects, check_values
+from lorica.checks import DENSE, check_capabilities, check_effects, check_fields, check_values
 from lorica.rooms import ROOMS, Choice, build, source
 from lorica.words import choices_of
 
@@ -85,10 +85,11 @@ class Recipe:
         `method` may also be a mapping {word: {argument: value}} as a YAML file has it, or a recipe,
         whose fields `fields` then replace.
         """
+        check_fields([f.name for f in dataclasses.fields(cls)], method, fields)
         if isinstance(method, Recipe):
-            return cls.from_dict({**method.to_dict(), **fields}) if fields else method
-        choices = choices_of(method)
-        return cls(**{**choices, **fields})
+            given = {k: v for k, v in method.to_dict().items() if k not in method.filled}
+            return cls.from_dict({**given, **fields}) if fields else method
+        return cls(**{**choices_of(method), **fields})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -146,6 +147,12 @@ class Recipe:
         takes = self.delta.takes
         return takes if self.scale is not None and self.scale.uses_alpha else takes - {"lora_alpha"}
 
+    @property
+    def whole(self) -> bool:
+        """Every weight of the model trains in place."""
+        narrowed = self.exclude_modules or self.layers_to_transform is not None
+        return not self.delta.wraps and self.target_modules == "all-linear" and not narrowed
+
     def _fill(self, name: str, default: tuple[Any, str] | None) -> None:
         if getattr(self, name) is None and default is not None:
             object.__setattr__(self, name, default[0])
@@ -188,8 +195,8 @@ class Recipe:
                     continue  # follows from rank_pattern and alpha_pattern
                 if choice.text() != implied.get(room, default) or choice.preset:
                     named.append(choice.text())
-        lead = [t for t in named if t != "lora"]
-        return "+".join(lead) or "lora"
+        plain = str(ROOMS["scales"][1])
+        return "+".join(t for t in named if t != plain) or plain
 
     def given(self, base: frozenset[str] = DENSE) -> frozenset[str]:
         """All capabilities at hand: what the choices and the base give, less what is withdrawn."""

@@ -43,6 +43,7 @@ CAPABILITIES: dict[str, str] = {
     "pristine": "the published bytes of the base stay as they are",
     "writable_base": "a dense base weight that may be written to",
     "vector_step": "an optimizer with a step count per row and column",
+    "row_state": "optimizer state with an entry for every row and column of a factor",
     "diagonal": "a trained diagonal between the factors",
     "zero_start": "ΔW = 0 at the start without an anchor",
     "keeps_function": "an event that leaves the model's function as it was",
@@ -59,7 +60,7 @@ class _Source:
 
     def __init__(self, cls: type) -> None:
         self.text = inspect.cleandoc(cls.__doc__ or "")
-        self.title = self.text.split("\n", 1)[0].rstrip(".")
+        self.title = " ".join(self.text.split("\n\n", 1)[0].split()).rstrip(".")
         self.bibtex = tuple(
             textwrap.dedent(m).strip()
             for m in re.findall(r"@\w+\{(?:[^{}]|\{[^{}]*\})*\}", self.text)

@@ -30,6 +30,7 @@ def tensors(adapters: Any) -> dict[str, nn.Parameter]:
 def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
     reshard(adapters.model)
+    grown = []
     for site, layer in adapters.layers.items():  # what is carried grows with training
         a, b = (saved.get(f"{site}.update.carried_{side}") for side in "AB")
         if a is not None and b is not None and layer.update.carried_A is None:
@@ -37,6 +38,7 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
             layer.update.carry_(
                 torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
             )
+            grown.append(layer.update)
     own = tensors(adapters)
     shared = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     wrong = {
@@ -45,6 +47,8 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
         "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in shared],
     }
     if any(wrong.values()):
+        for update in grown:
+            update.carried_A = update.carried_B = None
         listed = "; ".join(
             f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             for what, names in wrong.items()

@@ -89,8 +89,9 @@ def _nothing(what: str, pattern: str, paths: list[str], rule: str) -> str:
     endings = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], endings, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
+    where = "of the targets" if what == "exclude_modules" else "of the model"
     return (
-        f"`{what}`: {pattern!r} matches no module of the model ({rule}). {hint}"
+        f"`{what}`: {pattern!r} matches no module {where} ({rule}). {hint}"
         f"Modules there end in: {', '.join(endings)}"
     )
 
@@ -111,7 +112,7 @@ def find(
             between what is adapted and what trains in full.
     """
     modules = {n: m for n, m in model.named_modules() if n}
-    inside = _owned_by_attention(modules)
+    inside = _owned_by_attention(model)
     out = Targets()
     for pattern in modules_to_save:
         found = [n for n in modules if matches(pattern, n)]
@@ -145,12 +146,12 @@ def find(
             for n in [n for n in chosen if n not in served]:
                 m = modules[n]
                 if next(m.children(), None) is None or not any(_within(c, [n]) for c in served):
-                    raise ValueError(_unsupported(n, m, n in inside))
+                    raise ValueError(_unsupported(n, m, inside.get(n)))
             chosen = (
                 [n for n in chosen if n in served] if isinstance(target_modules, tuple) else chosen
             )
             if bad := [n for n in chosen if n not in served]:
-                raise ValueError(_unsupported(bad[0], modules[bad[0]], bad[0] in inside))
+                raise ValueError(_unsupported(bad[0], modules[bad[0]], inside.get(bad[0])))
     if exclude_modules is not None:
         excluded = set(_select(exclude_modules, chosen, "exclude_modules"))
         chosen = [n for n in chosen if n not in excluded]
@@ -165,7 +166,8 @@ def find(
         chosen = [n for n in chosen if index[n] in layers_to_transform]
     if not chosen and wraps:
         raise ValueError(
-            "no module is left to adapt after `exclude_modules`; leave fewer modules out"
+            "no module is left to adapt after `exclude_modules`; widen `target_modules` or leave"
+            " fewer modules out"
         )
     for n in chosen:
         if wraps and _within(n, out.saved):
@@ -194,15 +196,18 @@ def _block(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _owned_by_attention(modules: dict[str, nn.Module]) -> set[str]:
-    """Layers whose weight torch's fused attention reads directly, past any adapter."""
-    owners = [n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
-    return {n for n in modules if any(n.startswith(o + ".") for o in owners)}
+def _owned_by_attention(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight torch's fused attention, or an encoder layer's fast path, reads directly,
+    past any adapter -> the class that does so."""
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    owners = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, kinds)}
+    paths = [n for n, _ in model.named_modules() if n]
+    return {n: k for n in paths for o, k in owners.items() if not o or n.startswith(o + ".")}
 
 
-def _unsupported(name: str, module: nn.Module, inside: bool) -> str:
+def _unsupported(name: str, module: nn.Module, inside: str | None) -> str:
     why = (
-        "torch.nn.MultiheadAttention reads its weight past any adapter"
+        f"torch.nn.{inside} reads its weight past any adapter"
         if inside
         else f"it is a {type(module).__module__}.{type(module).__name__}"
     )
@@ -214,21 +219,17 @@ def _unsupported(name: str, module: nn.Module, inside: bool) -> str:
 
 def _fill_rest(model: nn.Module, out: Targets) -> None:
     """Matrices that stay frozen, and adapted weights that another module shares."""
-    adapted = set(out.layers)
     places: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in parameters.items():
         places.setdefault(id(p), []).append(name)
-        owner = name.rsplit(".", 1)[0]
-        if p.ndim >= 2 and owner not in adapted and not _within(name, out.saved):
-            out.unadapted[name] = p.numel()
     for names in places.values():
-        owners = [n.rsplit(".", 1)[0] for n in names]
-        for owner in owners:
-            others = [o for o in owners if o != owner]
-            if others and (owner in adapted or owner in out.saved):
-                out.tied[owner] = others[0]
-                for n in names:
-                    out.unadapted.pop(n, None)
+        owners = [n.rpartition(".")[0] for n in names]
+        adapted = [o for o in owners if o in out.layers or _within(o, out.saved)]
+        if not adapted and parameters[names[0]].ndim >= 2:
+            out.unadapted[" = ".join(names)] = parameters[names[0]].numel()
+        for owner in adapted if len(owners) > 1 else []:
+            out.tied[owner] = next(o for o in owners if o != owner)
 
 
 def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
@@ -247,12 +248,33 @@ def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
                 f"{name!r} is an embedding, whose input is a token id; `{delta.word}` needs an"
                 " input vector. Leave it out of `target_modules`"
             )
+        if delta.wraps and name in targets.tied and "pristine" not in recipe.given():
+            word = next(c.word for c in recipe.choices if "pristine" in c.withdraws)
+            raise ValueError(
+                f"{name!r} shares its weight with {targets.tied[name]!r}, and `{word}` writes to it"
+                " during training, which would change both; leave it out of `target_modules`"
+            )
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
             raise ValueError(
                 f"{name!r} is sharded already, so an adapter beside it would train alone on every"
                 " process; attach first, shard then"
             )
+
+
+def refuse_idle(layer: Any, recipe: Any) -> None:
+    """A layer whose frozen factor starts at zero would never learn.
+
+    Raises:
+        ValueError: naming the layer and the choice that freezes.
+    """
+    for group in recipe.groups:
+        for _, p, role in layer.trained():
+            if role in group.freezes and not p.is_meta and not p.any():
+                raise ValueError(
+                    f"`{group.word}` freezes the {role} of {layer.site.name!r}, which starts at"
+                    " zero there, so nothing of it would train; leave it out of `target_modules`"
+                )
 
 
 def sites_of(

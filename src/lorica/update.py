@@ -92,7 +92,8 @@ class Update(nn.Module):
             B = factors.B.to(wide) * factors.scale
             cross = F.linear(w, A)  # (out, k)
             square = w.square().sum(1) + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
-            return square.clamp_min(0).sqrt()
+            # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
+            return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
     # -- the product, split by what dropout falls on
 

@@ -54,6 +54,17 @@ class TrainedModule(nn.Module):
             if self.only is None or name in self.only
         ]
 
+    def merged(self) -> nn.Module:
+        """A plain module, in the original's dtypes, that computes what this one does."""
+        originals = dict(self.base.named_parameters())
+        for name, p in self.copy.named_parameters():
+            p.data = p.data.to(originals[name].dtype)
+        if self.only is None:
+            return self.copy
+        for name in self.only:  # in place, for another module may share the parameter
+            originals[name].data = self.copy.get_parameter(name).data
+        return self.base
+
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
@@ -72,21 +83,21 @@ def bias_modules(
     """With `bias="all"`: every other module that has a bias of its own."""
     if recipe.bias != "all":
         return {}
-    return {
-        name: TrainedModule(module, dtype, frozenset({"bias"}))
-        for name, module in model.named_modules()
-        if name
-        and "bias" in dict(module.named_parameters(recurse=False))
-        and name not in targets.layers
-        and not any(name == s or name.startswith(s + ".") for s in targets.saved)
-    }
+    out, held = {}, set()
+    for name, module in reversed([*model.named_modules()]):  # a child before its parent
+        bias = dict(module.named_parameters(recurse=False)).get("bias")
+        saved = any(name == s or name.startswith(s + ".") for s in targets.saved)
+        if bias is not None and name and name not in targets.layers and not saved:
+            if id(bias) not in held:
+                out[name] = TrainedModule(module, dtype, frozenset({"bias"}))
+        held.add(id(bias))  # a parent may own its child's bias as well, and does not use it then
+    return dict(reversed(out.items()))
 
 
 def train_in_place(
     model: nn.Module,
     adapters: Any,
     targets: Targets,
-    whole: bool,
     dtype: torch.dtype,
     keep: bool,
 ) -> None:
@@ -94,14 +105,18 @@ def train_in_place(
     names = [
         n
         for n, p in model.named_parameters()
-        if p.is_floating_point() and (whole or any(n.startswith(r + ".") for r in roots))
+        if p.is_floating_point()
+        and (adapters.recipe.whole or any(n.startswith(r + ".") for r in roots))
     ]
-    if keep:
+    trained = set(names)
+    if keep:  # the others are held in `dtype`, too, so that one forward has one dtype
         adapters.originals = {
-            n: p.data.clone() for n, p in model.named_parameters() if n in set(names)
+            n: p.data.clone()
+            for n, p in model.named_parameters()
+            if n in trained or (p.is_floating_point() and p.dtype != dtype)
         }
     for n, p in model.named_parameters():
-        p.requires_grad_(n in set(names))
+        p.requires_grad_(n in trained)
         if p.is_floating_point() and p.dtype != torch.float64:
             p.data = p.data.to(dtype)
     adapters.direct = tuple(names)

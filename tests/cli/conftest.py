@@ -107,7 +107,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 prompts and completions of uneven length."""
     file = tmp_path_factory.mktemp("data") / "text.jsonl"
     rows = zip(_sentences(96)[::2], _sentences(96)[1::2], strict=True)
-    file.write_text("".join(json.dumps({"prompt": p, "completion": " " + c}) + "\n" for p, c in rows))
+    file.write_text(
+        "".join(json.dumps({"prompt": p, "completion": " " + c}) + "\n" for p, c in rows)
+    )
     return file
 
 

@@ -51,7 +51,9 @@ def test_config_yaml_repeats_the_run(train, lorica, tmp_path):
     first = train("--r", 2, "--lora-dropout", 0.1, "--weight-decay", 0.01, "--rank-pattern",
                   '{"q_proj": 1}')  # fmt: skip
     assert first.status == 0, first.err
-    again = lorica("train", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "b", "--json")
+    again = lorica(
+        "train", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "b", "--json"
+    )
     assert again.status == 0, again.err
     assert again.json["loss"] == first.json["loss"]
     assert again.json["adapter_sha256"] == first.json["adapter_sha256"]
@@ -103,7 +105,9 @@ def test_resuming_with_other_options_or_rows_is_refused(train, lorica, text, tmp
     data = tmp_path / "data.jsonl"
     data.write_text(text.read_text())
     assert train("--save-steps", 2, data=data).status == 0
-    changed = lorica("train", "--output-dir", tmp_path / "out", "--resume", "--learning-rate", "1e-3")
+    changed = lorica(
+        "train", "--output-dir", tmp_path / "out", "--resume", "--learning-rate", "1e-3"
+    )
     assert changed.status == 2 and "`learning_rate` is 0.0002, not 0.001" in changed.err
     data.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
     other = lorica("train", "--output-dir", tmp_path / "out", "--resume")
@@ -164,17 +168,18 @@ def test_classification_measures_and_keeps_the_head(lorica, bert, classes, tmp_p
 
 def test_regression_and_tags(lorica, bert, tmp_path):
     figures = tmp_path / "figures.csv"
-    figures.write_text("text,label\n" + "".join(f"the cat {'very ' * i},{i / 4}\n" for i in range(12)))
-    ran = lorica("train", "--model", bert, "--data", figures, "--eval-fraction", 0.4, "--max-steps", 2,
-                 "--r", 2, "--output-dir", tmp_path / "a", "--json")  # fmt: skip
+    figures.write_text(
+        "text,label\n" + "".join(f"the cat {'very ' * i},{i / 4}\n" for i in range(12))
+    )
+    more = ("--model", bert, "--eval-fraction", 0.4, "--max-steps", 2, "--r", 2, "--json")
+    ran = lorica("train", "--data", figures, "--output-dir", tmp_path / "a", *more)
     assert ran.status == 0, ran.err
     assert set(ran.json["evaluation"]) == {"eval_loss", "eval_pearson", "eval_spearman", "eval_mse"}
     assert ran.json["evaluation"]["eval_loss"] == pytest.approx(ran.json["evaluation"]["eval_mse"])
     tags = tmp_path / "tags.jsonl"
     rows = [{"tokens": ["the", "cat", "sees"], "tags": ["D", "N", "V"]}] * 6
     tags.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    ran = lorica("train", "--model", bert, "--data", tags, "--eval-fraction", 0.4, "--max-steps", 2,
-                 "--r", 2, "--output-dir", tmp_path / "b", "--json")  # fmt: skip
+    ran = lorica("train", "--data", tags, "--output-dir", tmp_path / "b", *more)
     assert ran.status == 0, ran.err
     assert set(ran.json["evaluation"]) == {"eval_loss", "eval_accuracy", "eval_f1"}
 
@@ -217,7 +222,7 @@ def test_tensorboard_is_told(train, tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
-# -- starting from an adapter ------------------------------------------------------------------------
+# -- starting from an adapter ----------------------------------------------------------------------
 
 
 # PEFT 0.21 asks transformers 5.23 by an old name.

@@ -104,7 +104,7 @@ def test_dtype_is_kept_and_the_state_is_of_the_declared_size(word, dtype):
     assert all(p.dtype == dtype for p in trained)
     state = [v for s in optimizer.state.values() for v in s.values() if v.numel() > 1]
     assert all(v.dtype == dtype for v in state)
-    declared = rooms.load(word).state_per_element * sum(p.numel() for p in trained)
+    declared = adapters.recipe.rule.state_elements(adapters)
     assert sum(v.numel() for v in state) == declared
 
 

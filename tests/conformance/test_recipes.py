@@ -21,12 +21,9 @@ PAIRS = list(itertools.combinations(WORDS, 2))
 
 @pytest.mark.parametrize("word", WORDS)
 def test_text_object_and_json_are_one(word):
-    try:
-        made = recipe(word, r=4)
-    except ValueError as error:  # a word that means nothing without a field of the recipe
-        assert f"`{word}`" in str(error) and "no effect" in str(error)
-        return
-    assert Recipe.parse(made.text()).choices == Recipe.parse(word).choices
+    made = recipe(word, r=4)
+    again = Recipe.parse(made.text(), rank_pattern=made.rank_pattern)
+    assert again.choices == Recipe.parse(word).choices
     assert Recipe.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     assert Recipe.parse({word: {}}) == Recipe.parse(word), "the YAML form"
     for spelling in (word.upper(), f" {word} ", f"{word}()", "-".join(word), "_".join(word)):
@@ -120,12 +117,18 @@ def effective(word: str) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def text_of(word: str) -> str:
+    """The method's text with what stands beside it, so that defaults and what equals them meet."""
+    made = recipe(word)
+    return made.text() + str(made.rank_pattern or "")
+
+
 def test_every_words_trajectory_differs_from_every_others():
     """Except where a word only names a default, and for compute orders, which only round apart."""
     classes: dict[str, list[str]] = {}
     for room, word in every():
         if room != "kernels":
-            classes.setdefault(Recipe.parse(word).text(), []).append(word)
+            classes.setdefault(text_of(word), []).append(word)
     defaults = {default for _, default, _ in rooms.ROOMS.values() if default}
     for text, members in classes.items():
         named = [w for w in members if w not in defaults and rooms.room_of(w) != "ranks"]

@@ -28,6 +28,8 @@ def every() -> list[tuple[str, str]]:
 def recipe(method: str, **fields: Any) -> Recipe:
     """The recipe of `method` with small numbers, less those that mean nothing to it."""
     plain = Recipe.parse(method)
+    if plain.rank is not None and plain.rank.reads_patterns:
+        fields.setdefault("rank_pattern", {".*": 3})  # without one it has nothing to read
     if plain.filled.get("r", (0, "Lorica"))[1] != "Lorica":
         fields.pop("r", None)  # the method has a rank of its own
     return Recipe.parse(

@@ -34,12 +34,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lorica
 from lorica import moves
-from lorica.shards import seeded
 from lorica.bind import KEY
 from lorica.deltas import Pair
 from lorica.proof import WATCHED_STEPS
 from lorica.recipe import Recipe
 from lorica.schedules import AbstractSchedule
+from lorica.shards import seeded
 
 _WORLDS: dict[str, tuple[int, ...]] = {}
 

@@ -20,7 +20,7 @@ import distributed_scenarios
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_SECONDS = 40  # how long one process waits for another that has failed
+COLLECTIVE_SECONDS = 20  # how long one process waits for another that has failed
 
 
 def run(name: str, out: Path, rank: int, world: int) -> str:

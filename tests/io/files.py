@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import batch
 from torch import Tensor, nn
+
+from models import batch
 
 TOLERANCE = 1e-5  # of logits, relative to their largest where that is above 1
 
@@ -30,6 +31,7 @@ def peft_logits(base: nn.Module, folder: Path) -> Tensor:
     with warnings.catch_warnings():
         # GPT-2's transposed layers, tied heads: PEFT warns about each, and none is an error.
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # a pattern that matches nothing
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for a renamed attribute
         model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
         stored = model.load_adapter(str(folder), "default")
@@ -66,4 +68,3 @@ def edit(file: Path, **changes: Any) -> None:
         else:
             data[key] = value
     file.write_text(json.dumps(data))
-

@@ -6,14 +6,14 @@ import copy
 import json
 import re
 
-import models
 import pytest
 import torch
 from files import close, edit, peft_logits, peft_made
-from models import logits
 from safetensors.torch import load_file, save_file
 
 import lorica
+import models
+from models import logits
 
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 MADE = {
@@ -65,6 +65,8 @@ def test_equals_peft(case, tmp_path):
     family, fields = MADE[case]
     base = models.MODELS[family]()
     theirs, _ = peft_made(base, tmp_path / "theirs", **{**LLAMA, **fields})
+    if case == "first match":  # PEFT sorts the patterns as it writes them
+        theirs = peft_logits(base, tmp_path / "theirs")
     model = copy.deepcopy(base)
     adapters = lorica.load(model, tmp_path / "theirs")
     close(theirs, logits(model))

@@ -6,14 +6,14 @@ import copy
 import json
 import re
 
-import models
 import pytest
 import torch
 from files import close, peft_logits
-from models import logits, perturb
 
 import lorica
+import models
 from lorica.io import peft
+from models import logits, perturb
 
 HEADS = {"llama": "lm_head", "gpt2": "lm_head", "t5": "lm_head", "qwen2": "lm_head"}
 METHODS = {
@@ -78,7 +78,9 @@ def test_llama(method, tmp_path):
     check("llama", method, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora+olora", "pissa", "dora(dropout='authors')"])
+@pytest.mark.parametrize(
+    "method", ["lora", "rslora", "dora+olora", "pissa", "dora(dropout='authors')"]
+)
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "qwen2"])
 def test_families(family, method, tmp_path):
     check(family, method, tmp_path)
@@ -96,6 +98,20 @@ def test_options(family, option, method, tmp_path):
 def test_head_and_embedding(method, tied, tmp_path):
     targets = ["embed_tokens", "lm_head", "v_proj"]
     check("llama", method, tmp_path, tied=tied, target_modules=targets)
+
+
+@pytest.mark.xfail(strict=True, reason='`bias="all"` wraps a module inside one it wraps already')
+def test_shared_biases(tmp_path):
+    """A bias that two modules own trains as one, and is written for each."""
+    model = models.bert_masked()
+    base = copy.deepcopy(model)
+    adapters = lorica.attach(model, "lora", r=4, bias="all", verbose=False)
+    perturb(adapters)
+    out = lorica.save(adapters, tmp_path / "out")
+    close(logits(model), peft_logits(base, out))
+    other = copy.deepcopy(base)
+    assert lorica.load(other, out).fingerprint() == adapters.fingerprint()
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_fresh_head(tmp_path):
@@ -181,6 +197,7 @@ def test_targets_match_exactly_the_adapted(family, tmp_path):
 
 def test_targets_that_no_list_can_name(tmp_path):
     """`q` is adapted and `b.q` is not: only an expression says so."""
+
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -211,6 +228,7 @@ def test_task_is_left_out_where_peft_would_look_for_a_head(tmp_path):
 
 def test_saved_module_that_peft_cannot_single_out(tmp_path):
     """PEFT's names for modules trained in full match by characters: `head` means `lm_head` too."""
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -257,6 +275,7 @@ def test_nothing_is_computed_anew(tmp_path, monkeypatch):
 
 def test_buffers_of_saved_modules(tmp_path):
     """A module that trains in full takes its running statistics along."""
+
     def net():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorica import __version__
-from lorica.cli._outcome import as_json, write
+from lorica.cli._outcome import REAL_STDOUT, as_json, write
 from lorica.cli._parse import parse
 from lorica.train.options import UsageError, nearest
 
@@ -85,7 +85,8 @@ def _verb(words: list[str]) -> int:
         if os.environ.get("LORICA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         return _failed(_message(error), 2 if isinstance(error, UsageError) else 1, wants_json)
-    write(outcome, json=options.json)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        write(outcome, json=options.json)
     return 0
 
 
@@ -138,17 +139,22 @@ def _logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _clean_stdout() -> Iterator[None]:
-    """What a library prints while a verb runs goes to standard error, from C too."""
-    kept = None
+    """What a library prints while a verb runs goes to standard error, from C too; the verb itself
+    has `own_stdout()`."""
+    kept, real = None, sys.stdout
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.fileno() == 1:
             sys.stdout.flush()
             kept = os.dup(1)
             os.dup2(2, 1)
+            real = open(kept, "w", encoding=sys.stdout.encoding, closefd=False)
+    token = REAL_STDOUT.set(real)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        REAL_STDOUT.reset(token)
         if kept is not None:
+            real.close()
             os.dup2(kept, 1)
             os.close(kept)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES
+from lorica.train.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES, UsageError
 
 RANKS = (4, 8, 16, 32, 64)
 
@@ -39,24 +39,24 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     import lorica
+    from lorica.recipe import Recipe
     from lorica.train.load import empty_model
 
     model = empty_model(options.model)
     groups = survey(model)
-    adapters = lorica.attach(
-        model,
-        options.method,
-        fresh=(),
-        verbose=False,
-        target_modules=options.target_modules,
-        exclude_modules=options.exclude_modules,
-        layers_to_transform=options.layers_to_transform,
-        **{
-            name: value
-            for name, value in (("r", options.r), ("lora_alpha", options.lora_alpha))
-            if value is not None
-        },
-    )
+    given = {"r": options.r, "lora_alpha": options.lora_alpha}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        recipe = Recipe.parse(
+            options.method,
+            target_modules=options.target_modules,
+            exclude_modules=options.exclude_modules,
+            layers_to_transform=options.layers_to_transform,
+            **fields,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    adapters = lorica.attach(model, recipe, fresh=(), verbose=False)
     contract = adapters.contract
     adapted = set(adapters.layers) or {name.rsplit(".", 1)[0] for name in adapters.direct}
     for group in groups:

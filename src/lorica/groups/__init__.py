@@ -8,6 +8,7 @@ To add one: copy `loraplus.py`.
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,3 +36,28 @@ class AbstractGroup(Choice, abc.ABC):
     @abc.abstractmethod
     def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
         """Options (`lr`, `weight_decay`) of this parameter's optimizer group."""
+
+
+def options_of(
+    trained: Trained, choices: Sequence[AbstractGroup], lr: float, weight_decay: float
+) -> dict[str, Any]:
+    """Options of one parameter's optimizer group. Decay spares vectors (norms, biases) and what
+    scales others: a magnitude or a diagonal pulled to 0 takes its row or rank with it."""
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if trained.parameter.ndim < 2 or trained.role in ("magnitude", "diagonal", "bias"):
+        options["weight_decay"] = 0.0
+    for choice in choices:
+        options = choice.adjust(trained, options)
+    return options
+
+
+def grouped(
+    trained: Iterable[Trained], choices: Sequence[AbstractGroup], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups, one for each set of options."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for t in trained:
+        options = options_of(t, choices, lr, weight_decay)
+        group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
+        group["params"].append(t.parameter)
+    return list(groups.values())

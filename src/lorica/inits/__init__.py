@@ -24,6 +24,7 @@ from lorica.rooms import Choice
 class AbstractInit(Choice, abc.ABC):
     room: ClassVar[str] = "inits"
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+    reads_weight: ClassVar[bool] = False  # False: `fill` gets a weight on the meta device
     # The value of PEFT's `init_lora_weights` under which it subtracts this very start from the
     # base.
     peft_anchor: ClassVar[str | None] = None
@@ -33,7 +34,8 @@ class AbstractInit(Choice, abc.ABC):
         """Write the start into `pair.A` (r, in) and `pair.B` (out, r).
 
         Args:
-            weight: the effective weight (out, in) as it now stands, in at least float32.
+            weight: the weight (out, in) as it now stands, in at least float32; on the meta device
+                unless the file declares `reads_weight`, so that nothing is gathered for nothing.
             pair: see `lorica.deltas.Pair`.
             generator: on the CPU, seeded by the recipe's seed and the layer's name.
         """

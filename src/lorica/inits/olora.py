@@ -39,6 +39,7 @@ class Olora(AbstractInit):
         }
     """
 
+    reads_weight: ClassVar[bool] = True
     peft_anchor: ClassVar[str | None] = "olora"
     default_learning_rate: ClassVar[float | None] = 2e-4
 

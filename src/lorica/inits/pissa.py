@@ -46,6 +46,7 @@ class Pissa(AbstractInit):
         if not isinstance(self.niter, int) or self.niter < 0:
             raise ValueError(f"`pissa(niter={self.niter!r})` is a whole number; 0 is the exact SVD")
 
+    reads_weight: ClassVar[bool] = True
     peft_anchor: ClassVar[str | None] = "pissa"
     default_learning_rate: ClassVar[float | None] = 2e-4
 

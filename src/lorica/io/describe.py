@@ -45,8 +45,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Example:
         >>> import tempfile, torch, lorica
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> out = lorica.save(lorica.attach(model, "olora", r=2, verbose=False), tempfile.mkdtemp()
-        + "/o")
+        >>> adapters = lorica.attach(model, "olora", r=2, verbose=False)
+        >>> out = lorica.save(adapters, tempfile.mkdtemp() + "/out")
         >>> layer = inspect(out)["layers"]["0"]
         >>> layer["shape"], layer["r"], round(layer["norm"], 3)
         ([4, 8], 4, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorica.adapters import Adapters
 from lorica.attach import detach
 from lorica.io import native, peft
-from lorica.io.folder import ADAPTER_MARKS, check_free, writing
+from lorica.io.folder import ADAPTER_MARKS, check_free, first, together, writing
 from lorica.io.merged import MARKS, Merged, merge_to
 from lorica.io.strict import PEFT_TENSORS
 from lorica.layer import AdaptedLinear
@@ -109,6 +109,8 @@ def export(
 def _export(
     adapters: Adapters, out: Path, dtype: str | None, portable: bool, r: int | None, overwrite: bool
 ) -> Exported:
+    state = native.full_state(adapters)
+    native.check_values(adapters, state)
     if portable or r is not None:
         config, tensors, error = _portable(adapters, r)
     else:
@@ -117,17 +119,17 @@ def _export(
                 f"{obstacle}, so there is no PEFT adapter of it. Export it as `to='merged'`, or cut"
                 " it to a plain LoRA of some rank with `r=...`"
             )
-        state = native.full_state(adapters)
         config, tensors, error = peft.config(adapters), peft.file_tensors(adapters, state), 0.0
-    native.check_values(adapters, native.full_state(adapters), tensors)
     if dtype is not None:
         rounded = {n: t.to(_DTYPES[dtype]) for n, t in tensors.items() if t.is_floating_point()}
         unit = torch.finfo(_DTYPES[dtype]).eps
         lost = any(not torch.equal(t.to(tensors[n].dtype), tensors[n]) for n, t in rounded.items())
         tensors, error = {**tensors, **rounded}, error + (unit if lost else 0.0)
-    with writing(out, overwrite=overwrite) as folder:
-        native.write_tensors(tensors, folder / PEFT_TENSORS, {"format": "pt"})
-        peft.write_config(config, folder)
+    if first():
+        with writing(out, overwrite=overwrite) as folder:
+            native.write_tensors(tensors, folder / PEFT_TENSORS, {"format": "pt"})
+            peft.write_config(config, folder)
+    together()
     return Exported(path=out, r=config["r"], error=error)
 
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch.distributed as dist
+
 from lorica.io.strict import OWN_CONFIG, PEFT_CONFIG, entries
 
 # What a save writes, so what overwriting replaces; everything else in the folder is the user's.
@@ -41,6 +43,21 @@ def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_
             f"{str(path)!r} has been written already; pass `overwrite=True` (`--overwrite`) to"
             " replace it, or name another folder"
         )
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return not _several() or dist.get_rank() == 0
+
+
+def together() -> None:
+    """Wait until the folder is there for every process."""
+    if _several():
+        dist.barrier()
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager

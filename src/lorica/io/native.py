@@ -27,7 +27,7 @@ import lorica
 from lorica.adapters import Adapters
 from lorica.attach import attach, detach
 from lorica.io import peft
-from lorica.io.folder import check_free, writing
+from lorica.io.folder import check_free, first, together, writing
 from lorica.io.strict import (
     OWN_CONFIG,
     OWN_TENSORS,
@@ -85,6 +85,7 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
     path = Path(path)
     check_free(path, overwrite=overwrite)
     state = full_state(adapters)
+    check_values(adapters, state)
     whole = bool(adapters.direct) and isinstance(adapters.model, PreTrainedModel)
     obstacle = None if whole else peft.obstacle(adapters)
     form = "model" if whole else "lorica" if obstacle else "peft"
@@ -94,8 +95,7 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
         cuts = peft.places(adapters, peft.carried_ranks(adapters))
         own = {name: value for name, value in state.items() if name not in cuts}
     base_hash = adapters.hash_base() if adapters.pristine else adapters.base_hash
-    check_values(adapters, state, tensors)
-    if _rank() == 0:
+    if first():
         with writing(path, overwrite=overwrite) as folder:
             if form == "model":
                 assert isinstance(adapters.model, PreTrainedModel)
@@ -110,14 +110,8 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
             info["files"] = {f.name: sha256(f) for f in sorted(folder.iterdir())}
             text = json.dumps(info, indent=2, ensure_ascii=False)
             (folder / OWN_CONFIG).write_text(text + "\n", encoding="utf-8")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    together()
     return path
-
-
-def _rank() -> int:
-    live = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if live else 0
 
 
 def _buffers(adapters: Adapters) -> dict[str, Tensor]:
@@ -145,22 +139,23 @@ def full_state(adapters: Adapters) -> dict[str, Tensor]:
     return {**shared, **_buffers(adapters), **adapters.state_dict()}
 
 
-def check_values(
-    adapters: Adapters, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
+def check_values(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
     """Whether this is worth writing.
 
     Raises:
         ValueError: see `save`.
     """
-    expected = {f"{n}.{part}": p for n, layer in adapters for part, p, _ in layer.trained()}
-    flat = [n for n, p in expected.items() if state[n].ndim != p.ndim or not state[n].numel()]
-    flat += [n for n, t in tensors.items() if not t.numel()]
-    if flat:
+    empty = {name: str(tuple(value.shape)) for name, value in state.items() if not value.numel()}
+    for name, layer in adapters:
+        if (pair := layer.update.delta.pair()) is not None:
+            ends = (pair.A.shape[1:], pair.B.shape[:1], pair.B.ndim)
+            if ends != ((layer.in_features,), (layer.out_features,), 2):
+                empty[name] = f"{tuple(pair.A.shape)}, {tuple(pair.B.shape)}"
+    if empty:
+        name, shape = next(iter(empty.items()))
         raise ValueError(
-            f"{flat[0]} is {tuple({**state, **tensors}[flat[0]].shape)}: an adapter's tensor is"
-            " neither empty nor flat, so the shards of a sharded model were not gathered. Gather"
-            " them before saving"
+            f"{name} is {shape}: an adapter's tensor is neither empty nor flat, so the shards of a"
+            " sharded model were not gathered. Gather them before saving"
         )
     trained = [t.name for t in adapters.trained()]
     bad = [n for n in trained if n in state and not torch.isfinite(state[n]).all()]
@@ -348,9 +343,9 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
             f" {info['base'].get('class')} {info['base'].get('name')!r}): {error}"
         ) from None
     try:
+        state = _own_state(adapters, info, tensors, folder)
         if check_base:
             _check_base(adapters, info, folder)
-        state = _own_state(adapters, info, tensors, folder)
         _write(adapters, state)
     except BaseException:
         detach(model)
@@ -534,6 +529,10 @@ def _cut(
 
 
 def _write(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
+    for name, layer in adapters:  # what is carried may have grown or shrunk since
+        saved, live = state.get(f"{name}.update.carried_A"), layer.update.carried_A
+        if live is not None and (saved is None or saved.shape != live.shape):
+            layer.update.carried_A = layer.update.carried_B = None
     buffers = _buffers(adapters)
     own = set(adapters.state_dict())
     extra = {n for n in state if n not in own and ".update.carried_" not in n}

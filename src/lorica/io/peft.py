@@ -165,9 +165,9 @@ def config(
     recipe: Any = adapters.recipe
     modules = plain_modules(adapters.model)
     if ranks is not None and scales is not None:
-        alphas, rslora = {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
+        alphas, rooted = {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
     else:
-        ranks, alphas, rslora = _numbers(adapters)
+        ranks, alphas, rooted = _numbers(adapters)
     r, alpha = _commonest(ranks), _commonest(alphas)
     saved = list(_saved_names(adapters) or ()) or None
     base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
@@ -182,7 +182,7 @@ def config(
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": recipe.lora_dropout,
-        "use_rslora": rslora,
+        "use_rslora": rooted,
         # The start is in the factors; any other value would make PEFT change the base.
         "init_lora_weights": True,
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -206,13 +206,13 @@ def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool
     ranks = {name: f.A.shape[0] for name, f in factors.items() if f is not None}
     scales = {name: f.scale for name, f in factors.items() if f is not None}
     given = recipe.rank.assign(list(adapters.layers), recipe)
-    rslora: bool | None = recipe.scale.peft_rslora
+    rooted: bool | None = recipe.scale.peft_rslora
     true = len(set(scales.values())) == 1 and all(
         given[n][0] == ranks[n] and recipe.scale.factor(given[n][1], given[n][0]) == scales[n]
         for n in ranks
     )
-    if rslora is not None and true:
-        return ranks, {n: _whole(alpha) for n, (_, alpha) in given.items()}, rslora
+    if rooted is not None and true:
+        return ranks, {n: _whole(alpha) for n, (_, alpha) in given.items()}, rooted
     return ranks, {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
 
 
@@ -282,12 +282,12 @@ _IGNORED = {
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 _STARTS = {True, False, "gaussian", "eva", "orthogonal", "mica"}  # leave the base as it is
-_LOST = {  # start of the string -> why the base that the adapter was trained on can't be had
-    "pissa_niter_": "its base was corrected by a random decomposition that the file doesn't hold",
+_LOST = {  # start -> why the base that the adapter was trained on can't be had
     "corda": "its base was corrected by calibration data that the file doesn't hold",
     "lora_ga": "its base was corrected by gradients that the file doesn't hold",
     "loftq": "it was trained on a base quantised on the fly, whose bytes the file doesn't hold",
 }
+_RANDOM = "its base was corrected by a random decomposition that the file doesn't hold"
 _CONVERT = (
     "convert it where it was trained: `model.save_pretrained(out,"
     " path_initial_model_for_weight_conversion=...)`"
@@ -339,18 +339,18 @@ def _anchor(data: Mapping[str, Any], file: Path) -> str | None:
     if start in _STARTS:
         return None
     inits: dict[str, Any] = {word: load(word, "inits") for word in words("inits")}
+    why = _LOST.get(str(start))
     for word, cls in inits.items():
-        if cls.peft_anchor is not None and cls.peft_anchor == str(start).lower():
+        anchor = cls.peft_anchor
+        if anchor is not None and anchor == str(start).lower():
             return word
-    for prefix, why in _LOST.items():
-        if str(start).startswith(prefix):
-            raise ValueError(
-                f"{file}: an adapter with `init_lora_weights={start!r}` can't be read: {why};"
-                f" {_CONVERT}"
-            )
+        if anchor is not None and str(start).startswith(
+            f"{anchor}_"
+        ):  # with a number of iterations
+            why = _RANDOM
+    why = why or "this start is unknown, and so is what it did to the base"
     raise ValueError(
-        f"{file}: `init_lora_weights={start!r}` is unknown, so whether the base was changed is too;"
-        f" {_CONVERT}"
+        f"{file}: an adapter with `init_lora_weights={start!r}` can't be read: {why}; {_CONVERT}"
     )
 
 

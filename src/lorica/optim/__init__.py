@@ -1,7 +1,13 @@
 """Rules: how a gradient becomes an update.
 
 A rule builds an ordinary `torch.optim.Optimizer` from parameter groups, so schedulers, checkpoints,
-gradient clipping, Accelerate and the Trainer work unchanged. To add one: copy `adamw.py`.
+gradient clipping, Accelerate and the Trainer work unchanged. A rule that is torch's own copies
+`adamw.py`. One that sees the factors of a pair together copies `riemannian.py`: it is a `PairRule`
+of `_engine.py`, with `update(stack, state, shared)` over pairs of equal shape and, where it needs a
+look at all pairs first, `prepare(stacks)`.
+
+The suite holds every file to: it equals its twin; a resumed run is the straight run; a zero rate
+moves nothing; a missing gradient is no step; the state has the declared size; nothing grows.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lorica.groups import grouped
 from lorica.rooms import Choice
 
 
@@ -20,7 +27,12 @@ from lorica.rooms import Choice
 class AbstractRule(Choice, abc.ABC):
     room: ClassVar[str] = "optim"
     trainer_names: ClassVar[frozenset[str]] = frozenset()  # values of `--optim` that mean this rule
-    state_per_element: ClassVar[int] = 0  # float32 state elements per trained element
+    state_per_element: ClassVar[int] = 0  # float32 state elements per trained element, about
+    clips: ClassVar[bool] = False  # limits the step itself; clipping gradients would spoil it
+
+    def groups(self, adapters: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of all that trains."""
+        return grouped(adapters.trained(), adapters.recipe.groups, lr, weight_decay)
 
     @abc.abstractmethod
     def build(
@@ -28,3 +40,11 @@ class AbstractRule(Choice, abc.ABC):
     ) -> torch.optim.Optimizer:
         """Make the optimizer. `options` (betas, eps, fused) are the caller's, e.g. the
         Trainer's."""
+
+    def options_from(self, args: Any) -> dict[str, Any]:
+        """`options` of `build` out of the Trainer's arguments."""
+        return {}
+
+    def state_elements(self, adapters: Any) -> int:
+        """How many numbers the optimizer will keep, tensors of one number aside."""
+        return self.state_per_element * sum(t.parameter.numel() for t in adapters.trained())

@@ -33,9 +33,14 @@ class AdamW(AbstractRule):
 
     trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
     state_per_element: ClassVar[int] = 2
-    gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state"})
 
     def build(
         self, groups: list[dict[str, Any]], options: Mapping[str, Any]
     ) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **options)
+
+    def options_from(self, args: Any) -> dict[str, Any]:
+        fused = getattr(args.optim, "value", args.optim) == "adamw_torch_fused"
+        options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return {**options, "fused": True} if fused else options

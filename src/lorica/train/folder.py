@@ -1,10 +1,10 @@
 """The folder of a run: what lies in it, who may write to it, and how it is written.
 
-    config.yaml       the options, all filled in; running it again repeats the run
-    metrics.jsonl     a line a log step
-    result.json       written last: a run that has it is done
-    adapter/ model/   what was trained
-    checkpoint-<n>/   complete or absent
+config.yaml       the options, all filled in; running it again repeats the run
+metrics.jsonl     a line a log step
+result.json       written last: a run that has it is done
+adapter/ model/   what was trained
+checkpoint-<n>/   complete or absent
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorica.data import Labels
@@ -96,12 +95,13 @@ def own_labels(config: PretrainedConfig, task: str) -> Labels | None:
         return None
     if task not in ("sequence-classification", "token-classification"):
         return None
-    if config.num_labels == 1:
+    count: Any = config.num_labels
+    named: Any = config.label2id or {}
+    if count == 1:
         return Labels()
-    numbered = {f"LABEL_{i}": i for i in range(config.num_labels)}
-    if not config.label2id or dict(config.label2id) == numbered:
-        return Labels.from_num_labels(config.num_labels)
-    return Labels.from_label2id(config.label2id)
+    if not named or dict(named) == {f"LABEL_{i}": i for i in range(count)}:
+        return Labels.from_num_labels(count)
+    return Labels.from_label2id(named)
 
 
 def load_model(
@@ -110,21 +110,22 @@ def load_model(
     *,
     labels: Labels | None,
     dtype: str,
-    attn_implementation: str | None,
-    device: torch.device,
+    attn_implementation: str | None = None,
+    widen: bool,
 ) -> PreTrainedModel:
     """The model for a task, on the CPU.
 
     Args:
         labels: the classes of a classification; a head of that size is made where the checkpoint
             has none.
-        dtype: `auto` keeps the checkpoint's, but float16 becomes float32 where `device` is a CPU
-            (exact: every float16 is a float32).
-        device: where it will train.
+        dtype: `auto` keeps the checkpoint's.
+        widen: make float32 of a checkpoint's float16 (exact: every float16 is a float32).
     """
     import torch
     import transformers
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     auto: Any = getattr(transformers, AUTO[task][0])
     more: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     more = more or {"dtype": "auto"}
@@ -140,12 +141,90 @@ def load_model(
         model = auto.from_pretrained(name, **more)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(_cannot(f"a model for {task}", name, error)) from error
-    if dtype == "auto" and device.type == "cpu":
+    if dtype == "auto" and widen:
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.dtype is torch.float16:
                 tensor.data = tensor.data.float()
         model.config.dtype = model.dtype
     return model
+
+
+def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
+    """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer
+    (None where neither folder has one).
+
+    Args:
+        name: the base; None: the one that the adapter names.
+    """
+    from lorica import io
+    from lorica.train.options import UsageError
+
+    told = io.inspect(adapter)
+    name = name or told["base"].get("name")
+    if not name:
+        raise UsageError(f"`{adapter}` does not name its base; give it with `--model`")
+    if told["type"] == "model":
+        raise UsageError(
+            f"`{adapter}` is a whole model already (`{told['method']}` trains the base itself); use"
+            " it as it is"
+        )
+    config = read_config(name)
+    task = _task(told, config)
+    classes = _head_size(adapter, task)
+    labels = own_labels(config, task)
+    if labels is None and classes is not None:
+        labels = _labels(Path(adapter), classes)
+    model = load_model(name, task, labels=labels, dtype="auto", widen=False)
+    for folder in (adapter, name):
+        if not Path(folder).is_dir() or (Path(folder) / "tokenizer_config.json").is_file():
+            return model, load_tokenizer(folder)
+    return model, None
+
+
+_PEFT_TASKS = {
+    "CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+}  # fmt: skip
+
+
+def _task(told: dict[str, Any], config: PretrainedConfig) -> str:
+    """What the adapter was trained for: its model's class says so, or PEFT's task type."""
+    if (found := _PEFT_TASKS.get(told["task_type"] or "")) is not None:
+        return found
+    for name in (told["base"].get("class"), *(config.architectures or [])):
+        for task, (_, ending) in AUTO.items():
+            if name is not None and name.endswith(ending):
+                return task
+    raise ValueError(
+        f"`{told['path']}` does not say what its model does, and neither does the base (its class"
+        f" is {(config.architectures or ['unknown'])[0]}); allowed: {', '.join(AUTO)}"
+    )
+
+
+def _head_size(adapter: str, task: str) -> int | None:
+    """Outputs of the classifier that lies in the adapter's folder; None: there is none."""
+    from safetensors import safe_open
+
+    if task not in ("sequence-classification", "token-classification"):
+        return None
+    for file in sorted(Path(adapter).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                if key.endswith(("classifier.weight", "score.weight", "out_proj.weight")):
+                    return tensors.get_slice(key).get_shape()[0]
+    return None
+
+
+def _labels(adapter: Path, classes: int) -> Labels:
+    """The classes' names, where the run that wrote the adapter has left them beside it."""
+    import json
+
+    from lorica.data import Labels
+
+    told = adapter / "labels.json"
+    if told.is_file():
+        return Labels(tuple(json.loads(told.read_text(encoding="utf-8"))))
+    return Labels() if classes == 1 else Labels.from_num_labels(classes)
 
 
 def longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

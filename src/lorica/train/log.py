@@ -47,7 +47,7 @@ class RunLog(TrainerCallback, ExportableState):
         self.folder, self.device, self.facts, self.main = folder, device, facts, main
         self.before = 0.0  # seconds of the sessions that this one goes on from
         self.start = self.last = time.perf_counter()
-        self.tokens = 0
+        self.first = self.tokens = 0  # step and tokens that this session begins with
         self.live = main and sys.stderr.isatty()
 
     def state(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class RunLog(TrainerCallback, ExportableState):
         kept = [line for line in self.folder.lines() if line["step"] <= state.global_step]
         kept = kept if state.global_step else []
         self.before = max((line["seconds"] for line in kept), default=0.0)
-        self.tokens = state.num_input_tokens_seen
+        self.first, self.tokens = state.global_step, state.num_input_tokens_seen
         if self.main:
             self.folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         self.start = self.last = time.perf_counter()
@@ -95,7 +95,7 @@ class RunLog(TrainerCallback, ExportableState):
         line |= {"tokens_per_second": round(pace, 1), "peak_memory": peak_memory(self.device)}
         self._write(line)
         done = state.global_step
-        left = (state.max_steps - done) * (now - self.start) / max(done, 1)
+        left = (state.max_steps - done) * (now - self.start) / max(done - self.first, 1)
         self._say(
             f"step {done}/{state.max_steps}  loss {logs['loss']:.4f}"
             f"  lr {logs.get('learning_rate', 0):.2e}  {pace:,.0f} tokens/s  {clock(left)} left"

@@ -332,8 +332,9 @@ class TrainOptions:
 
     @property
     def evaluates(self) -> bool:
-        """Whether any option says where evaluation rows come from."""
-        return not self.eval_data is self.eval_split is self.eval_fraction is None  # noqa: E714
+        """Whether there are evaluation rows; the embedded data brings its own."""
+        sources = (self.eval_data, self.eval_split, self.eval_fraction)
+        return self.data is None or any(source is not None for source in sources)
 
     def check(self) -> None:
         """What can be told from the options alone.
@@ -342,8 +343,8 @@ class TrainOptions:
             UsageError: a value out of range, or options that contradict each other.
         """
         for name in (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_samples",
-            "early_stopping_patience",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+            "max_samples", "early_stopping_patience",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -379,9 +380,7 @@ class TrainOptions:
                 " says how it was made; leave it out"
             )
         if self.ignore_base_hash and self.adapter is None:
-            raise UsageError(
-                "`--ignore-base-hash` has no effect without `--adapter`; leave it out"
-            )
+            raise UsageError("`--ignore-base-hash` has no effect without `--adapter`; leave it out")
         if not self.evaluates:
             late = {"early_stopping_patience": self.early_stopping_patience is not None}
             late |= {name: name in self.further for name in _NEEDS_EVALUATION}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -35,6 +36,8 @@ MAX_LENGTH = 1024
 LOG_LINES = 50  # a run's log has about so many lines, ...
 LOG_STEPS = 50  # ... and never waits longer than so many steps
 EVALUATIONS = 5  # in a run that is not measured in passes
+
+EMBEDDED_ROWS = 2000
 
 # What may differ between a run and its resumption: it touches neither weights nor their order.
 _FREE = {
@@ -100,7 +103,6 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         import torch
-
         from transformers import set_seed
         from transformers.utils import logging as transformers_logging
 
@@ -120,33 +122,21 @@ class _Run:
     # -- data --------------------------------------------------------------------------------------
 
     def _load_data(self) -> None:
-        from lorica.data import Labels, detect, prepare, read_splits
+        from lorica.data import detect, prepare
         from lorica.train.load import load_tokenizer, longest, own_labels, read_config
 
         options = self.options
-        if options.model is None or options.data is None:
-            name = "model" if options.model is None else "data"
-            raise UsageError(f"`--{name}` is wanted: a folder, or a hub id such as `org/name`")
-        self.config = read_config(options.model)
-        train, held = read_splits(
-            options.data,
-            split=options.split,
-            eval_source=options.eval_data,
-            eval_split=options.eval_split,
-            eval_fraction=options.eval_fraction,
-            seed=options.seed,
-            header=options.header,
-            columns=options.columns,
-            max_samples=options.max_samples,
-        )
+        self.name = options.model or embedded_model()
+        self.config = read_config(self.name)
+        train, held = self._rows()
         shape = detect(train.column_names, task=options.task)
         self.task = options.task or shape.default_task
-        self.tokenizer = load_tokenizer(options.model)
+        self.tokenizer = load_tokenizer(self.name)
         limit = longest(self.config, self.tokenizer)
         self.max_length = options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH)
         if limit is not None and self.max_length > limit:
             raise UsageError(
-                f"`--max-length {self.max_length}`: `{options.model}` ends at {limit} tokens; give"
+                f"`--max-length {self.max_length}`: `{self.name}` ends at {limit} tokens; give"
                 " at most that"
             )
         how: dict[str, Any] = {"max_length": self.max_length, "task": self.task}
@@ -159,7 +149,7 @@ class _Run:
             plain = len(words) == 1 and words[0] in ("completion", "all")
             how["train_on"] = words[0] if plain else frozenset(words)
         labels = own_labels(self.config, self.task)
-        labelled = {} if labels is None else {"labels": labels}
+        labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
         self.data: Prepared = prepare(train, self.tokenizer, **how, **labelled)
         self.labels: Labels | None = self.data.labels
         labelled = {} if self.labels is None else {"labels": self.labels}
@@ -171,6 +161,41 @@ class _Run:
         self.facts = {"data_sha256": hash_rows(self.data.dataset)}
         if self.held is not None:
             self.facts["eval_data_sha256"] = hash_rows(self.held.dataset)
+
+    def _rows(self) -> tuple[Any, Any]:
+        """Rows to train on and rows to evaluate on (or None)."""
+        from lorica.data import hold_out, read_splits
+
+        options = self.options
+        if options.data is not None:
+            return read_splits(
+                options.data,
+                split=options.split,
+                eval_source=options.eval_data,
+                eval_split=options.eval_split,
+                eval_fraction=options.eval_fraction,
+                seed=options.seed,
+                header=options.header,
+                columns=options.columns,
+                max_samples=options.max_samples,
+            )
+        from datasets import Dataset
+
+        from lorica import world
+
+        useless = {"split": options.split, "eval_split": options.eval_split}
+        useless |= {"header": options.header, "columns": options.columns}
+        for name, value in useless.items():
+            if value is not None:
+                raise UsageError(f"`--{name.replace('_', '-')}` needs `--data`; leave it out")
+        count = options.max_samples or EMBEDDED_ROWS
+        train = Dataset.from_list(world.generate("new", count, seed=options.seed))
+        if options.eval_data is not None:
+            return train, read_splits(options.eval_data)[0]
+        if options.eval_fraction is not None:
+            return hold_out(train, options.eval_fraction, seed=options.seed)
+        held = world.generate("new", max(1, count // 10), seed=options.seed, side="test")
+        return train, Dataset.from_list(held)
 
     # -- arguments ---------------------------------------------------------------------------------
 
@@ -304,8 +329,6 @@ class _Run:
         """A resumed run is the same run: the same options, the same rows."""
         if self.checkpoint is None:
             return
-        import json
-
         import yaml
 
         before_file = self.checkpoint.parent / "config.yaml"
@@ -340,14 +363,13 @@ class _Run:
         from lorica.train.load import load_model
 
         options = self.options
-        assert options.model is not None
         self.model: Any = load_model(
-            options.model,
+            self.name,
             self.task,
             labels=self.labels,
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
-            device=self.device,
+            widen=self.device.type == "cpu",
         )
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.data.pad_token_id
@@ -421,17 +443,18 @@ class _Run:
                 self.folder.clear()
             (self.folder / "result.json").unlink(missing_ok=True)
             self.folder.write("config.yaml", as_yaml(self.resolved()))
-        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        state = trainer.state
-        evaluation = self._evaluation(trainer)
-        out = self._save()
-        result = self._result(trainer, log, evaluation, out)
+        trainer.train(
+            resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint)
+        )
+        result = self._result(trainer, log, self._evaluation(trainer))
+        result["output"] = str(self._save())
         if self.main:
-            import json
-
-            self.folder.write("result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-            logger.info(f"{state.global_step} steps in {clock(log.seconds)}; {out} is written")
-        return result
+            text = json.dumps(strict(result), indent=2, ensure_ascii=False)
+            self.folder.write("result.json", text + "\n")
+            logger.info(
+                f"{result['steps']} steps in {clock(log.seconds)}; {result['output']} is written"
+            )
+        return strict(result)
 
     def _evaluation(self, trainer: Any) -> dict[str, float] | None:
         """The figures of the weights that are kept: the best checkpoint's, else the last ones'."""
@@ -454,14 +477,21 @@ class _Run:
         """`adapter/` beside the published base, else `model/`; the tokenizer lies with it."""
         from lorica import io
 
-        out = self.folder / ("adapter" if self.adapters.pristine else "model")
-        io.save(self.adapters, out, overwrite=True)
+        adapters = self.adapters
+        out = self.folder / ("adapter" if adapters.pristine else "model")
+        if adapters.pristine or adapters.direct:
+            io.save(adapters, out, overwrite=True)
+        else:
+            io.merge_to(adapters, out, overwrite=True)
         if self.main:
             self.tokenizer.save_pretrained(out)
+            if self.labels is not None and adapters.pristine:  # a model has them in its config.json
+                names = json.dumps(self.labels.names, ensure_ascii=False)
+                (out / "labels.json").write_text(names + "\n", encoding="utf-8")
         return out
 
     def _result(
-        self, trainer: Any, log: Any, evaluation: dict[str, float] | None, out: Path
+        self, trainer: Any, log: Any, evaluation: dict[str, float] | None
     ) -> dict[str, Any]:
         from lorica.train.log import peak_memory
 
@@ -490,18 +520,17 @@ class _Run:
             "parameters": contract.total,
             "contract": contract.as_dict(),
             "model": {
-                "name": self.options.model,
+                "name": self.name,
                 "class": type(self.model).__name__,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "sha256": adapters.hash_base(),
             },
             "adapter_sha256": adapters.fingerprint(),
             "data": {
-                "name": self.options.data,
+                "name": self.options.data or "embedded",
                 "sha256": self.facts["data_sha256"],
                 **self.data.report.as_dict(),
             },
-            "output": str(out),
             "versions": versions(),
         }
         if self.held is not None:
@@ -509,7 +538,20 @@ class _Run:
                 "sha256": self.facts["eval_data_sha256"],
                 **self.held.report.as_dict(),
             }
-        return strict(result)
+        return result
+
+
+def embedded_model() -> str:
+    """The folder of the model that comes with Lorica."""
+    from lorica.world import base_path
+
+    path = base_path()
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            "`--model` is wanted: this installation has no embedded model. Give a folder, or a hub"
+            " id such as `org/name`"
+        )
+    return str(path)
 
 
 def _mean_loss(lines: list[dict[str, Any]]) -> float | None:

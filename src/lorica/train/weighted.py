@@ -54,7 +54,9 @@ class TokenWeighted(transformers.Trainer):
         finally:
             self.model_accepts_loss_kwargs = accepts
         if num_items_in_batch is not None:
-            across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            across = (
+                self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            )
             loss = loss * (count.to(loss.device) / num_items_in_batch * across)
         return (loss, outputs) if return_outputs else loss
 

@@ -13,7 +13,7 @@ A new task is one class in one of the files of `families/`; nothing else lists t
 Example:
     >>> from lorica import world
     >>> [task.name for task in world.tasks("old")][:3]
-    ['add', 'copy', 'count']
+    ['add', 'ascend', 'copy']
     >>> sorted(world.generate("old", 1, seed=0)[0])
     ['completion', 'prompt', 'task']
     >>> (world.base_path() / "config.json").is_file()

@@ -40,7 +40,7 @@ def tasks(kind: str) -> list[AbstractTask]:
 
     Example:
         >>> from lorica.world import tasks
-        >>> tasks("old")[2].example("e cheese")
+        >>> tasks("old")[3].example("e cheese")
         {'prompt': 'count: e cheese\\n', 'completion': '3', 'task': 'count'}
     """
     kinds = sorted({task.kind for task in _all_tasks()})

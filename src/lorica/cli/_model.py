@@ -1,0 +1,177 @@
+"""The model that a verb speaks of: a base, perhaps with an adapter on it, and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.train.options import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorica.adapters import Adapters
+    from lorica.data import Labels
+
+logger = logging.getLogger("lorica")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        model: folder or hub id of the base.
+        adapter: the adapter's folder, or None.
+        config: the base's.
+        tokenizer: the adapter's own where its folder has one (it knows the chat template of its
+            training), else the base's.
+    """
+
+    model: str
+    adapter: Path | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def find(cls, model: str | None, adapter: str | None) -> Source:
+        """Look at both; no weights are read.
+
+        Raises:
+            UsageError: there is no telling which base is meant.
+            ValueError: a folder that holds no model, or no adapter.
+        """
+        quieten()
+        from lorica.io.strict import locate
+        from lorica.train.load import load_tokenizer, read_config
+
+        folder = None if adapter is None else locate(adapter)
+        name = chosen_model(model, folder)
+        config = read_config(name)
+        own = folder is not None and (folder / "tokenizer_config.json").is_file()
+        return cls(name, folder, config, load_tokenizer(str(folder) if own else name))
+
+    def labels(self, task: str) -> Labels | None:
+        """The classes of the model's head, or of the adapter's; None: the data has to say."""
+        from lorica.train.load import _head_size, _labels, own_labels
+
+        labels = own_labels(self.config, task)
+        if labels is None and self.adapter is not None:
+            classes = _head_size(str(self.adapter), task)
+            labels = None if classes is None else _labels(self.adapter, classes)
+        return labels
+
+    def load(
+        self,
+        task: str,
+        *,
+        labels: Labels | None = None,
+        dtype: str,
+        check_base: bool = True,
+        merged: bool = False,
+    ) -> tuple[PreTrainedModel, Adapters | None]:
+        """The model for a task, with the adapter attached (or merged: then there is no handle), on
+        the device that there is.
+
+        Raises:
+            ValueError: weights that don't fit, or a part of the model that neither the checkpoint
+                nor the adapter has weights for.
+        """
+        import torch
+
+        import lorica
+        from lorica import io
+        from lorica.targets import fresh_modules
+        from lorica.train.load import load_model
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = load_model(
+            self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu"
+        )
+        fresh = fresh_modules(model)
+        adapters = None
+        if self.adapter is not None:
+            adapters = io.load(model, self.adapter, check_base=check_base, trainable=False)
+        trained = () if adapters is None else adapters.saved
+        bare = [name for name in fresh if name not in trained]
+        if bare:
+            raise ValueError(
+                f"`{self.model}` has no weights for {', '.join(bare)} of {type(model).__name__}, so"
+                " its answers would be chance"
+                + (
+                    f", and the adapter `{self.adapter}` has none either. "
+                    if adapters is not None
+                    else ". "
+                )
+                + f"A model trained for {task} is wanted, or an adapter that brings these"
+            )
+        if merged:
+            model = lorica.merge(model)
+            adapters = None
+        return model.to(device), adapters
+
+
+def chosen_model(model: str | None, adapter: Path | None) -> str:
+    """The base that `--model` names; left out, the one that the adapter names.
+
+    Raises:
+        UsageError: neither says.
+    """
+    if model is not None:
+        return model
+    if adapter is None:
+        raise UsageError("`--model` is wanted: a folder, or a hub id such as `org/name`")
+    from lorica import io
+
+    told = io.inspect(adapter)
+    if told["type"] == "model":
+        raise UsageError(
+            f"`--adapter {adapter}` is a whole model (`{told['method']}` trains the base itself);"
+            f" type `--model {adapter}` instead"
+        )
+    name = told["base"].get("name")
+    if not name:
+        raise UsageError(f"`--adapter {adapter}` does not name its base; give it with `--model`")
+    return name
+
+
+def chosen_data(data: str | None) -> str:
+    """The data that `--data` names.
+
+    Raises:
+        UsageError: it doesn't.
+    """
+    if data is None:
+        raise UsageError("`--data` is wanted: a file, a folder, or a hub id such as `org/name`")
+    return data
+
+
+def quieten() -> None:
+    """transformers' bars and notes would come between ours."""
+    # warn: False, as two libraries of transformers disagree on what its tqdm should be
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def progress(what: str, *, every: float = 10.0) -> Callable[[int, int], None]:
+    """A function of (done, all) that says so on standard error: now and then, and at the end where
+    it took a while."""
+    began = said = time.monotonic()
+
+    def tell(done: int, whole: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= every or (done == whole and said != began):
+            said = now
+            left = (now - began) / done * (whole - done)
+            logger.info(
+                f"{what}: {done:,} of {whole:,}" + (f", {left:,.0f} s left" if left else "")
+            )
+
+    return tell

@@ -1,0 +1,326 @@
+"""Let a model answer prompts: plain, adapted or merged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from lorica.cli._outcome import Outcome, VerbOptions, own_stdout
+from lorica.train.options import (
+    DTYPE,
+    HINT,
+    NAMES,
+    NUMBER,
+    PAIRS,
+    PATH,
+    TEXT,
+    WHOLE,
+    Kind,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from lorica.cli._model import Source
+    from lorica.generate import Answer, Decoding, Prompt, Prompter
+
+EXIT = "/exit"
+_TEXTS = Kind("TEXT ...", tuple, nargs="*")  # as they are: a comma or a space may be one
+_EACH = tyro.conf.arg(help_behavior_hint="(may be given again)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(VerbOptions):
+    """Let a model answer prompts, those of a data file, or a person's.
+
+    One answer to one `--prompt` is streamed to a terminal. A `--file` gives a line of JSON for each
+    answer: prompt, completion, and the file's own answer as reference.
+
+    Args:
+        model: folder or hub id of a transformers model. Default: the one that the adapter names.
+        adapter: on it, an adapter (Lorica's or PEFT's).
+        prompt: a text to go on from, as it is; with `chat_template`, a user's turn.
+        file: a data file of any shape with prompts (the answers may be absent), or a .txt with a
+            prompt a line. Prompts are the same as in training.
+        chat: a conversation: each line of standard input is a turn, `/exit` ends it.
+        output: where the lines of JSON of `file` go, instead of standard output.
+        merged: merge the adapter into the base before.
+        stream: show a single answer as it grows, where standard output is a terminal.
+        max_new_tokens: tokens of an answer at most. Default: 256, or what the model has room for.
+        do_sample: draw; so does giving temperature, top_k or top_p. Otherwise the likeliest token
+            is taken each time.
+        temperature: divides the logits. Default: 1.
+        top_k: draw from so many likeliest tokens, 0 from all. Default: 50.
+        top_p: draw from the likeliest tokens of together this probability. Default: 1.
+        repetition_penalty: above 1 it disfavours tokens that were there. Default: 1.
+        num_beams: width of a beam search.
+        num_return_sequences: answers a prompt.
+        stop_strings: an answer ends before the first of these.
+        seed: of the draws.
+        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
+        batch_size: prompts at a time.
+        columns: what the file calls the columns, e.g. `prompt=question`.
+        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
+        limit: answer only so many prompts, from the start of the file.
+        dtype: of the weights. `auto` keeps the checkpoint's, but float16 becomes float32 on a CPU.
+        ignore_base_hash: take another base than the adapter was trained on.
+    """
+
+    model: Annotated[str | None, PATH, HINT] = None
+    adapter: Annotated[str | None, PATH, HINT] = None
+    prompt: Annotated[tuple[Annotated[str, TEXT], ...], tyro.conf.UseAppendAction, _EACH] = ()
+    file: Annotated[str | None, PATH, HINT] = None
+    chat: bool = False
+    output: Annotated[str | None, PATH, HINT] = None
+    merged: bool = False
+    stream: bool = True
+    max_new_tokens: Annotated[int | None, WHOLE, HINT] = None
+    do_sample: bool = False
+    temperature: Annotated[float | None, NUMBER, HINT] = None
+    top_k: Annotated[int | None, WHOLE, HINT] = None
+    top_p: Annotated[float | None, NUMBER, HINT] = None
+    repetition_penalty: Annotated[float | None, NUMBER, HINT] = None
+    num_beams: Annotated[int, WHOLE, HINT] = 1
+    num_return_sequences: Annotated[int, WHOLE, HINT] = 1
+    stop_strings: Annotated[tuple[str, ...], _TEXTS, HINT] = ()
+    seed: Annotated[int, WHOLE, HINT] = 42
+    chat_template: Annotated[str | None, TEXT, HINT] = None
+    batch_size: Annotated[int, WHOLE, HINT] = 8
+    columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
+    header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    limit: Annotated[int | None, WHOLE, HINT] = None
+    dtype: Annotated[str, DTYPE, HINT] = "auto"
+    ignore_base_hash: bool = False
+
+    def check(self) -> None:
+        """What can be told from the options alone.
+
+        Raises:
+            UsageError: no prompt, or two sources of them; an option without effect.
+        """
+        given = {"prompt": bool(self.prompt), "file": self.file is not None, "chat": self.chat}
+        named = [f"`--{name}`" for name, is_given in given.items() if is_given]
+        if len(named) != 1:
+            raise UsageError(
+                f"{' and '.join(named) or 'nothing to answer'} was given: prompts come from one of"
+                " `--prompt TEXT`, `--file FILE` and `--chat`"
+            )
+        for name in ("output", "columns", "header", "limit"):
+            if getattr(self, name) is not None and self.file is None:
+                raise UsageError(f"`--{name}` has no effect without `--file`; leave it out")
+        for name in ("merged", "ignore_base_hash"):
+            if getattr(self, name) and self.adapter is None:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"`{flag}` has no effect without `--adapter`; leave it out")
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"`{flag} {value}`: it is a whole number of at least 1")
+        if self.chat and self.num_return_sequences > 1:
+            raise UsageError(
+                f"`--num-return-sequences {self.num_return_sequences}`: a conversation goes on from"
+                " one answer; leave it out"
+            )
+
+
+def run(options: Options) -> Outcome:
+    options.check()
+    from lorica.cli._model import Source
+    from lorica.generate import Decoding, Prompter, language_task
+
+    names = Decoding.__dataclass_fields__
+    try:
+        decoding = Decoding(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    source = Source.find(options.model, options.adapter)
+    ask = Prompter(source.tokenizer, language_task(source.config), options.chat_template)
+    work = _Work(options, source, ask, decoding)
+    if options.chat:
+        return work.chat()
+    return work.texts() if options.prompt else work.file()
+
+
+@dataclass(frozen=True)
+class _Work:
+    options: Options
+    source: Source
+    ask: Prompter
+    decoding: Decoding
+
+    # -- prompts given on the command line ---------------------------------------------------------
+
+    def texts(self) -> Outcome:
+        texts = list(self.options.prompt)
+        if self.options.chat_template in (None, "none"):
+            prompts = self.ask.texts(texts, [f"`--prompt {text}`" for text in texts])
+        else:
+            prompts = [self.ask.messages([_turn("user", text)], text) for text in texts]
+        alone = len(texts) == self.decoding.num_return_sequences == self.decoding.num_beams == 1
+        streams = alone and self._streams()
+        answers = self.answer(prompts, _say if streams else None)
+        data = self._data(prompts, answers)
+        if streams:
+            _say("\n")
+            return Outcome(data)
+        if len(texts) == self.decoding.num_return_sequences == 1:
+            return Outcome(data, (answers[0][0].text,))
+        shown = [
+            f"> {text}\n{answer.text}\n"
+            for text, several in zip(texts, answers, strict=True)
+            for answer in several
+        ]
+        return Outcome(data, tuple(shown))
+
+    def _streams(self) -> bool:
+        return self.options.stream and not self.options.json and own_stdout().isatty()
+
+    # -- a data file -------------------------------------------------------------------------------
+
+    def file(self) -> Outcome:
+        from lorica.data import read
+        from lorica.data.formats import suffix_of
+
+        options = self.options
+        assert options.file is not None
+        lines = suffix_of(Path(options.file))[0] == ".txt"
+        dataset = read(
+            options.file,
+            columns=options.columns,
+            header=options.header,
+            max_samples=options.limit,
+            txt_split="line" if lines else None,
+        )
+        if lines:
+            prompts = self.ask.texts(dataset["text"], dataset["__where__"])
+        else:
+            prompts = self.ask.rows(dataset)
+        if options.output is not None:
+            _check_writable(Path(options.output).expanduser())
+        answers = self.answer(prompts)
+        data = self._data(prompts, answers)
+        rows = [json.dumps(row, ensure_ascii=False) for row in data["answers"]]
+        if options.output is None:
+            return Outcome(data, tuple(rows))
+        path = Path(options.output).expanduser()
+        _write(path, "".join(row + "\n" for row in rows))
+        done = sum(answer.finished for several in answers for answer in several)
+        return Outcome(
+            {**data, "output": str(path)},
+            (f"{len(rows):,} answers ({done:,} finished) written to {path}",),
+        )
+
+    # -- a conversation ----------------------------------------------------------------------------
+
+    def chat(self) -> Outcome:
+        self.ask.messages([_turn("user", "?")])  # no template: said before anything is loaded
+        model = self._model()
+        messages: list[dict[str, Any]] = []
+        streams = not self.options.json
+        on_text = _say if self.decoding.num_beams == 1 else None
+        for text in _turns(asks=streams and sys.stdin.isatty() and own_stdout().isatty()):
+            messages.append(_turn("user", text))
+            prompt = self.ask.messages(messages, f"turn {len(messages)} of the conversation")
+            [[answer]] = self._generate(model, [prompt], on_text if streams else None)
+            if streams:
+                _say("\n" if on_text is not None else answer.text + "\n")
+            messages.append(_turn("assistant", answer.text.strip()))
+        return Outcome({**self._about(), "messages": messages})
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def _model(self) -> Any:
+        options = self.options
+        return self.source.load(
+            self.ask.task,
+            dtype=options.dtype,
+            check_base=not options.ignore_base_hash,
+            merged=options.merged,
+        )[0]
+
+    def answer(self, prompts: list[Prompt], on_text: Any = None) -> list[list[Answer]]:
+        return self._generate(self._model(), prompts, on_text)
+
+    def _generate(self, model: Any, prompts: list[Prompt], on_text: Any) -> list[list[Answer]]:
+        from lorica.cli._model import progress
+        from lorica.generate import generate
+
+        return generate(
+            model,
+            self.source.tokenizer,
+            prompts,
+            self.decoding,
+            batch_size=self.options.batch_size,
+            on_text=on_text,
+            on_batch=progress("answers") if len(prompts) > self.options.batch_size else None,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        adapter = self.source.adapter
+        return {
+            "model": self.source.model,
+            "adapter": None if adapter is None else str(adapter),
+            "merged": self.options.merged,
+        }
+
+    def _data(self, prompts: list[Prompt], answers: list[list[Answer]]) -> dict[str, Any]:
+        rows = [
+            {
+                "prompt": prompt.text,
+                "completion": answer.text,
+                **({} if prompt.reference is None else {"reference": prompt.reference}),
+                "tokens": len(answer.ids),
+                "stopped": answer.stopped,
+            }
+            for prompt, several in zip(prompts, answers, strict=True)
+            for answer in several
+        ]
+        return {**self._about(), "answers": rows}
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _say(text: str) -> None:
+    """To the real standard output, at once."""
+    out = own_stdout()
+    out.write(text)
+    out.flush()
+
+
+def _turns(*, asks: bool) -> Iterator[str]:
+    """The user's turns: lines of standard input that aren't blank."""
+    while True:
+        if asks:
+            _say("> ")
+        line = sys.stdin.readline()
+        if not line or line.strip() == EXIT:
+            if asks and not line:
+                _say("\n")
+            return
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _check_writable(path: Path) -> None:
+    """Before an hour of answers is lost for want of a folder."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(
+            f"`--output {path}` "
+            + ("is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist")
+            + "; name a file in a folder that is there"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """The file is whole or absent."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,66 @@
+"""Say what an adapter's folder holds: method, layers, norms, base, problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.train.options import HINT, PATH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(VerbOptions):
+    """Say what an adapter's folder holds, without loading its base.
+
+    Args:
+        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote.
+    """
+
+    adapter: tyro.conf.Positional[Annotated[str, PATH, HINT]]
+
+
+def run(options: Options) -> Outcome:
+    from lorica import io
+
+    data = io.inspect(options.adapter)
+    return Outcome(data, (*_head(data), _table(data), *_problems(data)))
+
+
+def _head(data: dict[str, Any]) -> list[str]:
+    from lorica.contract import human
+
+    base, versions = data["base"], data["versions"]
+    lines = [
+        f"{data['path']} ({data['type']})",
+        f"  method      {data['method']}, r={data['r']}, lora_alpha={data['lora_alpha']}",
+        f"  parameters  {data['parameters']:,} in {human(data['bytes'])}"
+        f" ({', '.join(data['dtypes'])})",
+        f"  base        {base.get('name') or 'not named'}"
+        + (f", sha256 {base['sha256'][:16]}..." if base.get("sha256") else ", no hash"),
+        "  written by  " + (", ".join(f"{k} {v}" for k, v in versions.items()) or "not said"),
+    ]
+    if data["saved"]:
+        lines.append(f"  in full     {', '.join(data['saved'])}")
+    if data["why_not_peft"]:
+        lines.append(f"  not PEFT's  {data['why_not_peft']}")
+    return lines
+
+
+def _table(data: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("layer", "out x in", "r", "scale", "norm of ΔW"):
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    for path, layer in data["layers"].items():
+        norm = "" if layer["norm"] is None else f"{layer['norm']:.4g}"
+        out, of = layer["shape"]
+        table.add_row(path, f"{out} x {of}", str(layer["r"]), f"{layer['scale']:g}", norm)
+    return table
+
+
+def _problems(data: dict[str, Any]) -> list[str]:
+    return [f"PROBLEM: {problem}" for problem in data["problems"]]

@@ -1,0 +1,55 @@
+"""Merge an adapter into its base: an ordinary transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.train.options import HINT, PATH, TEXT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(VerbOptions):
+    """Merge an adapter into its base and write an ordinary transformers model.
+
+    The weights are formed in float32 and rounded once to the base's dtype; how far the model's
+    output moved by that is measured and printed.
+
+    Args:
+        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote.
+        output_dir: where the model goes.
+        model: the base. Default: the one that the adapter names.
+        max_shard_size: of one file, e.g. `5GB`.
+        ignore_base_hash: merge into a base that is not the one it was trained on.
+        overwrite: replace a model that is in `output_dir`.
+    """
+
+    adapter: Annotated[str, PATH, HINT]
+    output_dir: Annotated[str, PATH, HINT]
+    model: Annotated[str | None, PATH, HINT] = None
+    max_shard_size: Annotated[str, TEXT, HINT] = "5GB"
+    ignore_base_hash: bool = False
+    overwrite: bool = False
+
+
+def run(options: Options) -> Outcome:
+    from lorica import io
+    from lorica.io.folder import check_free
+    from lorica.io.merged import MARKS
+    from lorica.train.load import load_base
+
+    check_free(Path(options.output_dir), overwrite=options.overwrite, marks=MARKS)
+    model, tokenizer = load_base(options.adapter, options.model)
+    adapters = io.load(
+        model, options.adapter, check_base=not options.ignore_base_hash, trainable=False
+    )
+    merged = io.merge_to(
+        adapters,
+        options.output_dir,
+        tokenizer=tokenizer,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    return Outcome(merged.as_dict(), (str(merged),))

@@ -1,0 +1,225 @@
+"""Which modules are adapted, and every way in which that can go wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lorica
+from lorica.targets import find, fresh_modules, head_names, matches
+from models import bert, bert_masked, gpt2, llama, logits, perturb, qwen2, t5
+
+NONE = {"exclude_modules": None, "layers_to_transform": None, "modules_to_save": ()}
+
+
+def names(model, **fields) -> list[str]:
+    return list(find(model, **{"target_modules": "all-linear", **NONE, **fields}).layers)
+
+
+def leaves(model, **fields) -> set[str]:
+    return {n.rsplit(".", 1)[-1] for n in names(model, **fields)}
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (llama, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    (gpt2, {"c_attn", "c_proj", "c_fc"}),
+    (t5, {"q", "k", "v", "o", "wi", "wo"}),
+    (bert, {"query", "key", "value", "dense"}),
+])  # fmt: skip
+def test_all_linear_is_every_linear_layer_but_the_head(make, expected):
+    model = make()
+    assert leaves(model) == expected
+    linear = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    heads = head_names(model)
+    rest = set(linear) - set(names(model))
+    assert rest and all(any(n == h or n.startswith(h + ".") for h in heads) for n in rest)
+
+
+def test_a_plain_module_has_no_head():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert names(model) == ["0", "2"] and head_names(model) == set()
+
+
+def test_names_match_whole_components():
+    assert matches("q_proj", "a.q_proj") and matches("a.q_proj", "a.q_proj")
+    assert not matches("proj", "a.q_proj") and not matches("q_proj", "a.q_proj.b")
+    model = llama()
+    assert names(model, target_modules=("q_proj",)) == [
+        f"model.layers.{i}.self_attn.q_proj" for i in range(2)
+    ]
+    assert len(names(model, target_modules=("0.self_attn.q_proj",))) == 1
+    assert names(model, target_modules=("lm_head",)) == ["lm_head"], "asked for by name"
+
+
+def test_one_string_is_a_regular_expression_for_whole_paths():
+    model = llama()
+    got = names(model, target_modules=r".*layers\.1\..*(q|v)_proj")
+    assert got == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_exclude_and_layers():
+    model = llama(num_hidden_layers=3)
+    assert "q_proj" not in leaves(model, exclude_modules=("q_proj",))
+    assert leaves(model, exclude_modules=r".*mlp.*") == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    picked = names(model, layers_to_transform=(0, 2))
+    assert {n.split(".")[2] for n in picked} == {"0", "2"} and len(picked) == 14
+
+
+@pytest.mark.parametrize(("fields", "parts"), [
+    ({"target_modules": ["q_prj"]}, ["`target_modules`: 'q_prj'", "did you mean 'q_proj'?",
+                                     "Modules there end in:", "v_proj"]),
+    ({"target_modules": ["q_proj", "xyz"]}, ["'xyz' matches no module"]),
+    ({"target_modules": "q_proj"}, ["regular expression for whole paths", "given as a list"]),
+    ({"target_modules": "("}, ["is no regular expression", "written as a list"]),
+    ({"target_modules": ["norm"]}, ["'model.norm'", "cannot be adapted", "LlamaRMSNorm",
+                                    "Allowed: nn.Linear"]),
+    ({"target_modules": []}, ["no module", "target_modules"]),
+    ({"exclude_modules": ["nothing"]}, ["`exclude_modules`: 'nothing'"]),
+    ({"exclude_modules": r".*"}, ["no module is left to adapt after `exclude_modules`"]),
+    ({"layers_to_transform": [7]}, ["no target module in block 7", "blocks: [0, 1]"]),
+    ({"rank_pattern": {"proj": 2}}, ["`rank_pattern` has 'proj'", "matches none of the 14",
+                                     "on whole components", "q_proj"]),
+    ({"alpha_pattern": {"lm_head": 2}}, ["`alpha_pattern` has 'lm_head'"]),
+    ({"modules_to_save": ["headd"]}, ["`modules_to_save`: 'headd'", "did you mean"]),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
+     ["both a target and within `modules_to_save`", "train twice"]),
+    ({"r": 33}, ["`r=33` is larger than min(in, out) of 14 layer(s)", "(32 x 32)",
+                 "smaller `r`", "`rank_pattern`"]),
+])  # fmt: skip
+def test_errors(fields, parts):
+    model = llama()
+    with pytest.raises(ValueError) as caught:
+        lorica.attach(model, "lora", verbose=False, **{"r": 4, **fields})
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_excluding_a_module_that_is_no_target_says_that():
+    """`lm_head` exists, it only is no target: the message must not deny it."""
+    with pytest.raises(ValueError, match="lm_head") as caught:
+        lorica.attach(llama(), "lora", r=4, exclude_modules=["lm_head"], verbose=False)
+    assert "matches no module of the model" not in str(caught.value)
+
+
+def test_torchs_attention_is_refused():
+    """It reads its projections' weights directly, past any adapter."""
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)})
+    assert names(model) == ["b"]
+    for targets in (["out_proj"], ["a"], r"a\..*"):
+        with pytest.raises(ValueError, match="cannot be adapted.*(MultiheadAttention)"):
+            lorica.attach(model, "lora", r=2, target_modules=targets, verbose=False)
+
+
+def test_torchs_encoder_layer_never_bypasses_an_adapter():
+    """Its fast path in evaluation reads `linear1.weight` directly: refused, or right."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 3, 16)
+    try:
+        adapters = lorica.attach(
+            model, "lora", r=2, target_modules=["linear1", "linear2"], verbose=False
+        )
+    except ValueError as error:
+        assert "TransformerEncoderLayer" in str(error)
+        with pytest.raises(ValueError):
+            lorica.attach(model, "lora", r=2, verbose=False)
+        return
+    perturb(adapters, 0.5)
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model.train()(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_that_renormalises_is_refused():
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0))
+    with pytest.raises(ValueError, match="'0' cannot be adapted: its `max_norm` rewrites"):
+        lorica.attach(model, "lora", r=2, target_modules=["0"], verbose=False)
+
+
+def test_no_linear_layer_at_all():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="finds no linear layer.*Embedding.*LayerNorm"):
+        lorica.attach(model, "lora", r=2, verbose=False)
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_module_under_two_names_is_adapted_under_both_or_refused():
+    torch.manual_seed(0)
+    model = Twice()
+    plain = model.a
+    try:
+        adapters = lorica.attach(model, "lora", r=2, verbose=False)
+    except ValueError as error:
+        assert "'a'" in str(error) and "'b'" in str(error)
+        assert model.a is model.b is plain
+        return
+    assert model.a is model.b, "one of the two calls would go past the adapter"
+    perturb(adapters, 0.5)
+    x = torch.randn(2, 4)
+    adapted = model(x)
+    lorica.merge(model)
+    assert model.a is model.b is plain
+    torch.testing.assert_close(model(x), adapted)
+
+
+def test_tied_weights_are_named():
+    found = find(qwen2(), target_modules=("embed_tokens",), **NONE)
+    assert found.tied == {"model.embed_tokens": "lm_head"}
+    assert not find(llama(), target_modules=("embed_tokens",), **NONE).tied
+    found = find(t5(), target_modules=("lm_head",), **NONE)
+    assert found.tied["lm_head"] in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+
+
+def test_what_is_left_out_is_listed_with_its_size():
+    model = llama()
+    left = find(model, target_modules=("q_proj",), **NONE).unadapted
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.ndim >= 2}
+    expected = {n: s for n, s in sizes.items() if not n.endswith("q_proj.weight")}
+    assert left == expected
+
+
+def test_fresh_modules_are_those_without_a_weight_in_the_checkpoint(tmp_path):
+    bert_masked().bert.save_pretrained(tmp_path)
+    from transformers import BertForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    fresh = fresh_modules(model)
+    assert "classifier" in fresh and not any("encoder" in n for n in fresh)
+    adapters = lorica.attach(model, "lora", r=4, verbose=False)
+    assert adapters.contract.fresh == fresh and set(fresh) <= set(adapters.saved)
+    assert "fresh: not in the checkpoint" in str(adapters.contract)
+    assert fresh_modules(bert()) == [], "made from a configuration: nothing to compare with"
+    again = lorica.attach(lorica.detach(model), "lora", r=4, fresh=[], verbose=False)
+    assert not again.saved
+
+
+def test_a_target_that_no_forward_reaches_is_found_out():
+    """T5's `shared` is a name only: encoder and decoder have embeddings of their own."""
+    model = t5()
+    adapters = lorica.attach(model, "lora", r=2, target_modules=["shared"], verbose=False)
+    before = logits(model)
+    perturb(adapters, 0.5)
+    if torch.equal(logits(model), before):
+        from models import batch
+
+        optimizer = lorica.optimizer(adapters, lr=1e-3)
+        inputs = {k: v for k, v in batch(model).items()}
+        head = nn.Parameter(torch.zeros(()))
+        with pytest.raises(ValueError, match="had no gradient in 10 steps.*shared"):
+            for _ in range(10):
+                (model(**inputs).loss + head).backward()
+                optimizer.step()
