@@ -483,3 +483,33 @@ def test_a_recipe_object_and_fields_reach_the_model():
     other = lorica.attach(llama(), recipe, r=2, verbose=False)
     assert {layer.site.r for _, layer in other} == {2}
     assert {layer.site.scale for _, layer in other} == {1.0}
+
+
+class Owner(nn.Module):
+    """Owns a bias of its own beside a child that is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.inner(x) + self.bias
+
+
+def test_a_bias_of_a_parent_trains_beside_an_adapted_child():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Owner(), nn.Linear(4, 2)).double(), torch.randn(3, 4).double()
+    before, plain = model(x), snapshot(model)
+    adapters = lorica.attach(model, "dora", r=2, bias="all", verbose=False)
+    perturb(adapters, 0.3)
+    adapted = model(x)
+    adapted.square().sum().backward()
+    assert all(t.parameter.grad is not None for t in adapters.trained())
+    with adapters.disabled():
+        torch.testing.assert_close(model(x), before)
+    merged = lorica.merge(copy.deepcopy(model))
+    torch.testing.assert_close(merged(x), adapted)
+    assert [n for n, _ in merged.named_modules()] == list(plain["modules"])
+    lorica.detach(model)
+    assert_same(plain, snapshot(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lorica.recipe import Recipe
 from lorica.shards import reshard, seeded
 from lorica.targets import find, fresh_modules, refuse, refuse_idle, sites_of
 from lorica.update import Update
-from lorica.whole import TrainedModule, bias_modules, train_in_place
+from lorica.whole import TrainedModule, bias_modules, keep, restore, train_in_place
 
 logger = logging.getLogger("lorica")
 
@@ -102,13 +102,8 @@ def attach(
         for p in model.parameters():
             p.requires_grad_(False)
         if keep_base and not adapters.pristine:
-            adapters.originals = {
-                f"{n}.{leaf}": p.detach().clone()
-                for n, layer in layers.items()
-                for leaf, p in layer.base.named_parameters()
-            }
-        for name, module in {**layers, **wrapped}.items():
-            _replace(model, name, module)
+            keep(adapters, layers)
+        _replace(model, {**wrapped, **layers})  # a parent before its child
         adapters.layers, adapters.saved = layers, wrapped
         for t in adapters.trained():
             t.parameter.requires_grad_(True)
@@ -139,11 +134,8 @@ def detach(model: nn.Module) -> nn.Module:
             f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
             " gone; attach with `keep_base=True` to be able to detach, or load the base again"
         )
-    for name, module in {**adapters.layers, **adapters.saved}.items():
-        _replace(model, name, module.base)
-    parameters = dict(model.named_parameters())
-    for name, original in (adapters.originals or {}).items():
-        parameters[name].grad, parameters[name].data = None, original
+    _replace(model, {n: m.base for n, m in {**adapters.layers, **adapters.saved}.items()})
+    restore(adapters)
     return _release(model, adapters)
 
 
@@ -161,7 +153,7 @@ def merge(model: nn.Module) -> nn.Module:
             " `lorica.save` the adapters, then load base and adapters in one process and merge"
             " there"
         )
-    untied = False
+    untied, plain = False, {}
     for name, layer in adapters.layers.items():
         weight, bias = layer.effective()
         module, store = layer.base, layer.store
@@ -172,10 +164,11 @@ def merge(model: nn.Module) -> nn.Module:
         if store.trained_bias is not None:
             assert bias is not None
             module.bias = nn.Parameter(bias.detach().to(old.dtype).clone())  # type: ignore[assignment]
-        _replace(model, name, module)
+        plain[name] = module
     for name, module in adapters.saved.items():
         untied |= name in adapters.contract.tied
-        _replace(model, name, module.merged())
+        plain[name] = module.merged()
+    _replace(model, plain)
     if untied:
         for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
             config.tie_word_embeddings = False
@@ -221,12 +214,16 @@ def _build(
     return layer.train(module.training)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    old = model.get_submodule(name)
-    for owner in list(model.modules()):  # a module may stand under several names
-        for leaf, child in list(owner._modules.items()):
-            if child is old:
-                setattr(owner, leaf, module)
+def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module where the one of that path stands, under all of its names."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    places = {name: names[id(model.get_submodule(name))] for name in modules}
+    for name, module in modules.items():
+        for owner, _, leaf in (path.rpartition(".") for path in places[name]):
+            parent = model.get_submodule(owner)
+            setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
 
 
 def _release(model: nn.Module, adapters: Adapters) -> nn.Module:

@@ -15,7 +15,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -305,6 +305,10 @@ class ExactMatch:
     def rate(self) -> float:
         return self.matched / self.examples
 
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
 
 def exact_match(
     model: PreTrainedModel,
@@ -330,7 +334,7 @@ def exact_match(
             doesn't match.
     """
     pattern = compiled(answer_pattern)
-    wanted = [_reference(prompt, pattern) for prompt in prompts]
+    wanted = check_references(prompts, answer_pattern)
     decoding = Decoding(max_new_tokens=max_new_tokens)
     fits = [i for i, p in enumerate(prompts) if room(model, tokenizer, p, decoding) > 0]
     asked = [prompts[i] for i in fits]
@@ -359,6 +363,16 @@ def compiled(pattern: str | None) -> re.Pattern[str] | None:
             f"`answer_pattern={pattern!r}` is no regular expression: {error}. Characters such as"
             r" `(` and `.` are written `\(` and `\.`"
         ) from None
+
+
+def check_references(prompts: Sequence[Prompt], answer_pattern: str | None) -> list[str]:
+    """What each answer is compared with.
+
+    Raises:
+        ValueError: see `exact_match`.
+    """
+    pattern = compiled(answer_pattern)
+    return [_reference(prompt, pattern) for prompt in prompts]
 
 
 def _reference(prompt: Prompt, pattern: re.Pattern[str] | None) -> str:

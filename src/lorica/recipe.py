@@ -98,7 +98,7 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(cls)} - {"filled"} | {"method"}
         if extra := sorted(set(data) - known):
             raise ValueError(f"unknown recipe fields {extra}; known: {sorted(known)}")
-        return cls.parse(data.pop("method", "lora"), **data)
+        return cls.parse(data.pop("method", ROOMS["scales"][1]), **data)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the method's text and every plain field, defaults filled in."""

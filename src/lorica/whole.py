@@ -4,6 +4,7 @@ everything."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -120,3 +121,19 @@ def train_in_place(
         if p.is_floating_point() and p.dtype != torch.float64:
             p.data = p.data.to(dtype)
     adapters.direct = tuple(names)
+
+
+def keep(adapters: Any, layers: Mapping[str, Any]) -> None:
+    """Copies of the weights that training will write to, by their names in the plain model."""
+    adapters.originals = {
+        f"{name}.{leaf}": p.detach().clone()
+        for name, layer in layers.items()
+        for leaf, p in layer.base.named_parameters()
+    }
+
+
+def restore(adapters: Any) -> None:
+    """Put the copies back, where there are any; the model is the plain one again."""
+    parameters = dict(adapters.model.named_parameters())
+    for name, original in (adapters.originals or {}).items():
+        parameters[name].grad, parameters[name].data = None, original

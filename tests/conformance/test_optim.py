@@ -34,14 +34,16 @@ def problem(dtype: torch.dtype = torch.float64):
 @pytest.mark.parametrize("word", RULES)
 def test_it_converges(word, kind):
     x = torch.randn(40, 7, dtype=torch.float64)
-    best = []
+    best = [1.0]
     for lr in RATES:
+        if min(best) < 1e-4:
+            break
         model, goal = problem()
         adapters = lorica.attach(model, recipe(word, r=2, lora_alpha=2), verbose=False)
         optimizer = lorica.optimizer(adapters, lr=lr)
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=400)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=250)
         losses = []
-        for _ in range(400):
+        for _ in range(250):
             weight = adapters.layers["0"].effective()[0]
             off = weight - goal if kind == "quadratic" else (model(x) - x @ goal.T) / 40**0.5
             loss = off.square().sum()
@@ -51,7 +53,7 @@ def test_it_converges(word, kind):
             scheduler.step()
             losses.append(loss.item())
         best.append(losses[-1] / losses[0])
-    assert min(best) < 1e-4, dict(zip(RATES, best, strict=True))
+    assert min(best) < 1e-4, dict(zip(RATES, best[1:], strict=False))
 
 
 @pytest.mark.parametrize("word", RULES)
@@ -88,7 +90,7 @@ def test_nothing_grows_after_the_second_step(word):
     train(adapters, optimizer, 2)
     before = held()
     train(adapters, optimizer, 4)
-    assert held() == before
+    assert held() <= before, "bytes that earlier tests left may go, none may come"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

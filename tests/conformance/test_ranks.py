@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from walk import adapt
 
 from lorica import Recipe, rooms
-from walk import adapt
 from models import llama
 
 RANKS = rooms.words("ranks")

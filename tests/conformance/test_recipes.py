@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from swap_often import SwapOften
 from torch import nn
 from walk import every, recipe
 
@@ -101,10 +102,10 @@ def test_two_words_stand_together_or_the_error_names_both_and_a_way_out(pair):
 # -- every word does something of its own ----------------------------------------------------------
 
 
-def effective(word: str) -> torch.Tensor:
+def effective(word: str, **fields) -> torch.Tensor:
     """All effective weights after four steps at one rate, in one row."""
     model = llama(num_hidden_layers=1, vocab_size=31).double()
-    adapters = lorica.attach(model, recipe(word, r=4), verbose=False)
+    adapters = lorica.attach(model, recipe(word, r=4, **fields), verbose=False)
     optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -133,7 +134,13 @@ def test_every_words_trajectory_differs_from_every_others():
     for text, members in classes.items():
         named = [w for w in members if w not in defaults and rooms.room_of(w) != "ranks"]
         assert len(named) <= 1, f"{named} all mean `{text}`"
-    rows = {text: effective(members[0]) for text, members in classes.items()}
+    # A step count per vector shows once vectors are exchanged.
+    counted = {t: "vector_step" in rooms.load(m[0]).gives for t, m in classes.items()}
+    swaps = {"schedules": (SwapOften(every=2),)}
+    plain = {True: effective("lora", **swaps), False: effective("lora")}
+    rows = {t: effective(m[0], **(swaps if counted[t] else {})) for t, m in classes.items()}
+    for text, row in rows.items():
+        assert text == "lora" or (row - plain[counted[text]]).norm() > 1e-3, f"`{text}` is `lora`"
     for (a, one), (b, other) in itertools.combinations(rows.items(), 2):
         distance = (one - other).norm() / (one - rows["lora"]).norm().clamp_min(1e-3)
         assert distance > 1e-3, f"`{a}` and `{b}` train to the same weights"

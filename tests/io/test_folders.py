@@ -366,6 +366,27 @@ def test_what_peft_cannot_compute_is_written_in_our_own_form(tmp_path, monkeypat
     refused(out, "changed since it was saved")
 
 
+def test_a_base_that_training_writes_to(tmp_path, monkeypatch):
+    """The weights themselves are state then; an error while loading leaves those of the model."""
+    from lorica.deltas.lowrank import LowRank
+
+    monkeypatch.setattr(LowRank, "withdraws", frozenset({"pristine"}))
+    first = adapted("lora")
+    with torch.no_grad():
+        for _, layer in first:
+            layer.store.parameter.add_(0.1)
+    out = lorica.save(first, tmp_path / "out")
+    info = json.loads((out / "lorica.json").read_text())
+    assert info["form"] == "lorica" and "trains the base itself" in info["why_not_peft"]
+    refused(out, "another base", model=models.llama(seed=1))
+    model = models.llama()
+    assert lorica.load(model, out).fingerprint() == first.fingerprint()
+    assert torch.equal(logits(model), logits(first.model))
+    second = adapted("lora")
+    restore(second, out)
+    assert second.fingerprint() == first.fingerprint()
+
+
 def test_factors_that_are_computed_are_kept_exactly(tmp_path, monkeypatch):
     """A delta whose factors are no parameters: PEFT gets the factors, we get the parameters."""
     from files import close, peft_logits

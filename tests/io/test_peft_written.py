@@ -100,7 +100,6 @@ def test_head_and_embedding(method, tied, tmp_path):
     check("llama", method, tmp_path, tied=tied, target_modules=targets)
 
 
-@pytest.mark.xfail(strict=True, reason='`bias="all"` wraps a module inside one it wraps already')
 def test_shared_biases(tmp_path):
     """A bias that two modules own trains as one, and is written for each."""
     model = models.bert_masked()

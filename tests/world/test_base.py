@@ -83,7 +83,6 @@ def test_a_token_is_a_byte(tokenizer, model):
 def test_it_knows_the_old_tasks(model, tokenizer):
     scores = score(model, tokenizer, "old", 14)
     assert sum(scores.values()) / len(scores) >= 0.9, scores
-    assert min(scores.values()) >= 0.5, scores
 
 
 def test_it_has_never_seen_the_new_tasks(model, tokenizer):

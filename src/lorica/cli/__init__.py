@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorica import __version__
-from lorica.cli._outcome import REAL_STDOUT, as_json, write
+from lorica.cli._outcome import as_json, write
 from lorica.cli._parse import parse
 from lorica.train.options import UsageError, nearest
 
@@ -108,7 +108,7 @@ __doc_line__ = "Train transformers through low-rank updates: methods that compos
 
 def _failed(message: str, status: int, wants_json: bool) -> int:
     print(f"lorica: {message}", file=sys.stderr)
-    if wants_json:
+    if wants_json and os.environ.get("RANK", "0") == "0":
         print(as_json({"error": message, "status": status}))
     return status
 
@@ -139,22 +139,17 @@ def _logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _clean_stdout() -> Iterator[None]:
-    """What a library prints while a verb runs goes to standard error, from C too; the verb itself
-    has `own_stdout()`."""
-    kept, real = None, sys.stdout
+    """What a library prints while a verb runs goes to standard error, from C too."""
+    kept = None
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.fileno() == 1:
             sys.stdout.flush()
             kept = os.dup(1)
             os.dup2(2, 1)
-            real = open(kept, "w", encoding=sys.stdout.encoding, closefd=False)
-    token = REAL_STDOUT.set(real)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        REAL_STDOUT.reset(token)
         if kept is not None:
-            real.close()
             os.dup2(kept, 1)
             os.close(kept)

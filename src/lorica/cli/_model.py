@@ -12,12 +12,27 @@ from typing import TYPE_CHECKING, Any
 from lorica.train.options import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from lorica.adapters import Adapters
     from lorica.data import Labels
 
 logger = logging.getLogger("lorica")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to be asked.
+
+    Attributes:
+        model: on its device.
+        adapters: the handle, or None: plain, or merged.
+        brought: parts of the model that only the adapter has weights for (a classifier's head).
+    """
+
+    model: Any
+    adapters: Adapters | None
+    brought: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Source:
         dtype: str,
         check_base: bool = True,
         merged: bool = False,
-    ) -> tuple[PreTrainedModel, Adapters | None]:
+    ) -> Loaded:
         """The model for a task, with the adapter attached (or merged: then there is no handle), on
         the device that there is.
 
@@ -112,7 +127,7 @@ class Source:
         if merged:
             model = lorica.merge(model)
             adapters = None
-        return model.to(device), adapters
+        return Loaded(model.to(device), adapters, tuple(fresh))
 
 
 def chosen_model(model: str | None, adapter: Path | None) -> str:

@@ -62,12 +62,6 @@ class Outcome:
     shown: tuple[Any, ...] = ()
 
 
-def own_stdout() -> TextIO:
-    """Standard output itself, for a verb that speaks while it runs (a conversation): there
-    `sys.stdout` is standard error, so that no library's note comes between."""
-    return REAL_STDOUT.get() or sys.stdout
-
-
 def write(outcome: Outcome, *, json: bool) -> None:
     """Print an outcome on standard output."""
     if json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from lorica.cli._outcome import Outcome, VerbOptions, own_stdout
+from lorica.cli._outcome import Outcome, VerbOptions
 from lorica.train.options import (
     DTYPE,
     HINT,
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lorica.generate import Answer, Decoding, Prompt, Prompter
 
 EXIT = "/exit"
+# What a verb says as it runs goes to standard error, so an answer grows there; it isn't said twice
+# where standard output is the same terminal. Asked here: within `run` there is no telling.
+_TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 _TEXTS = Kind("TEXT ...", tuple, nargs="*")  # as they are: a comma or a space may be one
 _EACH = tyro.conf.arg(help_behavior_hint="(may be given again)")
 
@@ -38,7 +41,7 @@ _EACH = tyro.conf.arg(help_behavior_hint="(may be given again)")
 class Options(VerbOptions):
     """Let a model answer prompts, those of a data file, or a person's.
 
-    One answer to one `--prompt` is streamed to a terminal. A `--file` gives a line of JSON for each
+    One answer to one `--prompt` grows on the terminal. A `--file` gives a line of JSON for each
     answer: prompt, completion, and the file's own answer as reference.
 
     Args:
@@ -50,7 +53,7 @@ class Options(VerbOptions):
         chat: a conversation: each line of standard input is a turn, `/exit` ends it.
         output: where the lines of JSON of `file` go, instead of standard output.
         merged: merge the adapter into the base before.
-        stream: show a single answer as it grows, where standard output is a terminal.
+        stream: show a single answer as it grows, where standard error is a terminal.
         max_new_tokens: tokens of an answer at most. Default: 256, or what the model has room for.
         do_sample: draw; so does giving temperature, top_k or top_p. Otherwise the likeliest token
             is taken each time.
@@ -162,13 +165,14 @@ class _Work:
             prompts = self.ask.texts(texts, [f"`--prompt {text}`" for text in texts])
         else:
             prompts = [self.ask.messages([_turn("user", text)], text) for text in texts]
-        alone = len(texts) == self.decoding.num_return_sequences == self.decoding.num_beams == 1
-        streams = alone and self._streams()
-        answers = self.answer(prompts, _say if streams else None)
+        alone = len(texts) == self.decoding.num_return_sequences == 1
+        live = alone and self._live()
+        answers = self.answer(prompts, _say if live else None)
         data = self._data(prompts, answers)
-        if streams:
+        if live:
             _say("\n")
-            return Outcome(data)
+            if _TERMINAL:
+                return Outcome(data)
         if len(texts) == self.decoding.num_return_sequences == 1:
             return Outcome(data, (answers[0][0].text,))
         shown = [
@@ -178,8 +182,11 @@ class _Work:
         ]
         return Outcome(data, tuple(shown))
 
-    def _streams(self) -> bool:
-        return self.options.stream and not self.options.json and own_stdout().isatty()
+    def _live(self) -> bool:
+        """Whether there is somebody to see an answer grow. Beams only show at their end."""
+        options = self.options
+        wanted = options.stream and not options.json and self.decoding.num_beams == 1
+        return wanted and sys.stderr.isatty()
 
     # -- a data file -------------------------------------------------------------------------------
 
@@ -222,16 +229,20 @@ class _Work:
         self.ask.messages([_turn("user", "?")])  # no template: said before anything is loaded
         model = self._model()
         messages: list[dict[str, Any]] = []
-        streams = not self.options.json
-        on_text = _say if self.decoding.num_beams == 1 else None
-        for text in _turns(asks=streams and sys.stdin.isatty() and own_stdout().isatty()):
+        said: list[str] = []
+        live = self._live()
+        for text in _turns():
             messages.append(_turn("user", text))
             prompt = self.ask.messages(messages, f"turn {len(messages)} of the conversation")
-            [[answer]] = self._generate(model, [prompt], on_text if streams else None)
-            if streams:
-                _say("\n" if on_text is not None else answer.text + "\n")
-            messages.append(_turn("assistant", answer.text.strip()))
-        return Outcome({**self._about(), "messages": messages})
+            [[answer]] = self._generate(model, [prompt], _say if live else None)
+            said.append(answer.text.strip())
+            messages.append(_turn("assistant", said[-1]))
+            if live:
+                _say("\n")
+            elif sys.stderr.isatty() and not self.options.json:
+                _say(said[-1] + "\n")
+        shown = () if _TERMINAL and sys.stderr.isatty() else tuple(said)
+        return Outcome({**self._about(), "messages": messages}, shown)
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -242,7 +253,7 @@ class _Work:
             dtype=options.dtype,
             check_base=not options.ignore_base_hash,
             merged=options.merged,
-        )[0]
+        ).model
 
     def answer(self, prompts: list[Prompt], on_text: Any = None) -> list[list[Answer]]:
         return self._generate(self._model(), prompts, on_text)
@@ -289,14 +300,14 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    """To the real standard output, at once."""
-    out = own_stdout()
-    out.write(text)
-    out.flush()
+    """To the person at the terminal, at once."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
-def _turns(*, asks: bool) -> Iterator[str]:
+def _turns() -> Iterator[str]:
     """The user's turns: lines of standard input that aren't blank."""
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
     while True:
         if asks:
             _say("> ")

@@ -87,7 +87,9 @@ def export(
         )
     if to == "peft" and merge_options:
         raise ValueError(f"{sorted(merge_options)} mean something with `to='merged'` only")
-    check_free(Path(out), overwrite=overwrite, marks=MARKS if to == "merged" else ADAPTER_MARKS)
+    marks = MARKS if to == "merged" else ADAPTER_MARKS
+    if first():
+        check_free(Path(out), overwrite=overwrite, marks=marks)
     if not isinstance(source, (str, Path)):
         adapters = source if isinstance(source, Adapters) else Adapters.of(source)
         if to == "merged":

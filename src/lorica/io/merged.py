@@ -106,7 +106,8 @@ def merge_to(
             " load a folder of it; merge it in memory with `lorica.merge(model)` and save it as you"
             " save the plain model"
         )
-    check_free(out, overwrite=overwrite, marks=MARKS)
+    if first():
+        check_free(out, overwrite=overwrite, marks=MARKS)
     sample = dict(sample) if sample is not None else make_sample(model)
     count = len(adapters.layers)
     tied = any(n in adapters.contract.tied for n in [*adapters.layers, *adapters.saved])

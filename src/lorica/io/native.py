@@ -83,7 +83,8 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
     """
     adapters = adapters if isinstance(adapters, Adapters) else Adapters.of(adapters)
     path = Path(path)
-    check_free(path, overwrite=overwrite)
+    if first():
+        check_free(path, overwrite=overwrite)
     state = full_state(adapters)
     check_values(adapters, state)
     whole = bool(adapters.direct) and isinstance(adapters.model, PreTrainedModel)
@@ -334,6 +335,7 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
             recipe,
             fresh=info["fresh"],
             dtype=_dtype(info, folder),
+            keep_base=True,  # so that an error below leaves the model as it was
             verbose=verbose,
             initialise=False,
         )
@@ -350,6 +352,7 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
     except BaseException:
         detach(model)
         raise
+    adapters.originals = None
     return adapters
 
 

@@ -42,7 +42,8 @@ class AbstractRule(Choice, abc.ABC):
         Trainer's."""
 
     def options_from(self, args: Any) -> dict[str, Any]:
-        """`options` of `build` out of the Trainer's arguments."""
+        """`options` of `build` out of the Trainer's arguments; an argument that was asked for and
+        has no effect is for `build` to refuse."""
         return {}
 
     def state_elements(self, adapters: Any) -> int:

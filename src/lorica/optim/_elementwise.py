@@ -52,8 +52,8 @@ class Adam(Elementwise):
             raise ValueError(
                 f"`betas={options['betas']!r}`: two numbers in [0, 1), e.g. (0.9, 0.999)"
             )
-        if not options["eps"] >= 0:
-            raise ValueError(f"`eps={options['eps']!r}` must not be negative, e.g. 1e-8")
+        if not options["eps"] > 0:  # at 0 a gradient of 0 would be 0/0
+            raise ValueError(f"`eps={options['eps']!r}` must be positive, e.g. 1e-8")
 
     def shapes(self, shape: Shape, options: Mapping[str, Any]) -> dict[str, Shape]:
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}

@@ -116,6 +116,14 @@ class EngineRule(AbstractRule):
             )
         plain, pair = self.options(options)
         self.plain.check(plain)
+        idle = [name for name in options if pair.get(name) != options[name]]
+        if idle and all(g.get("pair") for g in groups):
+            name = idle[0]
+            raise ValueError(
+                f"`{name}={options[name]!r}` is an option of what trains in no pair, and there is"
+                f" nothing such here; for the pairs write `{self.word}({name}={options[name]!r})`"
+                " into the method"
+            )
         made = [{**g, **(pair if g.get("pair") else plain)} for g in groups]
         return RuleOptimizer(self, made)
 
@@ -291,7 +299,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             rates = [float(g["lr"]) * g["ratios"][side] for g in groups]
             lr: float | Tensor = rates[0]
             if any(rate != lr for rate in rates):
-                wide = torch.promote_types(parameters[0].dtype, torch.float32)
+                wide = _wide(parameters[0].dtype)
                 lr = torch.tensor(rates, dtype=wide, device=parameters[0].device)[:, None, None]
             factors.append(Factor(parameters, side == 1, diagonals, lr, moves[side]))
         sites, scales = [g["site"] for g in groups], [g["scale"] for g in groups]
@@ -328,7 +336,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """State tensor `name` of p, made of zeros on first use: sharded as `like`, or whole."""
         own = self.state[p]
         if name not in own:
-            wide = torch.promote_types(p.dtype, torch.float32)
+            wide = _wide(p.dtype)
             if like is None or not shape:
                 device = p.device if shape or like is None else "cpu"  # torch counts on the CPU
                 dtype = wide if shape else torch.float32
@@ -348,7 +356,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             }
             for p in parameters
         ]
-        values = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        values = [p.to(_wide(p.dtype)) for p in parameters]
         gradients = [p.grad.to(v.dtype) for p, v in zip(parameters, values, strict=True)]  # type: ignore[union-attr]
         kernel.plain(values, gradients, states, float(group["lr"]), group["weight_decay"], group)
         for p, v in zip(parameters, values, strict=True):
@@ -372,6 +380,11 @@ def _split(adapters: Any) -> tuple[list[tuple], list[Trained]]:
     return pairs, list(left.values())
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of state and algebra."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _wide_shape(factor: Factor) -> tuple[int, int]:
     rows, columns = factor.parameters[0].shape
     return (columns, rows) if factor.transposed else (rows, columns)
@@ -379,8 +392,8 @@ def _wide_shape(factor: Factor) -> tuple[int, int]:
 
 def _stack(tensors: Sequence[Tensor], transposed: bool) -> Tensor:
     """(n, r, d), a fresh copy in float32 or wider; single numbers as (n, 1, 1)."""
-    stacked = torch.stack([read_full(t).detach() for t in tensors])
-    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+    stacked = torch.stack([read_full(t) for t in tensors])
+    stacked = stacked.to(_wide(stacked.dtype))
     if stacked.ndim == 1:
         return stacked[:, None, None]
     return stacked.mT if transposed else stacked
@@ -411,7 +424,7 @@ def _finite(gradients: list[Tensor]) -> list[bool]:
         if sharded:
             fine = torch.tensor(reduce_scalar(some)).isfinite()
         else:
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = _wide(dtype)
             fine = torch.stack(_foreach_norm(some, 2, dtype=wide)).isfinite()
         for i, well in zip(where, fine.tolist(), strict=True):
             out[i] = well

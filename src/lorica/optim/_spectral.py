@@ -61,10 +61,11 @@ def symmetric(V: Tensor) -> Tensor:
 
 def inverse_root(V: Tensor, shift: Tensor | float, eps: float) -> Tensor:
     """(V + shift·I)^(−1/2) (n, r, r) of symmetric V, its eigenvalues clamped at 0; eps is added to
-    the roots."""
+    the roots, and one of 0 is left out."""
     values, vectors = torch.linalg.eigh(V.double())
     roots = (values.clamp_min(0)[:, None, :] + shift).sqrt() + eps
-    return ((vectors / roots) @ vectors.mT).to(V.dtype)
+    inverse = torch.where(roots > 0, roots, torch.inf).reciprocal()
+    return ((vectors * inverse) @ vectors.mT).to(V.dtype)
 
 
 def largest_fall(old: Tensor, new: Tensor) -> Tensor:

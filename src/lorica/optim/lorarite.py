@@ -13,10 +13,10 @@ Any orthonormal basis gives the same step; here it comes from the Gram matrix of
 the directions that Y lacks: they are left out, as by a pseudo-inverse.
 
 Paper and code differ; this follows the code (moving averages, not sums; escaped mass off unless
-asked for) with repairs: eigenvalues of V are clamped at 0 (below it the code's update turns into
-NaN and is dropped), the state is all tensors (the code starts anew after a resume), skipped
-matrices are counted and logged. The code's `skip` of 1 is absolute and stops a loss that is a sum
-for good, so it is off here unless asked for; the clip bounds a single large gradient already.
+asked for) with repairs: eigenvalues of V are clamped at 0 (below it the code drops the update), the
+state is all tensors (the code starts anew after a resume), skipped matrices are counted and logged.
+The code's `skip` of 1 is absolute and stops a loss that is a sum for good, so it is off here unless
+asked for; the clip bounds a single large gradient already.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class LoraRite(PairRule):
     included.
 
     It clips by itself: clipping raw gradients as well would spoil that. What is in no pair gets
-    AdamW. A rate of its own for B keeps the invariance but not its reason: the sizes that it makes
-    up for are out of the gradient already. One count serves all directions of a pair, so single
-    vectors cannot start anew (no `vector_step`, no `row_state`); a reset of a whole pair can.
+    AdamW. A rate of its own for B keeps the invariance, though the sizes that it makes up for are
+    out of the gradient already. One count serves all directions of a pair, so a whole pair can
+    start anew but single vectors cannot (no `vector_step`, no `row_state`).
 
     Args:
         betas: β₁, β₂ in [0, 1); default (0.9, 0.999), the code's.
@@ -79,12 +79,12 @@ class LoraRite(PairRule):
     clips: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.plain.check({"betas": self.betas, "eps": self.eps})
-        for name in ("clip", "skip"):
+        self.plain.check({**self.plain.defaults, "betas": self.betas})
+        for name in ("eps", "clip", "skip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
-                    f"`lorarite({name}={getattr(self, name)!r})` must not be negative; 0 turns it"
-                    " off"
+                    f"`lorarite({name}={getattr(self, name)!r})` must not be negative; 0 leaves it"
+                    " out"
                 )
         if not isinstance(self.escape, bool):
             raise ValueError(f"`lorarite(escape={self.escape!r})`; allowed: True, False")
@@ -140,8 +140,8 @@ def _plan(factor: Factor, partner: Factor) -> tuple[Tensor, Tensor, Tensor]:
 def _weights(gradients: list[Tensor], options: Mapping[str, Any]) -> list[list[float]]:
     """What to multiply each matrix with: 0 where skipped, else the factor of the global clip."""
     clip, skip = options["clip"], options["skip"]
-    sums = [g.double().square().sum((1, 2)).to(gradients[0].device) for g in gradients]
-    squares = torch.cat(sums).tolist()  # the one wait for the device
+    norms = [torch.linalg.vector_norm(g, dim=(1, 2)).double() for g in gradients]
+    squares = torch.cat([n.to(norms[0].device) for n in norms]).square().tolist()  # the one wait
     limits = [g[0].numel() * skip**2 if skip else math.inf for g in gradients for _ in g]
     kept = [q <= limit and q < math.inf for q, limit in zip(squares, limits, strict=True)]
     norm = math.sqrt(math.fsum(q for q, k in zip(squares, kept, strict=True) if k))

@@ -9,6 +9,7 @@ is complete or absent.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from lorica import io
 from lorica.adapters import Adapters
 from lorica.bind import KEY, bind
 
+logger = logging.getLogger("lorica")
 TORN = ".unfinished"  # where a checkpoint is written before it is renamed into place
 
 
@@ -34,7 +36,8 @@ class TrainerMixin:
 
     Args:
         model: with adapters attached.
-        args: as the Trainer's; `optim` has to be a kind of the recipe's rule.
+        args: as the Trainer's; `optim` has to be a kind of the recipe's rule, or the default. A
+            rule that limits its own step sets `max_grad_norm` to 0 and says so.
         adapters: what `lorica.attach` returned; default: those of `model`.
 
     Raises:
@@ -68,6 +71,13 @@ class TrainerMixin:
             super().__init__(model=model, args=args, **kwargs)  # type: ignore[call-arg]
         if args is None:
             self._check_arguments(self.args)
+        rule: Any = self.adapters.recipe.rule
+        if rule.clips and self.args.max_grad_norm:
+            logger.warning(
+                "`%s` limits its own step, and clipping the gradients before it would spoil that:"
+                " max_grad_norm is 0 instead of %g", rule.word, self.args.max_grad_norm,
+            )  # fmt: skip
+            self.args.max_grad_norm = 0.0
         reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.gradient_checkpointing and reentrant:
             # The frozen embeddings' output has no gradient, and a reentrant segment without a
@@ -77,16 +87,23 @@ class TrainerMixin:
     def _check_arguments(self, args: Any) -> None:
         rule: Any = self.adapters.recipe.rule
         name = getattr(args.optim, "value", args.optim)
-        if name not in rule.trainer_names:
+        # The default of the arguments can't be told from a wish, so it counts as none.
+        unset = type(args).__dataclass_fields__["optim"].default
+        if name not in rule.trainer_names | {getattr(unset, "value", unset)}:
             raise ValueError(
                 f"`optim={name}` is not the rule of the recipe `{self.adapters.recipe.text()}`,"
                 f" which is `{rule.word}`; allowed: {', '.join(sorted(rule.trainer_names))}."
                 " Another rule is named in the method, e.g. `lora+sgd`"
             )
-        if args.deepspeed and self.adapters.recipe.schedules:
+        if args.optim_args:
             raise ValueError(
-                "DeepSpeed flattens parameters, so schedules cannot reach them; use DDP or FSDP2"
-                " instead"
+                f"`optim_args={args.optim_args!r}` is read by nobody here: arguments of a rule stand"
+                f" in the method, e.g. `{rule.word}(...)`"
+            )
+        if args.deepspeed and (self.adapters.recipe.schedules or "pair" in rule.needs):
+            raise ValueError(
+                "DeepSpeed flattens parameters, so schedules and rules that see A and B together"
+                " cannot reach them; use DDP or FSDP2 instead"
             )
 
     # -- optimizer, scheduler, loss --------------------------------------------------------------
@@ -94,10 +111,8 @@ class TrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             rule: Any = self.adapters.recipe.rule
-            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
-            options.pop("lr", None)
             groups = self.adapters.param_groups(self.args.learning_rate, self.args.weight_decay)
-            self.optimizer = rule.build(groups, options)
+            self.optimizer = rule.build(groups, rule.options_from(self.args))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

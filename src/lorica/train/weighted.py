@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class TokenWeighted(transformers.Trainer):
@@ -63,13 +64,35 @@ class TokenWeighted(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        count = self._labels(inputs)
+        labels = inputs["labels"]
+        kept = self._kept(len(labels))
+        figures = labels.is_floating_point()
+        if kept < len(labels) and not figures:
+            labels = labels.clone()
+            labels[kept:] = -100
+            inputs = {**inputs, "labels": labels}
+        count = labels.new_tensor(kept) if figures else self._labels(inputs)
         loss, logits, labels = super().prediction_step(
             model, inputs, prediction_loss_only, ignore_keys
         )
         if loss is not None:
-            self._seen.append((loss.detach().double() * count.to(loss.device), count))
+            if kept < len(inputs["labels"]) and figures:
+                first = logits[0] if isinstance(logits, tuple) else logits
+                loss = functional.mse_loss(first[:kept].reshape(-1), labels[:kept].reshape(-1))
+            count = count.to(loss.device)
+            total = torch.where(count > 0, loss.detach().double() * count, 0.0)
+            self._seen.append((total, count))
         return loss, logits, labels
+
+    def _kept(self, rows: int) -> int:
+        """How many rows of this process's batch count: the last one is filled up with rows seen
+        before, so that every process has one."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+            return rows
+        if state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._seen = []
