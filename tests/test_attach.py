@@ -195,8 +195,10 @@ def test_merging_a_tied_embedding_unties_it(make, tmp_path):
     torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{}, {"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
-                                    {"exclude_modules": ["q_proj"]}])  # fmt: skip
+@pytest.mark.parametrize("fields", [
+    {}, {"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
+    {"exclude_modules": ["q_proj"]},
+])  # fmt: skip
 def test_full_training_trains_what_it_is_told(fields):
     model = llama()
     before = {n: p.clone() for n, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""lorica.generate: prompts are training's, batches change nothing, streams and merges say the same."""
+"""lorica.generate: prompts are training's; batches, streams and merging change nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import bert, gpt2, llama, perturb, t5
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import lorica
 from lorica.data import prepare
 from lorica.generate import Answer, Decoding, Prompter, generate, language_task, room
+from models import bert, gpt2, llama, perturb, t5
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 MARKS = ("<|im_start|>", "<|im_end|>")
@@ -267,6 +267,11 @@ def test_an_encoder_reads_what_it_read_in_training(tokenizer):
     [
         ({"prompt": "2+2="}, "2+2="),
         ({"question": "2+2?"}, "Question: 2+2?\nAnswer:"),
+        (
+            {"instruction": "add"},
+            "Here is a task. Write a response that carries it out.\n\n"
+            "### Instruction:\nadd\n\n### Response:\n",
+        ),
         ({"text": "once"}, "once"),
         ({"prompt": CHAT[:2]}, "<s>System: be kind\n\nUser: hello\n\nAssistant: "),
         ({"messages": CHAT[:2]}, "<s>System: be kind\n\nUser: hello\n\nAssistant: "),

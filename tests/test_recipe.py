@@ -1,4 +1,4 @@
-"""Recipe: the text form, the defaults, and every error a user can meet before a model is touched."""
+"""Recipe: the text form, the defaults, and every error that comes before a model is touched."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lorica.rooms import Choice, build, load, plain, room_of, unknown, words
     ("", {}, ["the method is empty", "dora+olora"]),
     ("dora(dropout='no')", {}, ["`dora(dropout='no')`", "'update', 'authors'"]),
     ("constant(s=-1)", {}, ["`constant(s=-1)` must be positive"]),
-    ("constant", {"lora_alpha": 8}, ["`lora_alpha=8` has no effect with `constant`", "leave it out"]),
+    ("constant", {"lora_alpha": 8}, ["`lora_alpha=8` has no effect with `constant`", "leave"]),
     ("uniform", {"rank_pattern": {"q": 2}}, ["no effect with `uniform`"]),
     ("lora", {"r": 0}, ["`r=0`", "whole number of at least 1", "`r=16`"]),
     ("lora", {"r": True}, ["`r=True`", "whole number"]),

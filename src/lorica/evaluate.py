@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.data.collate import IGNORED
+from lorica.data.collate import IGNORED, PackedCollator
+from lorica.data.pack import check_isolation
 from lorica.generate import Decoding, Prompt, generate, room
 from lorica.train.metrics import Scores, f1
 
@@ -71,7 +72,8 @@ def evaluate(
         on_batch: called with (rows done, rows) after each batch.
 
     Raises:
-        ValueError: a model without a head for these labels, or a loss that is no number.
+        ValueError: a model without a head for these labels, or that lets packed examples see each
+            other; a loss that is no number.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}: it must be at least 1")
@@ -81,6 +83,8 @@ def evaluate(
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     with _evaluating(model):
+        if isinstance(collate, PackedCollator):
+            check_isolation(model, collate)
         for at in range(0, len(order), batch_size):
             chosen = [rows[i] for i in order[at : at + batch_size]]
             batch = {k: v.to(model.device) for k, v in collate(chosen).items()}
@@ -94,13 +98,17 @@ def evaluate(
 
 @contextlib.contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
+    training, caches = model.training, vars(model.config).get("use_cache")
     try:
         model.eval()
+        if caches is not None:
+            model.config.use_cache = False  # it costs memory, and undoes packing in transformers
         with torch.no_grad():
             yield
     finally:
         model.train(training)
+        if caches is not None:
+            model.config.use_cache = caches
 
 
 class _AbstractTask(ABC):

@@ -281,7 +281,8 @@ class Prompter:
         special = next((t for t in self.tokenizer.all_special_tokens if stop.startswith(t)), None)
         ends = () if special is None else (self.tokenizer.convert_tokens_to_ids(special),)
         stops = (stop,) if stop and special is None else ()
-        return Prompt(tuple(ids), text, asked.reference or None, row.place, stops, ends)  # type: ignore[arg-type]
+        answer = asked.reference if (asked.reference or "").strip() else None
+        return Prompt(tuple(ids), text, answer, row.place, stops, ends)  # type: ignore[arg-type]
 
 
 def language_task(config: PretrainedConfig) -> str:

@@ -13,47 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorica.shards import (
-    copy_ as copy_,
-)
-from lorica.shards import (
-    draw as draw,
-)
-from lorica.shards import (
-    draw_ as draw_,
-)
-from lorica.shards import (
-    outer_add_ as outer_add_,
-)
-from lorica.shards import (
-    read_full as read_full,
-)
-from lorica.shards import (
-    reduce_scalar as reduce_scalar,
-)
-from lorica.shards import (
-    reset_state as reset_state,
-)
-from lorica.shards import (
-    reshard as reshard,
-)
-from lorica.shards import (
-    row_states as row_states,
-)
-from lorica.shards import (
-    seeded as seeded,
-)
-from lorica.shards import (
-    shard_of as shard_of,
-)
-from lorica.shards import (
-    write_rows as write_rows,
-)
-from lorica.shards import (
-    zero_ as zero_,
-)
-from lorica.shards import (
-    zero_rows as zero_rows,
+from lorica.shards import (  # noqa: F401
+    copy_,
+    draw,
+    draw_,
+    outer_add_,
+    read_full,
+    reduce_scalar,
+    reset_state,
+    reshard,
+    row_states,
+    seeded,
+    shard_of,
+    write_rows,
+    zero_,
+    zero_rows,
 )
 
 

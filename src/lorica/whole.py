@@ -57,14 +57,12 @@ class TrainedModule(nn.Module):
 
     def merged(self) -> nn.Module:
         """A plain module, in the original's dtypes, that computes what this one does."""
-        originals = dict(self.base.named_parameters())
-        for name, p in self.copy.named_parameters():
-            p.data = p.data.to(originals[name].dtype)
-        if self.only is None:
-            return self.copy
-        for name in self.only:  # in place, for another module may share the parameter
-            originals[name].data = self.copy.get_parameter(name).data
-        return self.base
+        for name in self.only or [n for n, _ in self.copy.named_parameters()]:
+            p, original = self.copy.get_parameter(name), self.base.get_parameter(name)
+            p.data = p.data.to(original.dtype)
+            if self.only is not None:  # in place, for another module may share the parameter
+                original.data = p.data
+        return self.copy if self.only is None else self.base
 
     def __getattr__(self, name: str):
         try:

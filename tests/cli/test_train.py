@@ -244,3 +244,79 @@ def test_starting_from_an_adapter_of_our_own_or_of_peft(train, llama, tmp_path):
     assert other.json["recipe"]["r"] == 3
     refused = train("--adapter", tmp_path / "peft", "--r", 4, out="fourth")
     assert refused.status == 2 and "leave it out" in refused.err
+
+
+def test_the_embedded_data_and_model_stand_in(lorica, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorica.world.base_path", lambda: llama)
+    ran = lorica("train", "--output-dir", tmp_path / "out", "--max-samples", 20, "--max-steps", 2,
+                 "--r", 2, "--json")  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert ran.json["data"]["name"] == "embedded" and ran.json["evaluation"]["eval_loss"] > 0
+
+
+def test_resuming_a_finished_run_changes_nothing(train, lorica, tmp_path):
+    first = train("--eval-fraction", 0.2, "--r", 2)
+    again = lorica("train", "--output-dir", tmp_path / "out", "--resume", "--json")
+    assert again.status == 0, again.err
+    for name in ("steps", "loss", "train_loss", "evaluation", "adapter_sha256", "tokens"):
+        assert again.json[name] == first.json[name]
+
+
+def test_a_resumed_run_stops_early_at_the_same_step(train, lorica, text, tmp_path, monkeypatch):
+    """The count of evaluations without a better one goes on."""
+    from lorica.train.log import RunLog
+
+    narrow = tmp_path / "narrow.jsonl"
+    narrow.write_text('{"prompt": "cat", "completion": " cat cat cat"}\n' * 8)
+    words = ("--eval-data", text, "--learning-rate", "0.3", "--save-steps", 1, "--eval-steps", 1,
+             "--r", 2, "--early-stopping-patience", 2)  # fmt: skip
+    straight = train(*words, out="straight", steps=9, data=narrow)
+    assert straight.status == 0 and straight.json["steps"] < 9, straight.err
+    step_end, last = RunLog.on_step_end, straight.json["steps"]
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == last:
+            raise RuntimeError("the power went")
+        return step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunLog, "on_step_end", die)
+    assert train(*words, out="killed", steps=9, data=narrow).status == 1
+    monkeypatch.setattr(RunLog, "on_step_end", step_end)
+    resumed = lorica("train", "--output-dir", tmp_path / "killed", "--resume", "--json")
+    assert resumed.status == 0, resumed.err
+    for name in ("steps", "best_step", "adapter_sha256", "evaluation"):
+        assert resumed.json[name] == straight.json[name]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(train, llama, text, tmp_path):
+    """The same rows an update, the same loss, the same evaluation; 10 rows do not divide evenly."""
+    import os
+    import subprocess
+    import sys
+
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {llama}\ndata: {text}\nmax_steps: 3\nr: 2\neval_fraction: 0.21\nlr_scheduler_type:"
+        " constant\nwarmup_ratio: 0\nlearning_rate: 1e-2\n"
+    )
+    one = train("--r", 2, "--eval-fraction", 0.21, "--lr-scheduler-type", "constant",
+                "--warmup-ratio", 0, "--learning-rate", "1e-2", out="one", steps=3)  # fmt: skip
+    assert one.status == 0, one.err
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorica",
+            "train", str(config), "--output-dir", str(tmp_path / "two"), "--json",
+            "--per-device-train-batch-size", "2",
+        ],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads(done.stdout)
+    assert two["processes"] == 2
+    assert two["evaluation"]["eval_loss"] == pytest.approx(
+        one.json["evaluation"]["eval_loss"], abs=1e-6
+    )
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-6)
+        assert a.get("tokens") == b.get("tokens")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import adamw as twin
 
 import lorica
 from models import llama, train
+from reference import adamw as twin
 
 
 def test_a_training_run_equals_the_twin():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import dora as twin
 from torch import nn
 from torch.nn import functional as F
 
 import lorica
 from models import MODELS, llama, logits, perturb, train
+from reference import dora as twin
 
 
 def layer(method="dora", bias=True, **fields):

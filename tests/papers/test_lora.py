@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import lora as twin
 from torch import nn
 
 import lorica
 from models import MODELS, batch, llama, logits, perturb
+from reference import lora as twin
 
 
 def layer(r: int = 3, bias: bool = True, **fields):

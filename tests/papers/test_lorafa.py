@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import lorafa as twin
 from torch import nn
 
 import lorica
 from models import llama, train
+from reference import lorafa as twin
 
 
 def test_only_b_trains_and_the_update_stays_in_as_row_space():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import loraplus as twin
 
 import lorica
 from models import llama, train
+from reference import loraplus as twin
 
 
 def attached(method="loraplus(loraplus_lr_ratio=4)", **fields):

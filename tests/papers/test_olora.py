@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import olora as twin
 from torch import nn
 
 import lorica
 from models import MODELS, gpt2, llama, logits, train
+from reference import olora as twin
 
 
 def layer(method="olora", r=3, shape=(8, 6), **fields):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import pissa as twin
 from torch import nn
 
 import lorica
 from models import MODELS, logits
+from reference import pissa as twin
 
 
 def layer(method="pissa", r=3, shape=(8, 6), spectrum=None, **fields):

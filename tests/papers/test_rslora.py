@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import rslora as twin
 from torch import nn
 
 import lorica
 from lorica import Recipe
 from models import llama, logits, train
+from reference import rslora as twin
 
 
 @pytest.mark.parametrize("r", [1, 3, 16])

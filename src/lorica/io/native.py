@@ -400,9 +400,9 @@ def restore(adapters: Adapters, path: str | Path, *, check_base: bool = True) ->
             " `lorica.load(model, path)`"
         )
     info = read_own(folder)
-    saved, live = read_recipe(info, folder), adapters.recipe
-    if saved != live:
-        ours, theirs = live.to_dict(), saved.to_dict()
+    theirs, ours = info["recipe"], adapters.recipe.to_dict()
+    if theirs != ours and (saved := read_recipe(info, folder)) != adapters.recipe:
+        theirs = saved.to_dict()
         differ = [f"`{k}` {theirs[k]!r} (here {ours[k]!r})" for k in theirs if theirs[k] != ours[k]]
         raise ValueError(
             f"{folder} was saved with another recipe: {', '.join(differ)}. Resume with the saved"

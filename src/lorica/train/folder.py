@@ -24,7 +24,9 @@ from typing import Any
 from lorica.train.options import UsageError
 
 LOCK = ".lock"
-_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "adapter", "model", ".unfinished")
+_PARTS = (
+    "config.yaml", "metrics.jsonl", "result.json", "adapter", "model", "runs", ".unfinished",
+)  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -58,6 +58,10 @@ class RunLog(TrainerCallback, ExportableState):
         return self.before + time.perf_counter() - self.start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(state)
+
+    def begin(self, state: Any) -> None:
+        """Keep the lines up to the step that the run goes on from."""
         kept = [line for line in self.folder.lines() if line["step"] <= state.global_step]
         kept = kept if state.global_step else []
         self.before = max((line["seconds"] for line in kept), default=0.0)

@@ -327,6 +327,7 @@ class _Run:
 
     def _check_resumed(self) -> None:
         """A resumed run is the same run: the same options, the same rows."""
+        self.before: dict[str, Any] = {}
         if self.checkpoint is None:
             return
         import yaml
@@ -344,8 +345,8 @@ class _Run:
                     " a run of its own with another `--output-dir`"
                 )
         state = json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        saved = state.get("stateful_callbacks", {}).get("RunLog", {})
-        facts = saved.get("attributes", {}).get("facts", {})
+        self.before = state.get("stateful_callbacks", {})
+        facts = self.before.get("RunLog", {}).get("attributes", {}).get("facts", {})
         for name, value in facts.items():
             if self.facts.get(name) != value:
                 raise ValueError(
@@ -423,7 +424,13 @@ class _Run:
         log = RunLog(self.folder, self.device, self.facts, self.main)
         callbacks: list[Any] = [log]
         if self.options.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(self.options.early_stopping_patience))
+            stopping = EarlyStoppingCallback(self.options.early_stopping_patience)
+            # The Trainer leaves the count at 0 on resuming, so a resumed run would stop later.
+            for name, value in (
+                self.before.get(type(stopping).__name__, {}).get("attributes", {}).items()
+            ):
+                setattr(stopping, name, value)
+            callbacks.append(stopping)
         measured = self.scores.measure is not None
         trainer = Tuner(
             adapters=self.adapters,
@@ -443,9 +450,11 @@ class _Run:
                 self.folder.clear()
             (self.folder / "result.json").unlink(missing_ok=True)
             self.folder.write("config.yaml", as_yaml(self.resolved()))
-        trainer.train(
-            resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint)
-        )
+        if self.before.get("TrainerControl", {}).get("args", {}).get("should_training_stop"):
+            self._finish(trainer, log)  # the Trainer would take one more step
+        else:
+            start = None if self.checkpoint is None else str(self.checkpoint)
+            trainer.train(resume_from_checkpoint=start)
         result = self._result(trainer, log, self._evaluation(trainer))
         result["output"] = str(self._save())
         if self.main:
@@ -455,6 +464,20 @@ class _Run:
                 f"{result['steps']} steps in {clock(log.seconds)}; {result['output']} is written"
             )
         return strict(result)
+
+    def _finish(self, trainer: Any, log: Any) -> None:
+        """Of a run that had taken its last step, what comes after it."""
+        from transformers import TrainerState
+
+        from lorica import io
+
+        assert self.checkpoint is not None
+        state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+        trainer.state = state
+        log.begin(state)
+        best = self.args.load_best_model_at_end and state.best_global_step
+        step = state.best_global_step if best else state.global_step
+        io.restore(self.adapters, self.checkpoint.parent / f"checkpoint-{step}")
 
     def _evaluation(self, trainer: Any) -> dict[str, float] | None:
         """The figures of the weights that are kept: the best checkpoint's, else the last ones'."""

@@ -10,7 +10,9 @@ multiplication.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,6 +43,15 @@ class TokenWeighted(transformers.Trainer):
         shifted = self._loss_shifts_labels  # type: ignore[attr-defined]
         return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
+    @contextlib.contextmanager
+    def _mean_alone(self) -> Iterator[None]:
+        """Within this context no count is made, nor handed to the model."""
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
+        try:
+            yield
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -49,11 +60,8 @@ class TokenWeighted(transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         count = self._labels(inputs)
-        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
-        try:
+        with self._mean_alone():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        finally:
-            self.model_accepts_loss_kwargs = accepts
         if num_items_in_batch is not None:
             across = (
                 self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -72,13 +80,15 @@ class TokenWeighted(transformers.Trainer):
             labels[kept:] = -100
             inputs = {**inputs, "labels": labels}
         count = labels.new_tensor(kept) if figures else self._labels(inputs)
-        loss, logits, labels = super().prediction_step(
-            model, inputs, prediction_loss_only, ignore_keys
-        )
+        with self._mean_alone():
+            loss, logits, labels = super().prediction_step(
+                model, inputs, prediction_loss_only, ignore_keys
+            )
         if loss is not None:
             if kept < len(inputs["labels"]) and figures:
-                first = logits[0] if isinstance(logits, tuple) else logits
-                loss = functional.mse_loss(first[:kept].reshape(-1), labels[:kept].reshape(-1))
+                first: Any = logits[0] if isinstance(logits, tuple) else logits
+                figure: Any = labels
+                loss = functional.mse_loss(first[:kept].reshape(-1), figure[:kept].reshape(-1))
             count = count.to(loss.device)
             total = torch.where(count > 0, loss.detach().double() * count, 0.0)
             self._seen.append((total, count))
