@@ -1,6 +1,6 @@
 """Started by torchrun, once per process: every rule on sharded parameters, against one process.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 sharded_rules.py RULE ...
+python -m torch.distributed.run --standalone --nproc-per-node=2 sharded_rules.py RULE ...
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ WIDE = [(m, d) for m, d in [*((m, torch.float64) for m in EXACT),
 
 @contextlib.contextmanager
 def quiet():
-    """PEFT says that it sets `fan_in_fan_out` itself, and calls deprecated names of transformers."""
+    """PEFT sets `fan_in_fan_out` itself and says so, and calls deprecated names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

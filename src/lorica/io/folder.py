@@ -88,6 +88,8 @@ def writing(
                 if not _OURS.fullmatch(entry.name) and not (fresh / entry.name).exists():
                     _copy(entry, fresh / entry.name)
         for file in fresh.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors makes its files private
             _sync(file)
         _sync(fresh)
         _swap(fresh, path)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_WHERE = {"Trainer": "lorica.train.trainer", "TrainerMixin": "lorica.train.trainer"}
-__all__ = ["Trainer", "TrainerMixin"]
+_WHERE = {
+    "Reference": "lorica.train.reference",
+    "Trainer": "lorica.train.trainer",
+    "TrainerMixin": "lorica.train.trainer",
+}
+__all__ = ["Reference", "Trainer", "TrainerMixin"]
 
 if TYPE_CHECKING:
+    from lorica.train.reference import Reference as Reference
     from lorica.train.trainer import Trainer as Trainer
     from lorica.train.trainer import TrainerMixin as TrainerMixin
 

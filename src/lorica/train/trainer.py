@@ -97,8 +97,8 @@ class TrainerMixin:
             )
         if args.optim_args:
             raise ValueError(
-                f"`optim_args={args.optim_args!r}` is read by nobody here: arguments of a rule stand"
-                f" in the method, e.g. `{rule.word}(...)`"
+                f"`optim_args={args.optim_args!r}` is read by nobody here: arguments of a rule"
+                f" stand in the method, e.g. `{rule.word}(...)`"
             )
         if args.deepspeed and (self.adapters.recipe.schedules or "pair" in rule.needs):
             raise ValueError(
@@ -130,12 +130,19 @@ class TrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        penalised = model.training and bool(self.adapters.recipe.objectives)
+        # Before the call: with label smoothing the Trainer takes the labels out of the inputs.
+        share = self._share(inputs, num_items_in_batch) if penalised else 1.0
+        result = super().compute_loss(  # type: ignore[misc]
+            model,
+            inputs,
+            return_outputs=return_outputs or penalised,
+            num_items_in_batch=num_items_in_batch,
         )
-        if model.training and self.adapters.recipe.objectives:
-            share = self._share(inputs, num_items_in_batch)
-            loss = self.adapters.loss({"loss": loss, **_mapping(outputs)}, inputs, share=share)
+        if not penalised:
+            return result
+        loss, outputs = result
+        loss = self.adapters.loss({"loss": loss, **_mapping(outputs)}, inputs, share=share)
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs: Any, items: Any) -> float:
