@@ -69,15 +69,16 @@ def shapes(width: int) -> list[tuple[int, int]]:
 
 
 class Pairs(nn.Module):
-    """The adapters of a large model without the model: only what its optimizer sees."""
+    """The linear layers of a large model, each weight one number that stands for all."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(n, m, bias=False, device="meta")
-            for _ in range(layers)
-            for m, n in shapes(width)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            for m, n in shapes(width):
+                layer = nn.Linear(n, m, bias=False, device="meta")
+                layer.weight = nn.Parameter(torch.zeros(()).expand(m, n))
+                self.layers.append(layer)
 
 
 def step_alone(rule: str, width: int, layers: int) -> Callable[[], float]:
@@ -85,7 +86,7 @@ def step_alone(rule: str, width: int, layers: int) -> Callable[[], float]:
     generator = torch.Generator().manual_seed(0)
     for _, pair in adapters.pairs():
         for p in (pair.A, pair.B):
-            p.data = 0.02 * torch.randn(p.shape, generator=generator)
+            nn.init.normal_(p, std=0.02, generator=generator)
     made = adapters.recipe.rule.build(adapters.param_groups(1e-4), {})  # type: ignore[union-attr]
     for t in adapters.trained():
         t.parameter.grad = 1e-3 * torch.randn(t.parameter.shape, generator=generator)

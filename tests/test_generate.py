@@ -111,6 +111,23 @@ def test_nothing_is_changed_behind_ones_back(tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_padding_brings_no_token_that_a_penalty_could_see(tokenizer, name, monkeypatch):
+    """transformers' repetition penalty looks at masked tokens too, EOS as padding among them."""
+    model, seen = MAKERS[name](), {}
+    generates = type(model).generate
+
+    def spy(self, **given):
+        seen.update(given)
+        return generates(self, **given)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    ask(model, tokenizer, ["one", "two words"], max_new_tokens=1)
+    for ids, mask in zip(seen["input_ids"], seen["attention_mask"], strict=True):
+        assert set(ids[mask == 0].tolist()) <= set(ids[mask == 1].tolist())
+    assert (seen["attention_mask"] == 0).any()
+
+
 def test_the_checkpoints_sampling_settings_are_not_used(tokenizer):
     model = MAKERS["llama"]()
     plain = ask(model, tokenizer, max_new_tokens=8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorica import Recipe
-from lorica.optim._spectral import largest_fall
+from lorica.optim._spectral import inverse_root, largest_fall
 from reference import lorarite
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -165,6 +165,12 @@ def test_a_gradient_of_lower_rank_moves_what_it_can():
     made.step()
     values = torch.linalg.eigvalsh(b.detach().T @ b.detach() / OUT)
     torch.testing.assert_close(values, torch.tensor([0.0, 1.0, 1.0]), rtol=1e-3, atol=1e-6)
+
+
+def test_an_eigenvalue_below_zero_counts_as_zero():
+    V = torch.diag(torch.tensor([-1e-18, 1.0, 4.0]))[None]
+    root = inverse_root(V, 0.0, 1e-3).diagonal(dim1=1, dim2=2)[0]
+    torch.testing.assert_close(root, torch.tensor([1e3, 1 / 1.001, 1 / 2.001]))
 
 
 def test_rank_one_is_adam_with_one_second_moment_a_factor():

@@ -109,8 +109,9 @@ class LoraRite(PairRule):
             if plan is not None:
                 W, basis, g = plan
                 kept = next(weights)
-                factors = torch.tensor(kept, dtype=g.dtype, device=g.device)[:, None, None]
-                g = torch.where(factors > 0, g, 0).mul_(factors)
+                if min(kept) < 1:
+                    factors = torch.tensor(kept, dtype=g.dtype, device=g.device)[:, None, None]
+                    g = g.masked_fill_(factors == 0, 0).mul_(factors)  # 0·inf is no number
                 plan = W, basis, g, [k == 0 for k in kept]
             out.append(plan)
         return list(zip(out[::2], out[1::2], strict=True))
@@ -161,7 +162,7 @@ def _moment(g: Tensor, basis: Tensor, own: dict[str, Tensor], options: Mapping[s
         own["escaped"] = b2 * (own["escaped"] + largest_fall(own["second"], carried))
         rho = own["escaped"].double()
     S = inverse_root(second, rho, options["eps"]) @ g
-    own["moment"] = (1 - b1) * S + b1 * (P @ own["moment"])
+    own["moment"] = torch.lerp(P @ own["moment"], S, 1 - b1)
     own["second"], own["basis"] = second, basis
     own["step"] += 1
     return own["moment"]
