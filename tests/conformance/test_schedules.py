@@ -249,3 +249,49 @@ def test_an_event_never_writes_into_another_modules_weight():
     before = logits(model)
     train(adapters, lorica.optimizer(adapters, lr=0.0), 1)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_swap_resets_the_counterparts_state_and_nothing_else(side):
+    """The counterparts' gradient depends on what was exchanged; the exchanged keep their own."""
+    from lorica.moves import swap_
+
+    adapters = lorica.attach(llama(num_hidden_layers=1), "dora", r=4, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-2)
+    train(adapters, optimizer, 3)
+    layer = next(iter(adapters.layers.values()))
+    pair = layer.update.delta.pair()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    numbers = {
+        id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
+    }
+    width = pair.A.shape[1] if side == "A" else pair.B.shape[0]
+    swap_(layer, optimizer, side, [1, 3], torch.randn(2, width))
+    counterpart = pair.B.T if side == "A" else pair.A  # (r, ...)
+    reset = pair.B if side == "A" else pair.A
+    for p, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            old, new = before[numbers[id(p)]][name], state[name]
+            if p is not reset:
+                assert torch.equal(old, new)
+                continue
+            rows, kept = (new.T, old.T) if side == "A" else (new, old)
+            assert rows.shape == counterpart.shape
+            assert not rows[[1, 3]].any() and torch.equal(rows[[0, 2]], kept[[0, 2]])
+
+
+def test_a_merge_resets_the_factors_state_and_keeps_the_magnitudes():
+    from lorica.moves import merge_
+
+    adapters = lorica.attach(llama(num_hidden_layers=1), "dora", r=4, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-2)
+    train(adapters, optimizer, 3)
+    layer = next(iter(adapters.layers.values()))
+    m = layer.combine.m
+    kept = {n: v.clone() for n, v in optimizer.state[m].items()}
+    values = m.detach().clone()
+    merge_(layer, optimizer, link=1, init=adapters.recipe.init, generator=torch.Generator())
+    for p in (layer.update.delta.A, layer.update.delta.B):
+        assert not any(v.any() for v in optimizer.state[p].values())
+    assert torch.equal(m, values)
+    assert all(torch.equal(v, kept[n]) for n, v in optimizer.state[m].items())

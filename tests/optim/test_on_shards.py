@@ -16,6 +16,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo here, so no processes can talk", allow_module_level=True)
 
 
+@pytest.mark.slow
 def test_rules_that_declare_it_are_the_same_on_shards():
     rules = [w for w in rooms.words("optim") if "sharded" in rooms.load(w).gives]
     command = [

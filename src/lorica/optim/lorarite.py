@@ -81,11 +81,8 @@ class LoraRite(PairRule):
     def __post_init__(self) -> None:
         self.plain.check({**self.plain.defaults, "betas": self.betas})
         for name in ("eps", "clip", "skip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"`lorarite({name}={getattr(self, name)!r})` must not be negative; 0 leaves it"
-                    " out"
-                )
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"`lorarite({name}={value!r})` must not be negative; 0: none")
         if not isinstance(self.escape, bool):
             raise ValueError(f"`lorarite(escape={self.escape!r})`; allowed: True, False")
 
