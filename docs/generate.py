@@ -60,7 +60,9 @@ def axes() -> str:
             f"[{f'**{w}**' if w == default else w}](docs/methods.md#{w})" for w in rooms.words(room)
         ]
         if found:
-            rows.append((axis + (" (several)" if several else ""), _question(room), ", ".join(found)))
+            rows.append(
+                (axis + (" (several)" if several else ""), _question(room), ", ".join(found))
+            )
     return table(("axis", "question", "words"), rows)
 
 
@@ -70,14 +72,16 @@ def defaults() -> str:
     for row in describe():
         if row["axis"] == "kernel" or (row["default"] and row["word"] != _plain_method()):
             continue
-        recipe = Recipe.parse(row["word"])
+        recipe = _alone(row["word"])
+        if recipe is None:
+            continue
         rate = recipe.learning_rate
         rows.append(
             (
                 f"`{row['word']}`",
                 _number(recipe.r),
                 _number(recipe.lora_alpha) + _formula(row["word"]),
-                "" if rate is None else f"{rate[0]:g}",
+                "" if rate is None else _number(rate[0]),
                 "" if rate is None else f"`{rate[1]}`",
             )
         )
@@ -168,18 +172,25 @@ def _entry(row: dict[str, Any]) -> str:
     if row["arguments"]:
         lines.append("")
     facts = []
-    if row["learning_rate"] is not None:
-        facts.append(f"default learning rate {row['learning_rate']:g}")
+    # Of an object: a rate may depend on the arguments.
+    rate = None if "required" in row["arguments"].values() else _rate(row["word"])
+    if rate is not None:
+        facts.append(f"default learning rate {_number(rate)}")
     if row["preset"]:
         facts.append(
-            "also fills " + ", ".join(f"{rooms.ROOMS[k][0]}: `{v}`" for k, v in row["preset"].items())
+            "also fills "
+            + ", ".join(f"{rooms.ROOMS[k][0]}: `{v}`" for k, v in row["preset"].items())
         )
     for name in ("needs", "gives", "withdraws"):
         if row[name]:
             facts.append(f"{name} {_ticks(row[name])}")
     if facts:
-        lines.append(f"{'; '.join(facts)}.\n".capitalize() if False else f"Declares: {'; '.join(facts)}.\n")
+        lines.append(f"Declares: {'; '.join(facts)}.\n")
     return "\n".join(lines)
+
+
+def _rate(word: str) -> float | None:
+    return rooms.build(word, {}).default_learning_rate
 
 
 def _sections(text: str) -> tuple[str, dict[str, str]]:
@@ -201,7 +212,7 @@ def _refused() -> str:
         (room, word)
         for room, (_, default, _) in rooms.ROOMS.items()
         for word in rooms.words(room)
-        if word != default
+        if word != default and _alone(word) is not None
     ]
     for (room, one), (other_room, other) in itertools.combinations(words, 2):
         if room == other_room and not rooms.ROOMS[room][2]:
@@ -215,7 +226,7 @@ def _refused() -> str:
                 by_reason.setdefault((f"`{one}`", reason), []).append(other)
             else:
                 who, beside, need = found.groups()
-                reason = f"needs `{need}`: {rooms.CAPABILITIES[need]}"
+                reason = f"`{need}`: {rooms.CAPABILITIES[need]}"
                 by_reason.setdefault((f"`{beside}`", reason), []).append(who)
     lines = [
         "## Combinations that are refused\n",
@@ -223,7 +234,9 @@ def _refused() -> str:
         " words\ndeclare; all other pairs stand together.\n",
     ]
     rows = [(a, _ticks(b), reason) for (a, reason), b in by_reason.items()]
-    lines.append(table(("word", "refuses", "because the latter"), rows))
+    lines.append(
+        table(("word", "refuses", "because the latter needs what the word does not leave"), rows)
+    )
     return "\n".join(lines)
 
 
@@ -243,15 +256,21 @@ def _plain_method() -> str:
 
 def _formula(word: str) -> str:
     """How alpha follows r, from its values at two ranks."""
-    low, high = (Recipe.parse(word, r=r).lora_alpha if _takes_rank(word) else None for r in (4, 64))
+    if "r" not in Recipe.parse(word).takes:
+        return ""
+    low, high = (Recipe.parse(word, r=r).lora_alpha for r in (4, 64))
     if low is None or high is None:
         return ""
     ratio = {high / low: "", 16.0: " = 2r" if low == 8 else " = r", 4.0: " = √r", 1.0: ""}
     return ratio.get(high / low, "")
 
 
-def _takes_rank(word: str) -> bool:
-    return "r" in Recipe.parse(word).takes
+def _alone(word: str) -> Recipe | None:
+    """The method of this one word; None where it is nothing without arguments or fields."""
+    try:
+        return Recipe.parse(word)
+    except (TypeError, ValueError):
+        return None
 
 
 def _paper(row: dict[str, Any]) -> str:
@@ -261,7 +280,12 @@ def _paper(row: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return "none" if value is None else f"{value:g}"
+    """2e-4 for 0.0002."""
+    if value is None:
+        return "none"
+    if value >= 1e-3:
+        return f"{value:g}"
+    return re.sub(r"(\.?0*)e-0*", "e-", f"{value:.2e}")
 
 
 def _ticks(names: Iterable[str], between: str = ", ") -> str:
@@ -271,7 +295,9 @@ def _ticks(names: Iterable[str], between: str = ", ") -> str:
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A Markdown table; a bar within a cell is escaped."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
+    )
 
 
 def main(arguments: list[str]) -> int:

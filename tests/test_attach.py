@@ -515,3 +515,15 @@ def test_a_bias_of_a_parent_trains_beside_an_adapted_child():
     assert [n for n, _ in merged.named_modules()] == list(plain["modules"])
     lorica.detach(model)
     assert_same(plain, snapshot(model))
+
+
+def test_disabled_with_a_kept_base_is_the_original() -> None:
+    model, ids = llama(), torch.arange(7)[None]
+    plain = llama()(ids).logits
+    adapters = lorica.attach(model, "full", keep_base=True, verbose=False)
+    perturb(adapters)
+    moved = model(ids).logits
+    assert not torch.equal(moved, plain)
+    with adapters.disabled():
+        assert torch.equal(model(ids).logits, plain)
+    assert torch.equal(model(ids).logits, moved)

@@ -19,7 +19,7 @@ from lorica.groups import Trained
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full, reshard
 from lorica.objectives import Context
-from lorica.whole import TrainedModule
+from lorica.whole import TrainedModule, swapped
 
 if TYPE_CHECKING:
     from lorica.contract import Contract
@@ -137,17 +137,18 @@ class Adapters:
         Raises:
             ValueError: the base is not pristine and no copy was kept.
         """
-        if not self.pristine:
+        if not self.pristine and self.originals is None:
             raise ValueError(
                 f"`{self.recipe.text()}` trains the base itself, so there is no original left to"
-                " fall back on; load the base a second time for a reference"
+                " fall back on; attach with `keep_base=True`"
             )
         modules = [*self.layers.values(), *self.saved.values()]
         before = [m.disabled for m in modules]
         for m in modules:
             m.disabled = True
         try:
-            yield
+            with swapped(self):
+                yield
         finally:
             for m, disabled in zip(modules, before, strict=True):
                 m.disabled = disabled

@@ -102,18 +102,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the method's text and every plain field, defaults filled in."""
-        plain_fields = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in _CHOICES
+        own = [f.name for f in dataclasses.fields(self) if f.name not in {*_CHOICES, "filled"}]
+        values = {name: getattr(self, name) for name in own}
+        kinds = {tuple: list, dict: dict}
+        return {
+            "method": self.text(),
+            **{k: kinds.get(type(v), lambda x: x)(v) for k, v in values.items()},
         }
-        plain_fields.pop("filled")
-        for name, value in plain_fields.items():
-            if isinstance(value, tuple):
-                plain_fields[name] = list(value)
-            elif isinstance(value, Mapping):
-                plain_fields[name] = dict(value)
-        return {"method": self.text(), **plain_fields}
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -168,8 +163,12 @@ class Recipe:
 
     @property
     def learning_rate(self) -> tuple[float, str] | None:
-        """The method's default rate and the word it comes from."""
-        return self._own(lambda choice: choice.default_learning_rate)
+        """The method's default rate and the word it comes from: the rule's own, else the lowest
+        that one of the parts asks for."""
+        rated = lambda choices: [  # noqa: E731
+            (c.default_learning_rate, c.word) for c in choices if c.default_learning_rate
+        ]
+        return min(rated(self.of("optim")) or rated(self.choices), default=None)
 
     # -- access
 

@@ -3,8 +3,9 @@ everything."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -135,3 +136,18 @@ def restore(adapters: Any) -> None:
     parameters = dict(adapters.model.named_parameters())
     for name, original in (adapters.originals or {}).items():
         parameters[name].grad, parameters[name].data = None, original
+
+
+@contextlib.contextmanager
+def swapped(adapters: Any) -> Iterator[None]:
+    """Within, the kept copies stand in the model; by pointer, so a graph recorded before stays
+    valid."""
+    live = adapters.base_parameters() if adapters.originals else {}
+    held = {name: live[name].data for name in adapters.originals or {}}
+    try:
+        for name in held:
+            live[name].data = adapters.originals[name]
+        yield
+    finally:
+        for name, data in held.items():
+            live[name].data = data

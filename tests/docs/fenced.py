@@ -96,9 +96,16 @@ def _split(text: str) -> list[list[str]]:
     return out
 
 
+def without_hub(text: str, folder: Path) -> str:
+    """The tiny models' folders in place of the hub's names."""
+    for name, made in HUB_MODELS.items():
+        text = text.replace(name, str(folder / made))
+    return text
+
+
 def shortened(words: list[str], folder: Path) -> list[str]:
     """The command as it is run here."""
-    words = [str(folder / HUB_MODELS[w]) if w in HUB_MODELS else w for w in words]
+    words = [without_hub(word, folder) for word in words]
     if words[0] != "train":
         return words
     if "--max-steps" in words:
@@ -112,9 +119,9 @@ def shortened(words: list[str], folder: Path) -> list[str]:
 
 def make_world(folder: Path) -> None:
     """The data that the pages speak of, and tiny models for those of the hub."""
-    import models
     from transformers import AutoTokenizer
 
+    import models
     from lorica import world
 
     tokenizer = AutoTokenizer.from_pretrained(world.base_path(), model_max_length=2048)

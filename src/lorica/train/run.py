@@ -75,7 +75,7 @@ def _recipe(options: TrainOptions) -> Recipe:
     from lorica.recipe import Recipe
 
     try:
-        return Recipe.parse(options.method or "lora", seed=options.seed, **options.recipe_fields())
+        return Recipe.parse(options.method or {}, seed=options.seed, **options.recipe_fields())
     except ValueError as error:
         raise UsageError(str(error)) from None
 
