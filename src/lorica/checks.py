@@ -53,12 +53,7 @@ def check_effects(recipe: Any) -> None:
             raise ValueError(f"`{f.name}={value!r}` has no effect with `{who.word}`; leave it out")
     patterns = recipe.rank_pattern or recipe.alpha_pattern
     rank: Any = recipe.rank
-    if rank is not None and rank.reads_patterns and not patterns:
-        raise ValueError(
-            f"`{rank.word}` has nothing to read; give `rank_pattern` or `alpha_pattern`,"
-            " e.g. `rank_pattern={'q_proj': 4}`, or leave the word out"
-        )
-    if patterns and not rank.reads_patterns:
+    if patterns and rank is not None and not rank.reads_patterns:
         raise ValueError(
             f"`rank_pattern` and `alpha_pattern` have no effect with `{rank.word}`; leave it"
             " out of the method, or leave the patterns out"

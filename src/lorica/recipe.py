@@ -168,7 +168,8 @@ class Recipe:
         rated = lambda choices: [  # noqa: E731
             (c.default_learning_rate, c.word) for c in choices if c.default_learning_rate
         ]
-        return min(rated(self.of("optim")) or rated(self.choices), default=None)
+        found = rated(self.of("optim")) or rated(self.choices)
+        return min(found, key=lambda pair: pair[0], default=None)
 
     # -- access
 

@@ -235,8 +235,9 @@ def test_training_in_place(word, dtype):
     optimizer = lorica.optimizer(adapters, lr=1e-2)
     model(torch.randn(4, IN)).square().mean().backward()
     optimizer.step()
-    with pytest.raises(ValueError, match="trains the base itself"), adapters.disabled():
-        pass
+    with adapters.disabled():  # the kept copy stands in
+        assert all(torch.equal(p, published[n]) for n, p in model.named_parameters())
+    assert not all(torch.equal(p.to(dtype), published[n]) for n, p in model.named_parameters())
     lorica.detach(model)
     for name, p in model.named_parameters():
         assert torch.equal(p, published[name]) and p.dtype == dtype
@@ -245,6 +246,8 @@ def test_training_in_place(word, dtype):
 @pytest.mark.parametrize("word", DIRECT)
 def test_training_in_place_cannot_be_undone_without_a_copy(word):
     model = nn.Sequential(nn.Linear(IN, OUT))
-    lorica.attach(model, recipe(word), verbose=False)
+    adapters = lorica.attach(model, recipe(word), verbose=False)
     with pytest.raises(ValueError, match="keep_base=True"):
         lorica.detach(model)
+    with pytest.raises(ValueError, match="trains the base itself"), adapters.disabled():
+        pass
