@@ -28,7 +28,18 @@ _WHERE = {
     "optimizer": "lorica.bind",
     "save": "lorica.io",
 }
-__all__ = [*_WHERE, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Adapters",
+    "Recipe",
+    "__version__",
+    "attach",
+    "cite",
+    "detach",
+    "load",
+    "merge",
+    "optimizer",
+    "save",
+]
 
 if TYPE_CHECKING:
     from lorica.adapters import Adapters as Adapters

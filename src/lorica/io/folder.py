@@ -90,10 +90,10 @@ def writing(
         for file in fresh.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # safetensors makes its files private
-            _sync(file)
-        _sync(fresh)
+            sync(file)
+        sync(fresh)
         _swap(fresh, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -120,7 +120,8 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of entries, to the disk."""
     if path.is_symlink() or (os.name == "nt" and path.is_dir()):
         return
     handle = os.open(path, os.O_RDONLY)

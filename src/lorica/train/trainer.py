@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from lorica import io
 from lorica.adapters import Adapters
 from lorica.bind import KEY, bind
+from lorica.io.folder import sync
 
 logger = logging.getLogger("lorica")
 TORN = ".unfinished"  # where a checkpoint is written before it is renamed into place
@@ -182,7 +183,8 @@ class TrainerMixin:
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(aside / name / "trainer_state.json"))
-            sync(aside / name)
+            for path in [*(aside / name).rglob("*"), aside / name]:
+                sync(path)
             shutil.rmtree(final / name, ignore_errors=True)
             os.replace(aside / name, final / name)
             aside.rmdir()
@@ -214,16 +216,6 @@ class TrainerMixin:
 
 class Trainer(TrainerMixin, transformers.Trainer):
     """The Hugging Face Trainer for adapted models; see `TrainerMixin`."""
-
-
-def sync(folder: Path) -> None:
-    """Force a folder's files and entries to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _mapping(outputs: Any) -> dict[str, Any]:
