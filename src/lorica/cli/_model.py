@@ -62,10 +62,10 @@ class Source:
         """
         quieten()
         from lorica.io.strict import locate
-        from lorica.train.load import load_tokenizer, read_config
+        from lorica.train.load import base_name, load_tokenizer, read_config
 
         folder = None if adapter is None else locate(adapter)
-        name = chosen_model(model, folder)
+        name = base_name(model, folder)
         config = read_config(name)
         own = folder is not None and (folder / "tokenizer_config.json").is_file()
         return cls(name, folder, config, load_tokenizer(str(folder) if own else name))
@@ -130,39 +130,15 @@ class Source:
         return Loaded(model.to(device), adapters, tuple(fresh))
 
 
-def chosen_model(model: str | None, adapter: Path | None) -> str:
-    """The base that `--model` names; left out, the one that the adapter names.
+def chosen_data(data: str | None, split: str | None) -> tuple[str, str | None]:
+    """The data and its split that a measurement is of; of embedded tasks, what was not trained on.
 
-    Raises:
-        UsageError: neither says.
+    Left out, the data are the new tasks.
     """
-    if model is not None:
-        return model
-    if adapter is None:
-        raise UsageError("`--model` is wanted: a folder, or a hub id such as `org/name`")
-    from lorica import io
+    from lorica.world.source import NEW, TEST, is_embedded
 
-    told = io.inspect(adapter)
-    if told["type"] == "model":
-        raise UsageError(
-            f"`--adapter {adapter}` is a whole model (`{told['method']}` trains the base itself);"
-            f" type `--model {adapter}` instead"
-        )
-    name = told["base"].get("name")
-    if not name:
-        raise UsageError(f"`--adapter {adapter}` does not name its base; give it with `--model`")
-    return name
-
-
-def chosen_data(data: str | None) -> str:
-    """The data that `--data` names.
-
-    Raises:
-        UsageError: it doesn't.
-    """
-    if data is None:
-        raise UsageError("`--data` is wanted: a file, a folder, or a hub id such as `org/name`")
-    return data
+    data = NEW if data is None else data
+    return data, TEST if split is None and is_embedded(data) else split
 
 
 def quieten() -> None:

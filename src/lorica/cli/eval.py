@@ -37,10 +37,12 @@ class Options(VerbOptions):
     mean over classes), f1_macro, matthews; pearson, spearman, mse.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the one that the adapter names.
+        model: folder or hub id of a transformers model. Default: the one that the adapter names,
+            else the embedded one.
         adapter: on it, an adapter (Lorica's or PEFT's).
-        data: file, folder or hub id; its columns decide what it is.
-        split: of the data.
+        data: file, folder or hub id; its columns decide what it is. Default: the embedded new tasks
+            (`lorica:new`; the others are `lorica:old` and `lorica:new+old`).
+        split: of the data. Of embedded tasks the default is `test`.
         columns: what the data calls the columns, e.g. `text=sentence`.
         header: names of the columns of a csv or tsv file without a header line; `_` drops one.
         limit: measure on at most so many rows, from the start.
@@ -109,8 +111,8 @@ def run(options: Options) -> Outcome:
         compiled(options.answer_pattern)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    data = chosen_data(options.data)
-    return _Work(options, Source.find(options.model, options.adapter), data).outcome()
+    data, split = chosen_data(options.data, options.split)
+    return _Work(options, Source.find(options.model, options.adapter), data, split).outcome()
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class _Work:
     options: Options
     source: Source
     data: str
+    split: str | None
 
     def outcome(self) -> Outcome:
         from lorica.evaluate import figures
@@ -166,7 +169,7 @@ class _Work:
         options = self.options
         return read(
             self.data,
-            split=options.split,
+            split=self.split,
             header=options.header,
             columns=options.columns,
             max_samples=options.limit,

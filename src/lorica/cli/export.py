@@ -39,6 +39,7 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     from lorica import io
+    from lorica.cli._model import quieten
     from lorica.io.folder import ADAPTER_MARKS, check_free
     from lorica.io.merged import MARKS
     from lorica.train.load import load_base
@@ -54,6 +55,7 @@ def run(options: Options) -> Outcome:
         raise UsageError(f"`--r {options.r}`: the rank is a whole number of at least 1")
     out = Path(options.output_dir).expanduser()
     check_free(out, overwrite=options.overwrite, marks=MARKS if merged else ADAPTER_MARKS)
+    quieten()
     model, tokenizer = load_base(options.adapter, options.model)
     more: dict[str, Any] = {"tokenizer": tokenizer} if merged else {}
     done: Any = io.export(

@@ -45,11 +45,12 @@ class Options(VerbOptions):
     answer: prompt, completion, and the file's own answer as reference.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the one that the adapter names.
+        model: folder or hub id of a transformers model. Default: the one that the adapter names,
+            else the embedded one.
         adapter: on it, an adapter (Lorica's or PEFT's).
         prompt: a text to go on from, as it is; with `chat_template`, a user's turn.
-        file: a data file of any shape with prompts (the answers may be absent), or a .txt with a
-            prompt a line. Prompts are the same as in training.
+        file: a data file of any shape with prompts (the answers may be absent), a .txt with a
+            prompt a line, or embedded tasks (`lorica:new`). Prompts are the same as in training.
         chat: a conversation: each line of standard input is a turn, `/exit` ends it.
         output: where the lines of JSON of `file` go, instead of standard output.
         merged: merge the adapter into the base before.

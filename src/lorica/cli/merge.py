@@ -36,11 +36,13 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     from lorica import io
+    from lorica.cli._model import quieten
     from lorica.io.folder import check_free
     from lorica.io.merged import MARKS
     from lorica.train.load import load_base
 
     check_free(Path(options.output_dir), overwrite=options.overwrite, marks=MARKS)
+    quieten()
     model, tokenizer = load_base(options.adapter, options.model)
     adapters = io.load(
         model, options.adapter, check_base=not options.ignore_base_hash, trainable=False

@@ -68,7 +68,7 @@ def describe() -> list[dict[str, Any]]:
                     "year": _year(text.bibtex),
                     "status": cls.status,
                     "arguments": _arguments(cls),
-                    "learning_rate": cls.default_learning_rate,
+                    "learning_rate": cls().default_learning_rate,
                     "needs": sorted(cls.needs),
                     "gives": sorted(cls.gives),
                     "withdraws": sorted(cls.withdraws),

@@ -19,7 +19,8 @@ class Options(VerbOptions):
     """List the layers that an update could adapt, and what it costs. No weights are read.
 
     Args:
-        model: folder or hub id of a transformers model; its configuration is enough.
+        model: folder or hub id of a transformers model; its configuration is enough. Default: the
+            embedded one.
         method: count what this method would train. Default: lora.
         r: its rank. Default: the method's own, else 16.
         lora_alpha: its alpha.
@@ -28,7 +29,7 @@ class Options(VerbOptions):
         layers_to_transform: indices of the blocks.
     """
 
-    model: tyro.conf.Positional[Annotated[str, PATH, HINT]]
+    model: tyro.conf.Positional[Annotated[str | None, PATH, HINT]] = None
     method: Annotated[str, METHOD, HINT] = "lora"
     r: Annotated[int | None, WHOLE, HINT] = None
     lora_alpha: Annotated[float | None, NUMBER, HINT] = None
@@ -40,9 +41,10 @@ class Options(VerbOptions):
 def run(options: Options) -> Outcome:
     import lorica
     from lorica.recipe import Recipe
-    from lorica.train.load import empty_model
+    from lorica.train.load import base_name, empty_model
 
-    model = empty_model(options.model)
+    name = base_name(options.model)
+    model = empty_model(name)
     groups = survey(model)
     given = {"r": options.r, "lora_alpha": options.lora_alpha}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -63,7 +65,7 @@ def run(options: Options) -> Outcome:
         group["adapted"] = sum(path in adapted for path in group["paths"])
     per_rank = sum(g["parameters_per_rank"] * g["adapted"] for g in groups)
     data = {
-        "model": options.model,
+        "model": name,
         "class": type(model).__name__,
         "method": contract.method,
         "r": adapters.recipe.r,

@@ -1,4 +1,5 @@
-"""A path or a hub id becomes a `datasets.Dataset`, without a registry and without files on disk.
+"""A path, a hub id or the name of embedded tasks becomes a `datasets.Dataset`, without a registry
+and without files on disk.
 
 Every row carries the file and line it came from in a hidden column (`words.WHERE`), and whatever is
 wrong with a file is reported with that place. Everything is read into memory: nothing is cached,
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorica.data.formats import READERS, TXT_SPLITS, Options, formats, read_file, suffix_of
 from lorica.data.words import listing, nearest, visible
+from lorica.world.source import dataset as embedded
+from lorica.world.source import is_embedded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +49,8 @@ def read(
     columns.
 
     Args:
-        source: path, or a hub id (`org/name`, or `org/name:config` where it has configurations).
+        source: path, or a hub id (`org/name`, or `org/name:config` where it has configurations),
+            or embedded tasks (`lorica:new`, see `lorica.world.source`).
         split: of a hub data set its split (also in the form `"train[:10%]"`); of a folder the files
             named after it (`train.jsonl`, `train-00000-of-00002.parquet`). Default: `train` where
             there is one, else everything.
@@ -85,7 +89,13 @@ def read(
             + nearest(txt_split, TXT_SPLITS)
         )
     options = Options(tuple(header) if header is not None else None, txt_split)
-    dataset = _local(source, split, options) if _is_local(source) else _hub(str(source), split)
+    if is_embedded(source):
+        _check_options([Path(source)], options)
+        dataset = embedded(str(source), split, max_samples)
+    elif _is_local(source):
+        dataset = _local(source, split, options)
+    else:
+        dataset = _hub(str(source), split)
     dataset = _rename(dataset, columns or {}, str(source))
     if max_samples is not None and max_samples < len(dataset):
         dataset = dataset.select(range(max_samples))
@@ -143,7 +153,9 @@ def read_splits(
         raise ValueError(f"`max_eval_samples` is {max_eval_samples}: it must be at least 1.")
     how: dict[str, Any] = {"header": header, "columns": columns, "txt_split": txt_split}
     if eval_fraction is not None:
-        train, held = hold_out(read(source, split=split, **how), eval_fraction, seed=seed)
+        rows = max_samples if is_embedded(source) else None  # as many are made as are asked for
+        every = read(source, split=split, max_samples=rows, **how)
+        train, held = hold_out(every, eval_fraction, seed=seed)
         return _first(train, max_samples), _first(held, max_eval_samples)
     train = read(source, split=split, max_samples=max_samples, **how)
     if eval_source is None and eval_split is None:

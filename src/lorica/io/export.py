@@ -118,8 +118,9 @@ def _export(
     else:
         if (obstacle := peft.obstacle(adapters)) is not None:
             raise ValueError(
-                f"{obstacle}, so there is no PEFT adapter of it. Export it as `to='merged'`, or cut"
-                " it to a plain LoRA of some rank with `r=...`"
+                f"{obstacle}, so there is no PEFT adapter of it. Write merged weights instead"
+                " (`--to merged`, in Python `to='merged'`), or cut it to a plain LoRA of some rank"
+                " with `r=...`"
             )
         config, tensors, error = peft.config(adapters), peft.file_tensors(adapters, state), 0.0
     if dtype is not None:
@@ -149,7 +150,10 @@ def _portable(adapters: Adapters, r: int | None) -> tuple[dict[str, Any], dict[s
     else:
         why = None
     if why is not None:
-        raise ValueError(f"{why}, so no plain LoRA computes the same. Export it as `to='merged'`")
+        raise ValueError(
+            f"{why}, so no plain LoRA computes the same. Write merged weights instead (`--to"
+            " merged`, in Python `to='merged'`)"
+        )
     pairs = {name: _pair(layer, r) for name, layer in adapters}
     rank = r if r is not None else max(a.shape[0] for a, _, _ in pairs.values())
     tensors = {}
@@ -177,7 +181,7 @@ def _pair(layer: AdaptedLinear, r: int | None) -> tuple[Tensor, Tensor, float]:
     elif r is None:
         raise ValueError(
             f"{layer.site.name!r} has no low-rank form; give a rank, `r=...`, for the best"
-            " approximation, or export it as `to='merged'`"
+            " approximation, or write merged weights (`--to merged`, in Python `to='merged'`)"
         )
     else:
         whole = layer.update.weight(layer.store).cpu().double()

@@ -2,7 +2,7 @@
 
     forward   V = W + s·BA;  y = x Vᵀ (+ b)                          mnr + Nmn multiplies
     backward  V again; dX = dY V; Z = dY B; dA = s·Zᵀ X; dB = s·dYᵀ (X Aᵀ)
-    saved     X, W, A, B; of these only X is new memory
+    saved     X, W, A, B; of these only X is new memory (X Aᵀ instead where A is frozen)
 
 (N tokens, m = in, n = out). Cheaper than the factors' order from N > mn/(m + n) on, whatever the
 rank (orders f2 and b5 of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023). The sum is rounded to
@@ -34,17 +34,19 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, w, a, b)
+        # A frozen A needs no x in backward, only the small x Aᵀ.
+        ctx.slim = not ctx.needs_input_grad[3]
+        ctx.save_for_backward(x @ a.T if ctx.slim else x, w, a, b)
         return F.linear(x, _sum(w, a, b), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads  # (N, out)
-        x, w, a, b = ctx.saved_tensors
+        kept, w, a, b = ctx.saved_tensors
         need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad
         dx = dy @ _sum(w, a, b) if need_x else None  # (N, in)
-        da = (dy @ b).T @ x if need_a else None  # (k, in)
-        db = dy.T @ (x @ a.T) if need_b else None  # (out, k)
+        da = (dy @ b).T @ kept if need_a else None  # (k, in)
+        db = dy.T @ (kept if ctx.slim else kept @ a.T) if need_b else None  # (out, k)
         dbias = dy.sum(0) if need_bias else None
         return dx, None, dbias, da, db
 

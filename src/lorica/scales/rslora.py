@@ -10,7 +10,8 @@ from lorica.scales import AbstractScale
 
 @dataclass(frozen=True, kw_only=True)
 class RsLora(AbstractScale):
-    """Rank-stabilised scale. Equal to LoRA with α·√r; at equal s, α is LoRA's divided by √r.
+    """Rank-stabilised scale s = α/√r. Equal to LoRA with α·√r; at equal s, α is LoRA's divided by
+    √r.
 
     Default α = 8: s = 2 at r = 16, LoRA's own default there. A LoRA α reused here raises the
     effective rate a lot.

@@ -19,6 +19,33 @@ AUTO = {
 }
 
 
+def base_name(model: str | None, adapter: str | Path | None = None) -> str:
+    """The base that is meant: the one named, else the adapter's own, else the embedded one.
+
+    Raises:
+        UsageError: the adapter is a whole model, or doesn't name its base.
+    """
+    from lorica.train.options import UsageError
+    from lorica.world import base_path
+
+    if model is not None:
+        return model
+    if adapter is None:
+        return str(base_path())
+    from lorica import io
+
+    told = io.inspect(adapter)
+    if told["type"] == "model":
+        raise UsageError(
+            f"`--adapter {adapter}` is a whole model (`{told['method']}` trains the base itself);"
+            f" type `--model {adapter}` instead"
+        )
+    name = told["base"].get("name")
+    if not name:
+        raise UsageError(f"`--adapter {adapter}` does not name its base; give it with `--model`")
+    return name
+
+
 def read_config(name: str) -> PretrainedConfig:
     """The model's configuration.
 

@@ -17,6 +17,8 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import tyro
 
+from lorica.world.source import is_embedded
+
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
 
@@ -212,7 +214,8 @@ class TrainOptions:
 
     Args:
         model: folder or hub id of a transformers model. Default: the embedded one.
-        data: file, folder or hub id; its columns decide what it is. Default: the embedded one.
+        data: file, folder or hub id; its columns decide what it is. Embedded tasks are
+            `lorica:new`, `lorica:old` and `lorica:new+old`. Default: `lorica:new`.
         method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
             weight. `lorica methods` lists them. Default: lora.
         r: rank of what trains. Default: the method's own, else 16.
@@ -334,7 +337,8 @@ class TrainOptions:
     def evaluates(self) -> bool:
         """Whether there are evaluation rows; the embedded data brings its own."""
         sources = (self.eval_data, self.eval_split, self.eval_fraction)
-        return self.data is None or any(source is not None for source in sources)
+        brings = self.data is None or is_embedded(self.data)
+        return brings or any(source is not None for source in sources)
 
     def check(self) -> None:
         """What can be told from the options alone.

@@ -6,6 +6,7 @@ configuration, and only then the weights. The folder is `lorica.train.folder.Run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,8 +38,6 @@ LOG_LINES = 50  # a run's log has about so many lines, ...
 LOG_STEPS = 50  # ... and never waits longer than so many steps
 EVALUATIONS = 5  # in a run that is not measured in passes
 
-EMBEDDED_ROWS = 2000
-
 # What may differ between a run and its resumption: it touches neither weights nor their order.
 _FREE = {
     "output_dir", "report_to", "logging_steps", "logging_strategy", "logging_first_step",
@@ -47,11 +46,14 @@ _FREE = {
 }  # fmt: skip
 
 
-def train(options: TrainOptions) -> dict[str, Any]:
+def train(
+    options: TrainOptions, *, then: Callable[[Any, Any], None] | None = None
+) -> dict[str, Any]:
     """Fine-tune as the options say; returns what result.json holds.
 
     Args:
         options: see `TrainOptions`; `further` holds fields of transformers' TrainingArguments.
+        then: called with the trained model and its tokenizer once everything is written.
 
     Raises:
         UsageError: options that cannot be run as they stand, before anything is loaded or written.
@@ -65,10 +67,12 @@ def train(options: TrainOptions) -> dict[str, Any]:
     checkpoint = folder.check(resume=options.resume, overwrite=options.overwrite_output_dir)
     if recipe is not None:
         _check_optim(options, recipe)
-    if not main:
-        return _Run(options, recipe, folder, checkpoint, main).go()
-    with folder.held():
-        return _Run(options, recipe, folder, checkpoint, main).go()
+    with folder.held() if main else contextlib.nullcontext():
+        run = _Run(options, recipe, folder, checkpoint, main)
+        result = run.go()
+        if then is not None:
+            then(run.model, run.tokenizer)
+        return result
 
 
 def _recipe(options: TrainOptions) -> Recipe:
@@ -123,10 +127,10 @@ class _Run:
 
     def _load_data(self) -> None:
         from lorica.data import detect, prepare
-        from lorica.train.load import load_tokenizer, longest, own_labels, read_config
+        from lorica.train.load import base_name, load_tokenizer, longest, own_labels, read_config
 
         options = self.options
-        self.name = options.model or embedded_model()
+        self.name = base_name(options.model, options.adapter)
         self.config = read_config(self.name)
         train, held = self._rows()
         shape = detect(train.column_names, task=options.task)
@@ -164,38 +168,23 @@ class _Run:
 
     def _rows(self) -> tuple[Any, Any]:
         """Rows to train on and rows to evaluate on (or None)."""
-        from lorica.data import hold_out, read_splits
+        from lorica.data import read_splits
+        from lorica.world.source import NEW, TEST, is_embedded
 
-        options = self.options
-        if options.data is not None:
-            return read_splits(
-                options.data,
-                split=options.split,
-                eval_source=options.eval_data,
-                eval_split=options.eval_split,
-                eval_fraction=options.eval_fraction,
-                seed=options.seed,
-                header=options.header,
-                columns=options.columns,
-                max_samples=options.max_samples,
-            )
-        from datasets import Dataset
-
-        from lorica import world
-
-        useless = {"split": options.split, "eval_split": options.eval_split}
-        useless |= {"header": options.header, "columns": options.columns}
-        for name, value in useless.items():
-            if value is not None:
-                raise UsageError(f"`--{name.replace('_', '-')}` needs `--data`; leave it out")
-        count = options.max_samples or EMBEDDED_ROWS
-        train = Dataset.from_list(world.generate("new", count, seed=options.seed))
-        if options.eval_data is not None:
-            return train, read_splits(options.eval_data)[0]
-        if options.eval_fraction is not None:
-            return hold_out(train, options.eval_fraction, seed=options.seed)
-        held = world.generate("new", max(1, count // 10), seed=options.seed, side="test")
-        return train, Dataset.from_list(held)
+        options, eval_split = self.options, self.options.eval_split
+        self.source = options.data or NEW
+        brought = is_embedded(self.source) and options.eval_data is options.eval_fraction is None
+        return read_splits(
+            self.source,
+            split=options.split,
+            eval_source=options.eval_data,
+            eval_split=TEST if brought and eval_split is None else eval_split,
+            eval_fraction=options.eval_fraction,
+            seed=options.seed,
+            header=options.header,
+            columns=options.columns,
+            max_samples=options.max_samples,
+        )
 
     # -- arguments ---------------------------------------------------------------------------------
 
@@ -231,6 +220,8 @@ class _Run:
         default = recipe.learning_rate if recipe is not None else None
         self.learning_rate = options.learning_rate or (default[0] if default else 2e-4)
         warmup = WARMUP_RATIO if options.warmup_ratio is None else options.warmup_ratio
+        if options.warmup_ratio is None and math.ceil(warmup * steps) >= steps:
+            warmup = 0.0  # the first step of a warm-up has rate 0: a run of one would move nothing
         values: dict[str, Any] = {
             "logging_steps": max(1, min(LOG_STEPS, steps // LOG_LINES)),
             "save_total_limit": 2,
@@ -307,6 +298,7 @@ class _Run:
             value = options[name]
             if value is not None and Path(value).expanduser().exists():
                 options[name] = str(Path(value).expanduser().resolve())
+        options["data"] = options["data"] or self.source
         options["max_length"] = self.max_length
         options["task"] = self.task
         options["learning_rate"] = self.learning_rate
@@ -350,7 +342,7 @@ class _Run:
         for name, value in facts.items():
             if self.facts.get(name) != value:
                 raise ValueError(
-                    f"the rows of `{self.options.data}` are not those that"
+                    f"the rows of `{self.source}` are not those that"
                     f" {self.checkpoint.name} was trained on ({name} differs): a file has changed,"
                     " or the tokenizer has. Put the old one back, or start a run of its own with"
                     " another `--output-dir`"
@@ -550,7 +542,7 @@ class _Run:
             },
             "adapter_sha256": adapters.fingerprint(),
             "data": {
-                "name": self.options.data or "embedded",
+                "name": self.source,
                 "sha256": self.facts["data_sha256"],
                 **self.data.report.as_dict(),
             },
@@ -562,19 +554,6 @@ class _Run:
                 **self.held.report.as_dict(),
             }
         return result
-
-
-def embedded_model() -> str:
-    """The folder of the model that comes with Lorica."""
-    from lorica.world import base_path
-
-    path = base_path()
-    if not (path / "config.json").is_file():
-        raise UsageError(
-            "`--model` is wanted: this installation has no embedded model. Give a folder, or a hub"
-            " id such as `org/name`"
-        )
-    return str(path)
 
 
 def _mean_loss(lines: list[dict[str, Any]]) -> float | None:
