@@ -192,14 +192,16 @@ class _Work:
     # -- a data file -------------------------------------------------------------------------------
 
     def file(self) -> Outcome:
+        from lorica.cli._model import chosen_data
         from lorica.data import read
         from lorica.data.formats import suffix_of
 
         options = self.options
-        assert options.file is not None
-        lines = suffix_of(Path(options.file))[0] == ".txt"
+        file, split = chosen_data(options.file, None)
+        lines = suffix_of(Path(file))[0] == ".txt"
         dataset = read(
-            options.file,
+            file,
+            split=split,
             columns=options.columns,
             header=options.header,
             max_samples=options.limit,

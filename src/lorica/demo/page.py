@@ -11,7 +11,6 @@ from html import escape
 from typing import Any
 
 from lorica.contract import human
-from lorica.train.log import clock
 
 _STYLE = """
 :root {

@@ -34,9 +34,10 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
-        # A frozen A needs no x in backward, only the small x Aᵀ.
+        # A frozen A needs no x in backward, only the small x Aᵀ; evaluation needs neither.
         ctx.slim = not ctx.needs_input_grad[3]
-        ctx.save_for_backward(x @ a.T if ctx.slim else x, w, a, b)
+        small = x @ a.T if ctx.slim and ctx.needs_input_grad[4] else x[:0]
+        ctx.save_for_backward(small if ctx.slim else x, w, a, b)
         return F.linear(x, _sum(w, a, b), bias)
 
     @staticmethod
