@@ -251,7 +251,7 @@ def test_the_embedded_data_and_model_stand_in(lorica, llama, tmp_path, monkeypat
     ran = lorica("train", "--output-dir", tmp_path / "out", "--max-samples", 20, "--max-steps", 2,
                  "--r", 2, "--json")  # fmt: skip
     assert ran.status == 0, ran.err
-    assert ran.json["data"]["name"] == "embedded" and ran.json["evaluation"]["eval_loss"] > 0
+    assert ran.json["data"]["name"] == "lorica:new" and ran.json["evaluation"]["eval_loss"] > 0
 
 
 def test_resuming_a_finished_run_changes_nothing(train, lorica, tmp_path):
