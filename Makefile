@@ -3,15 +3,23 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+READY  := $(VENV)/.ready
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: test test-slow check format clean
+.PHONY: demo test test-slow check format docs clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $(READY)
+
+$(STAMP): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
 	touch $(STAMP)
+
+demo: $(READY)  ## teach the embedded model new tasks, and show it (lorica-demo/demo.html)
+	HF_HUB_OFFLINE=1 $(BIN)/lorica demo
 
 test: $(STAMP)  ## the whole suite but its slow part, on two processes
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
@@ -20,14 +28,17 @@ test-slow: $(STAMP)  ## the slow part
 	$(PYTEST) -n 2 --dist worksteal -m slow
 
 check: $(STAMP)  ## format, lint, types, suite
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks examples docs
 	$(BIN)/pyright
 	$(MAKE) test
 
 format: $(STAMP)
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks examples docs
+	$(BIN)/ruff check --fix src tests benchmarks examples docs
+
+docs: $(STAMP)  ## write the generated parts of README and docs anew
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

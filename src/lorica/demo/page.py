@@ -31,17 +31,17 @@ body {
 main { max-width: 1000px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 0 0 4px; }
-p { margin: 0; max-width: 46em; }
+p { margin: 0; }
 .mark { font-weight: 600; color: var(--soft); letter-spacing: 0.02em; margin-bottom: 18px; }
 .lead, .note { color: var(--soft); }
-.lead { font-size: 16px; }
+.lead { font-size: 16px; max-width: 46em; }
 .note { font-size: 13px; margin-bottom: 16px; }
 section {
   background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   padding: 22px 24px; margin-top: 20px; overflow-x: auto;
 }
 .figures {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 14px;
   margin-top: 28px;
 }
 .figure {
@@ -59,8 +59,12 @@ td.n, th.n { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr + tr td { border-top: 1px solid var(--grid); }
 td.task { font-weight: 550; white-space: nowrap; }
-td.plot { width: 46%; padding-top: 0; padding-bottom: 0; }
-td.plot svg { display: block; width: 100%; height: 26px; }
+td.plot, th.plot { width: 38%; padding-top: 0; padding-bottom: 0; }
+th.plot svg { display: block; width: 100%; height: 20px; }
+th.plot text { fill: var(--soft); font-size: 11.5px; font-weight: 400; }
+td.about { color: var(--soft); font-size: 13px; }
+td.about code { font-size: 12px; }
+td.plot svg { display: block; width: 100%; height: 30px; }
 tr.group td { padding-top: 14px; border-top: 0; font-weight: 650; }
 tr.mean td { font-weight: 650; }
 .new td.after, tr.group.new td { color: var(--new); }
@@ -184,7 +188,8 @@ def _tasks(demo: Mapping[str, Any]) -> str:
         ' <span class="key"><i style="background:var(--was)"></i>before</span>'
         '<span class="key"><i style="background:var(--new)"></i>after, new</span>'
         '<span class="key"><i style="background:var(--old)"></i>after, old</span></p>'
-        '<table><thead><tr><th>task</th><th></th><th></th><th class="n">before</th>'
+        '<table><thead><tr><th>task</th><th></th><th class="plot">' + _axis() + '</th>'
+        '<th class="n">before</th>'
         f'<th class="n">after</th></tr></thead><tbody>{"".join(rows)}</tbody></table></section>'
     )
 
@@ -192,31 +197,46 @@ def _tasks(demo: Mapping[str, Any]) -> str:
 def _task(row: Mapping[str, Any], extra: str = "") -> str:
     return (
         f'<tr class="{row["kind"]}{extra}"><td class="task">{escape(row["task"])}</td>'
-        f'<td class="before">{escape(row["description"])}</td>'
+        f'<td class="about">{_with_code(row["description"])}</td>'
         f'<td class="plot">{_dumbbell(row)}</td>'
         f'<td class="n before">{percent(row["before"])}</td>'
         f'<td class="n after">{percent(row["after"])}</td></tr>'
     )
 
 
+def _with_code(text: str) -> str:
+    """What stands between back-ticks, as code."""
+    parts = escape(text).split("`")
+    return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
+
+
+def _x(share: float) -> str:
+    """Where a share stands in a plot's width; the dots keep their half at both ends."""
+    return f"{3 + 94 * share:.2f}%"
+
+
+def _axis() -> str:
+    labels = "".join(
+        f'<text x="{_x(at)}" y="14" text-anchor="middle">{round(100 * at)}%</text>'
+        for at in (0, 0.5, 1)
+    )
+    return f"<svg>{labels}</svg>"
+
+
 def _dumbbell(row: Mapping[str, Any]) -> str:
     """From before to after on a scale from 0 to 100 %."""
-
-    def x(share: float) -> str:  # the dots keep their half at both ends
-        return f"{2 + 96 * share:.2f}%"
-
     before, after, colour = row["before"], row["after"], f"var(--{row['kind']})"
     lines = "".join(
-        f'<line x1="{x(at)}" x2="{x(at)}" y1="0" y2="26" stroke="var(--grid)"/>'
+        f'<line x1="{_x(at)}" x2="{_x(at)}" y1="0" y2="30" stroke="var(--grid)"/>'
         for at in (0, 0.25, 0.5, 0.75, 1)
     )
     label = f"{row['task']}: {percent(before)} before, {percent(after)} after"
     return (
         f'<svg role="img" aria-label="{escape(label)}"><title>{escape(label)}</title>{lines}'
-        f'<line x1="{x(before)}" x2="{x(after)}" y1="13" y2="13" stroke="{colour}"'
+        f'<line x1="{_x(before)}" x2="{_x(after)}" y1="15" y2="15" stroke="{colour}"'
         ' stroke-width="3" stroke-opacity="0.45"/>'
-        f'<circle cx="{x(before)}" cy="13" r="5" fill="var(--was)"/>'
-        f'<circle cx="{x(after)}" cy="13" r="5.5" fill="{colour}"/></svg>'
+        f'<circle cx="{_x(before)}" cy="15" r="5" fill="var(--was)"/>'
+        f'<circle cx="{_x(after)}" cy="15" r="5.5" fill="{colour}"/></svg>'
     )
 
 
@@ -226,7 +246,7 @@ def _loss(result: Mapping[str, Any]) -> str:
         return ""
     width, height, left, top, bottom = 940, 250, 48, 12, 34
     lowest, highest = min(y for _, y in points), max(y for _, y in points)
-    ticks = [t for e in range(-4, 3) for t in (10.0**e, 3 * 10.0**e)]
+    ticks = [k * 10.0**e for e in range(-4, 3) for k in (1, 2, 5)]
     floor = max((t for t in ticks if t <= lowest), default=lowest)
     roof = min((t for t in ticks if t >= highest), default=highest)
     span = math.log(roof / floor) or 1.0
@@ -343,7 +363,7 @@ def base_size(result: Mapping[str, Any]) -> int:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}%"
 
 
 def difference(row: Mapping[str, Any]) -> str:
