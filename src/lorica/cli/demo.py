@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ class Options(DemoOptions, VerbOptions):
 
 
 def run(options: Options) -> Outcome:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked for, let alone downloaded
     # Read when torch is imported. Threads that wait by spinning are twenty times slower than one
     # thread as soon as the machine has something else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

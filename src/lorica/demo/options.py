@@ -25,8 +25,8 @@ class DemoOptions:
     """
 
     method: Annotated[str, METHOD, HINT] = "dora+olora"
-    learning_rate: Annotated[float, NUMBER, HINT] = 3e-3
-    max_steps: Annotated[int, WHOLE, HINT] = 240
+    learning_rate: Annotated[float, NUMBER, HINT] = 2.5e-3
+    max_steps: Annotated[int, WHOLE, HINT] = 280
     examples: Annotated[int, WHOLE, HINT] = 50
     seed: Annotated[int, WHOLE, HINT] = 42
     output_dir: Annotated[str, PATH, HINT] = "lorica-demo"

@@ -63,8 +63,11 @@ td.plot, th.plot { width: 38%; padding-top: 0; padding-bottom: 0; }
 th.plot svg { display: block; width: 100%; height: 20px; }
 th.plot text { fill: var(--soft); font-size: 11.5px; font-weight: 400; }
 td.about { color: var(--soft); font-size: 13px; }
-td.about code { font-size: 12px; }
-td.plot svg { display: block; width: 100%; height: 30px; }
+td.about code { font-size: 12px; white-space: nowrap; }
+@media (max-width: 720px) { .about { display: none; } .plot { min-width: 120px; } }
+td.plot { position: relative; height: 30px; }
+td.plot svg { position: absolute; inset: 0; width: calc(100% - 14px); height: 100%; }
+.plot svg { overflow: visible; }
 tr.group td { padding-top: 14px; border-top: 0; font-weight: 650; }
 tr.mean td { font-weight: 650; }
 .new td.after, tr.group.new td { color: var(--new); }
@@ -162,15 +165,24 @@ def _figures(result: Mapping[str, Any]) -> str:
             f"{result['trainable']:,}",
             f"{share:.1%} of the model’s {base_size(result):,}",
         ),
-        ("", "Adapter", human(demo["adapter"]["bytes"]), escape(", ".join(demo["adapter"]["files"]))),
+        (
+            "",
+            "Adapter",
+            human(demo["adapter"]["bytes"]),
+            escape(", ".join(demo["adapter"]["files"])),
+        ),
         ("", "Training", f"{result['seconds']:.0f} s", f"{demo['seconds']:.0f} s in all"),
         ("", "Peak memory", human(result["peak_memory"]), "of the whole process"),
     ]
-    return '<div class="figures">' + "".join(
-        f'<div class="figure {kind}"><div class="name">{name}</div><div class="value">{value}</div>'
-        f'<div class="more">{more}</div></div>'
-        for kind, name, value, more in cells
-    ) + "</div>"
+    return (
+        '<div class="figures">'
+        + "".join(
+            f'<div class="figure {kind}"><div class="name">{name}</div>'
+            f'<div class="value">{value}</div><div class="more">{more}</div></div>'
+            for kind, name, value, more in cells
+        )
+        + "</div>"
+    )
 
 
 def _tasks(demo: Mapping[str, Any]) -> str:
@@ -188,7 +200,9 @@ def _tasks(demo: Mapping[str, Any]) -> str:
         ' <span class="key"><i style="background:var(--was)"></i>before</span>'
         '<span class="key"><i style="background:var(--new)"></i>after, new</span>'
         '<span class="key"><i style="background:var(--old)"></i>after, old</span></p>'
-        '<table><thead><tr><th>task</th><th></th><th class="plot">' + _axis() + '</th>'
+        '<table><thead><tr><th>task</th><th class="about"></th><th class="plot">'
+        + _axis()
+        + "</th>"
         '<th class="n">before</th>'
         f'<th class="n">after</th></tr></thead><tbody>{"".join(rows)}</tbody></table></section>'
     )
@@ -227,16 +241,16 @@ def _dumbbell(row: Mapping[str, Any]) -> str:
     """From before to after on a scale from 0 to 100 %."""
     before, after, colour = row["before"], row["after"], f"var(--{row['kind']})"
     lines = "".join(
-        f'<line x1="{_x(at)}" x2="{_x(at)}" y1="0" y2="30" stroke="var(--grid)"/>'
+        f'<line x1="{_x(at)}" x2="{_x(at)}" y1="0" y2="100%" stroke="var(--grid)"/>'
         for at in (0, 0.25, 0.5, 0.75, 1)
     )
     label = f"{row['task']}: {percent(before)} before, {percent(after)} after"
     return (
         f'<svg role="img" aria-label="{escape(label)}"><title>{escape(label)}</title>{lines}'
-        f'<line x1="{_x(before)}" x2="{_x(after)}" y1="15" y2="15" stroke="{colour}"'
+        f'<line x1="{_x(before)}" x2="{_x(after)}" y1="50%" y2="50%" stroke="{colour}"'
         ' stroke-width="3" stroke-opacity="0.45"/>'
-        f'<circle cx="{_x(before)}" cy="15" r="5" fill="var(--was)"/>'
-        f'<circle cx="{_x(after)}" cy="15" r="5.5" fill="{colour}"/></svg>'
+        f'<circle cx="{_x(before)}" cy="50%" r="5" fill="var(--was)"/>'
+        f'<circle cx="{_x(after)}" cy="50%" r="5.5" fill="{colour}"/></svg>'
     )
 
 
@@ -258,7 +272,9 @@ def _loss(result: Mapping[str, Any]) -> str:
     grid = ""
     for tick in (t for t in ticks if floor <= t <= roof):
         y = at(0, tick)[1]
-        grid += f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>'
+        grid += (
+            f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>'
+        )
         grid += f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
     for step in _steps(result["steps"]):
         x = at(step, floor)[0]
@@ -271,8 +287,8 @@ def _loss(result: Mapping[str, Any]) -> str:
     )
     return (
         '<section class="loss"><h2>Loss</h2><p class="note">Of the answers’ tokens, in nats, on a'
-        f" logarithmic scale; each point is the mean since the one before it. From {points[0][1]:.3f}"
-        f" to {points[-1][1]:.3f}.</p>"
+        " logarithmic scale; each point is the mean since the one before it. From"
+        f" {points[0][1]:.3f} to {points[-1][1]:.3f}.</p>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss by step">{grid}'
         f'<polyline points="{line}" fill="none" stroke="var(--new)" stroke-width="2"'
         f' stroke-linejoin="round"/>{dots}</svg></section>'
@@ -304,8 +320,8 @@ def _answer_table(samples: Sequence[Mapping[str, str]]) -> str:
         return f'<td class="text{"" if right else " wrong"}">{sign} {escape(shown(row[when]))}</td>'
 
     rows = "".join(
-        f'<tr><td class="text">{escape(row["prompt"])}</td>{cell(row, "before")}{cell(row, "after")}'
-        f'<td class="text">{escape(row["wanted"])}</td></tr>'
+        f'<tr><td class="text">{escape(row["prompt"])}</td>{cell(row, "before")}'
+        f'{cell(row, "after")}<td class="text">{escape(row["wanted"])}</td></tr>'
         for row in samples
     )
     return (
@@ -318,14 +334,16 @@ def _reread(demo: Mapping[str, Any]) -> str:
     rows = ""
     for row in demo["reread"]:
         if "skipped" in row:
-            rows += f'<tr><td class="task">{escape(row["name"])}</td><td colspan="2" class="before">'
+            rows += (
+                f'<tr><td class="task">{escape(row["name"])}</td><td colspan="2" class="before">'
+            )
             rows += f"{escape(row['skipped'])}</td></tr>"
         else:
             rows += f'<tr><td class="task">{escape(row["name"])}</td>'
             rows += f'<td class="n">{difference(row)}</td>'
             rows += f'<td class="n">{row["same_answers"]:,} of {row["answers"]:,}</td></tr>'
     return (
-        "<section><h2>Read again</h2><p class=\"note\">Fresh processes read the saved files and are"
+        '<section><h2>Read again</h2><p class="note">Fresh processes read the saved files and are'
         " compared with the model that training left in memory: every logit of"
         f" {demo['reread'][0]['texts']:,} texts, and every answer.</p><table><thead><tr>"
         '<th>read by</th><th class="n">largest difference of a logit</th>'
@@ -345,11 +363,15 @@ def _facts(result: Mapping[str, Any]) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f"<section><h2>How</h2><dl>{rows}</dl></section>{_foot(demo['adapter']['path'])}"
+
+
+def _foot(kept: str) -> str:
+    """What to type next."""
+    ask = f"lorica generate --adapter {kept} --prompt $'flip: lorica\\n'"
     return (
-        f"<section><h2>How</h2><dl>{rows}</dl></section><footer>Repeat the training with <code>lorica"
-        " train config.yaml --output-dir ANOTHER</code>, ask the model yourself with <code>lorica"
-        f" generate --adapter {escape(demo['adapter']['path'])} --prompt $'flip: lorica\\n'</code>."
-        "</footer>"
+        "<footer>The training again: <code>lorica train config.yaml --output-dir ANOTHER</code>."
+        f" The model in person: <code>{escape(ask)}</code>.</footer>"
     )
 
 

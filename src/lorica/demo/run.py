@@ -35,7 +35,8 @@ BATCH = 48  # examples a step
 # Half of what is trained on are old tasks: with a third they fell by two points more, and the new
 # ones gained one.
 DATA = "lorica:new+old"
-LOGGED = 24  # points of the loss curve
+KINDS = ("new", "old")
+LOGGED = 28  # points of the loss curve
 NEW_TOKENS = 20  # the longest right answer has 16, its end included
 TEXTS = 64  # whose logits are compared
 THREADS = 2  # more don't help a model of this size
@@ -53,12 +54,17 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         UsageError: a folder that holds something else, or options that can't be run.
         ValueError: the adapter, read again, computes something else than the trained model.
     """
-    options.check()
+    from lorica.train.run import recipe_of
+
     began = time.perf_counter()
+    options.check()
     folder = RunFolder(options.output_dir)
     ours = _claim(folder)
+    lesson = _lesson(options, overwrite=ours)
+    lesson.check()
+    recipe_of(lesson)
     with _threads(), _announced(folder):
-        result = _run(options, folder, overwrite=ours)
+        result = _run(options, lesson, folder)
         result["demo"]["seconds"] = round(time.perf_counter() - began, 3)
         folder.write("result.json", json.dumps(strict(result), indent=2, ensure_ascii=False) + "\n")
         folder.write(PAGE, page.page(strict(result)))
@@ -149,10 +155,28 @@ class _Exam:
         return marks
 
 
-KINDS = ("new", "old")
+def _lesson(options: DemoOptions, *, overwrite: bool) -> TrainOptions:
+    """The training."""
+    return TrainOptions(
+        data=DATA,
+        method=options.method,
+        learning_rate=options.learning_rate,
+        max_steps=options.max_steps,
+        max_samples=max(1, options.max_steps * BATCH),  # no example comes twice
+        per_device_train_batch_size=BATCH,
+        seed=options.seed,
+        output_dir=options.output_dir,
+        overwrite_output_dir=overwrite,
+        further={
+            "use_cpu": True,  # the same numbers with and without a GPU, and no slower at this size
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "logging_steps": max(1, options.max_steps // LOGGED),
+        },
+    )
 
 
-def _run(options: DemoOptions, folder: RunFolder, *, overwrite: bool) -> dict[str, Any]:
+def _run(options: DemoOptions, lesson: TrainOptions, folder: RunFolder) -> dict[str, Any]:
     from lorica.train.load import load_model, load_tokenizer
     from lorica.train.run import train
     from lorica.world import base_path
@@ -172,27 +196,7 @@ def _run(options: DemoOptions, folder: RunFolder, *, overwrite: bool) -> dict[st
         live["answers"] = exam.sit(model)
         live["logits"] = again.logits(model, exam.texts, end=exam.end)
 
-    every = max(1, options.max_steps // LOGGED)
-    result = train(
-        TrainOptions(
-            data=DATA,
-            method=options.method,
-            learning_rate=options.learning_rate,
-            max_steps=options.max_steps,
-            max_samples=options.max_steps * BATCH,  # no example comes twice
-            per_device_train_batch_size=BATCH,
-            seed=options.seed,
-            output_dir=options.output_dir,
-            overwrite_output_dir=overwrite,
-            further={
-                "use_cpu": True,  # the same numbers with and without a GPU, and it is faster here
-                "save_strategy": "no",
-                "eval_strategy": "no",
-                "logging_steps": every,
-            },
-        ),
-        then=measure,
-    )
+    result = train(lesson, then=measure)
     after = live["answers"]
     kept = Path(result["output"])
     weights = sorted([*kept.glob("*.safetensors")])
@@ -200,7 +204,9 @@ def _run(options: DemoOptions, folder: RunFolder, *, overwrite: bool) -> dict[st
         **_scores(exam, before, after),
         "samples": _samples(exam, before, after),
         "loss": [
-            {"step": line["step"], "loss": line["loss"]} for line in folder.lines() if "loss" in line
+            {"step": line["step"], "loss": line["loss"]}
+            for line in folder.lines()
+            if "loss" in line
         ],
         "batch": BATCH,
         "threads": min(THREADS, os.cpu_count() or 1),

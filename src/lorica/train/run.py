@@ -61,7 +61,7 @@ def train(
             folder stays.
     """
     options.check()
-    recipe = None if options.adapter is not None else _recipe(options)
+    recipe = None if options.adapter is not None else recipe_of(options)
     folder = RunFolder(options.output_dir)
     main = int(os.environ.get("RANK", "0")) == 0
     checkpoint = folder.check(resume=options.resume, overwrite=options.overwrite_output_dir)
@@ -75,7 +75,12 @@ def train(
         return result
 
 
-def _recipe(options: TrainOptions) -> Recipe:
+def recipe_of(options: TrainOptions) -> Recipe:
+    """The recipe that the options ask for.
+
+    Raises:
+        UsageError: there is none.
+    """
     from lorica.recipe import Recipe
 
     try:
