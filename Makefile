@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 READY  := $(VENV)/.ready
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow check format docs clean
+.PHONY: base-model demo test test-slow check format docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ check: $(STAMP)  ## format, lint, types, suite
 format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks examples docs
 	$(BIN)/ruff check --fix src tests benchmarks examples docs
+
+base-model: $(STAMP)  ## train the embedded model anew (half an hour), into build/base-model
+	$(BIN)/python benchmarks/base_model.py --out build/base-model --seed 0 --steps 2400 --threads 2
 
 docs: $(STAMP)  ## write the generated parts of README and docs anew
 	$(BIN)/python docs/generate.py
