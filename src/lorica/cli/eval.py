@@ -19,6 +19,7 @@ from lorica.train.options import (
     WHOLE,
     UsageError,
     choice,
+    masking,
     nearest,
 )
 
@@ -201,13 +202,7 @@ class _Work:
                 f"`--max-length {options.max_length}`: `{source.model}` ends at {limit} tokens;"
                 " give at most that"
             )
-        how: dict[str, Any] = {}
-        if options.chat_template is not None:
-            how["chat_template"] = options.chat_template
-        if options.train_on is not None:
-            words = options.train_on
-            plain = len(words) == 1 and words[0] in ("completion", "all")
-            how["train_on"] = words[0] if plain else frozenset(words)
+        how: dict[str, Any] = masking(options.chat_template, options.train_on)
         labels = source.labels(self.task)
         if labels is not None:
             how["labels"] = labels

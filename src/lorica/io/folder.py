@@ -81,7 +81,7 @@ def writing(
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
     try:
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        fresh.chmod(0o777 & ~umask())  # mkdtemp makes it private
         yield fresh
         if path.exists():
             for entry in path.iterdir():
@@ -89,7 +89,7 @@ def writing(
                     _copy(entry, fresh / entry.name)
         for file in fresh.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~_umask())  # safetensors makes its files private
+                file.chmod(0o666 & ~umask())  # safetensors makes its files private
             sync(file)
         sync(fresh)
         _swap(fresh, path)
@@ -131,7 +131,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """What this process takes from the mode of a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -156,13 +156,15 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file at once: a reader sees the old one or the new one."""
+        from lorica.io.folder import umask  # torch's weight, borne only by a run that writes
+
         handle, aside = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(aside, 0o666 & ~_umask())
+            os.chmod(aside, 0o666 & ~umask())
             os.replace(aside, self / name)
         except BaseException:
             Path(aside).unlink(missing_ok=True)
@@ -202,9 +204,3 @@ def _lives(owner: list[str]) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -411,3 +411,19 @@ _NEEDS_EVALUATION = (
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def masking(chat_template: str | None, train_on: tuple[str, ...] | None) -> dict[str, Any]:
+    """The arguments of `lorica.data.prepare` that these two options mean; left out, none.
+
+    Example:
+        >>> masking(None, ("completion",))
+        {'train_on': 'completion'}
+    """
+    how: dict[str, Any] = {}
+    if chat_template is not None:
+        how["chat_template"] = chat_template
+    if train_on is not None:
+        plain = len(train_on) == 1 and train_on[0] in ("completion", "all")
+        how["train_on"] = train_on[0] if plain else frozenset(train_on)
+    return how

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.train.folder import RunFolder, strict
-from lorica.train.options import TrainOptions, UsageError
+from lorica.train.options import TrainOptions, UsageError, masking
 
 if TYPE_CHECKING:
     from lorica.adapters import Adapters
@@ -151,12 +151,7 @@ class _Run:
         how: dict[str, Any] = {"max_length": self.max_length, "task": self.task}
         if options.packing != "none":
             how["packing"] = options.packing
-        if options.chat_template is not None:
-            how["chat_template"] = options.chat_template
-        if options.train_on is not None:
-            words = options.train_on
-            plain = len(words) == 1 and words[0] in ("completion", "all")
-            how["train_on"] = words[0] if plain else frozenset(words)
+        how |= masking(options.chat_template, options.train_on)
         labels = own_labels(self.config, self.task)
         labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
         self.data: Prepared = prepare(train, self.tokenizer, **how, **labelled)
