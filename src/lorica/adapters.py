@@ -36,7 +36,7 @@ class Adapters:
         recipe: the recipe it was adapted with.
         layers: {module path: AdaptedLinear}, in model order.
         saved: {module path: TrainedModule}, what trains in full beside its frozen original.
-        direct: names of parameters that train in place (full training).
+        direct: {name: role} of parameters that train in place.
         contract: see `lorica.contract.Contract`.
     """
 
@@ -46,7 +46,7 @@ class Adapters:
         self.dtype = dtype
         self.layers: dict[str, AdaptedLinear] = {}
         self.saved: dict[str, TrainedModule] = {}
-        self.direct: tuple[str, ...] = ()
+        self.direct: dict[str, str] = {}
         self.requires_grad: dict[str, bool] = {}  # as it was before attach
         self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
         self.pristine = "pristine" in recipe.given()
@@ -95,13 +95,14 @@ class Adapters:
             ]
         for site, module in self.saved.items():
             out += [Trained(f"{site}.{n}", p, role, site) for n, p, role in module.trained()]
+        if any(s.trains_base for s in self.recipe.schedules):
+            out += [
+                Trained(f"{n}.base.weight", layer.store.parameter, "weight", n)
+                for n, layer in self.layers.items()
+            ]
         parameters = dict(self.model.named_parameters()) if self.direct else {}
-        out += [
-            Trained(
-                n, parameters[n], "bias" if n.endswith("bias") else "module", n.rsplit(".", 1)[0]
-            )
-            for n in self.direct
-        ]
+        for n, role in self.direct.items():
+            out.append(Trained(n, parameters[n], role, n.rpartition(".")[0]))
         return out
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

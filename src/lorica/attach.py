@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from lorica.bases import AbstractBase
 from lorica.contract import Contract, fill, say
 from lorica.deltas import Site
 from lorica.layer import AdaptedLinear
+from lorica.moves import fold_
 from lorica.recipe import Recipe
 from lorica.shards import reshard, seeded
 from lorica.targets import find, fresh_modules, refuse, refuse_idle, sites_of
 from lorica.update import Update
-from lorica.whole import TrainedModule, bias_modules, keep, restore, train_in_place
+from lorica.whole import TrainedModule, bias_modules, keep, replace, restore, train_in_place
 
 logger = logging.getLogger("lorica")
 
@@ -73,7 +74,8 @@ def attach(
         )
     wraps: bool = recipe.delta.wraps  # type: ignore[union-attr]
     fresh = fresh_modules(model) if fresh is None else list(fresh)
-    saved = tuple(dict.fromkeys([*recipe.modules_to_save, *fresh]))
+    in_place = recipe.train_rest or not wraps
+    saved = () if recipe.train_rest else (*dict.fromkeys([*recipe.modules_to_save, *fresh]),)
     targets = find(
         model,
         target_modules=recipe.target_modules,
@@ -88,34 +90,30 @@ def attach(
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
     contract = Contract(method=recipe.text(), fresh=list(fresh), tied=targets.tied)
-    layers = (
-        {n: _build(model.get_submodule(n), b, recipe, sites[n]) for n, b in targets.layers.items()}
-        if wraps
-        else {}
-    )
     if wraps:
+        layers = {
+            n: _build(model.get_submodule(n), b, recipe, sites[n])
+            for n, b in targets.layers.items()
+        }
         for name, layer in layers.items() if initialise else ():
             start(layer, recipe, f"{recipe.seed}/{name}")
             refuse_idle(layer, recipe)
         wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
         wrapped |= bias_modules(model, recipe, targets, dtype)
-        for p in model.parameters():
-            p.requires_grad_(False)
-        if keep_base and not adapters.pristine:
+        if keep_base and not adapters.pristine and not in_place:
             keep(adapters, layers)
-        _replace(model, {**wrapped, **layers})  # a parent before its child
+        replace(model, {**wrapped, **layers})  # a parent before its child
         adapters.layers, adapters.saved = layers, wrapped
-        for t in adapters.trained():
-            t.parameter.requires_grad_(True)
-        trained = {id(t.parameter) for t in adapters.trained()}
-        for layer in layers.values():
-            for _, p, _ in layer.trained():
-                p.requires_grad_(id(p) in trained)
-    else:
+    if in_place:
         train_in_place(model, adapters, targets, dtype, keep_base)
+    trained = {id(t.parameter) for t in adapters.trained()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
     vars(model)[_HANDLE] = adapters
     if not adapters.pristine:
         adapters.hash_base()
+        for layer in adapters.layers.values():  # the base is training state: no anchor beside it
+            fold_(layer)
     adapters.contract = fill(contract, adapters, targets)
     if verbose:
         say(str(adapters.contract))
@@ -134,7 +132,7 @@ def detach(model: nn.Module) -> nn.Module:
             f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
             " gone; attach with `keep_base=True` to be able to detach, or load the base again"
         )
-    _replace(model, {n: m.base for n, m in {**adapters.layers, **adapters.saved}.items()})
+    replace(model, {n: m.base for n, m in {**adapters.layers, **adapters.saved}.items()})
     restore(adapters)
     return _release(model, adapters)
 
@@ -168,7 +166,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in adapters.saved.items():
         untied |= name in adapters.contract.tied
         plain[name] = module.merged()
-    _replace(model, plain)
+    replace(model, plain)
     if untied:
         for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
             config.tie_word_embeddings = False
@@ -212,18 +210,6 @@ def _build(
         train_bias=recipe.bias != "none",
     )  # fmt: skip
     return layer.train(module.training)
-
-
-def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put each module where the one of that path stands, under all of its names."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    places = {name: names[id(model.get_submodule(name))] for name in modules}
-    for name, module in modules.items():
-        for owner, _, leaf in (path.rpartition(".") for path in places[name]):
-            parent = model.get_submodule(owner)
-            setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
 
 
 def _release(model: nn.Module, adapters: Adapters) -> nn.Module:

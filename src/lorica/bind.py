@@ -9,45 +9,20 @@ not tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from typing import Any
 
 import torch
 
 from lorica.adapters import Adapters
-from lorica.moves import reduce_scalar, seeded
+from lorica.moves import reduce_scalar
 from lorica.proof import Proof
 from lorica.recipe import Recipe
+from lorica.schedules import Training
 
+logger = logging.getLogger("lorica")
 KEY = "lorica"
 VERSION = 1
-
-
-class Training:
-    """What a schedule sees of one optimizer step."""
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, adapters: Adapters, own: Mapping[str, Any]
-    ):
-        self.optimizer = optimizer
-        self.adapters = adapters
-        self.step: int = own["step"]  # 0-based index of this step
-        self.total_steps: int | None = own["total_steps"] or None
-        self.seed: int = own["seed"]
-
-    def generator(self, *key: Any) -> torch.Generator:
-        """CPU generator for this step and key: equal on every process and after every resume."""
-        return seeded("/".join(map(str, (self.seed, self.step, *key))))
-
-    def lr_scale(self, factor: float) -> None:
-        """Multiply the scheduler's rates, for this step only."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
-
-    def lr_factor(self, factor: float) -> None:
-        """Replace the scheduler's factor, for this step only: lr = initial_lr · factor."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.get("initial_lr", group["lr"]) * factor
 
 
 class _Binding:
@@ -91,6 +66,7 @@ class _Binding:
         training = Training(optimizer, self.adapters, own)
         for schedule in self.schedules:
             schedule.after_step(own["schedules"][schedule.word], training)
+        own["rate"] = float(optimizer.param_groups[0]["lr"])
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         own["step"] += 1
@@ -171,10 +147,18 @@ def bind(
         "step": 0,
         "seed": seed,
         "total_steps": total_steps or 0,
+        "rate": 0.0,  # what the last step was taken with, where a schedule changes it
         "seen": torch.zeros(len(sites), dtype=torch.bool),
         "schedules": {s.word: s.init(adapters) for s in schedules},
     }
-    _Binding(adapters, optimizer, schedules)
+    binding = _Binding(adapters, optimizer, schedules)
+    rule: Any = recipe.rule
+    told = {s.word: s.plan(total_steps) for s in schedules}
+    told[rule.word] = rule.horizon(optimizer, total_steps)
+    for word, plan in told.items():
+        if plan:
+            logger.info("  %s: %s", word, plan)
+    binding.loaded(optimizer)
     return optimizer
 
 

@@ -14,7 +14,11 @@ DENSE = frozenset(
 )  # what a dense base gives; attach asks the real one
 _NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 _AXES = {name for name, _, _ in ROOMS.values()}
-_ALLOWED = {"bias": ("none", "all", "lora_only"), "lora_dropout_on": ("update", "delta")}
+_ALLOWED = {
+    "train_rest": (True, False),
+    "bias": ("none", "all", "lora_only"),
+    "lora_dropout_on": ("update", "delta"),
+}
 
 
 def check_fields(known: list[str], method: Any, fields: Mapping[str, Any]) -> None:
@@ -38,13 +42,21 @@ def check_effects(recipe: Any) -> None:
     if not recipe.delta.wraps:
         useless: dict[str, Any] = {"bias": "none", "lora_dropout_on": "update"}
         if recipe.whole:
-            useless["modules_to_save"] = ()
+            useless |= {"modules_to_save": (), "train_rest": False}
         for name, default in useless.items():
             if (value := getattr(recipe, name)) != default:
                 raise ValueError(
                     f"`{name}={value!r}` has no effect with `{recipe.delta.word}`, which trains the"
                     " weights themselves; leave it out"
                 )
+    for name, default in (
+        {"bias": "none", "modules_to_save": ()}.items() if recipe.train_rest else ()
+    ):
+        if (value := getattr(recipe, name)) != default:
+            raise ValueError(
+                f"`{name}={value!r}` has no effect with `train_rest`, which trains that in place"
+                " already; leave it out"
+            )
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
         idle = f.name in _NUMERIC and f.name not in recipe.takes
@@ -68,6 +80,13 @@ def check_values(recipe: Any) -> None:
         raise ValueError(
             f"`lora_dropout={recipe.lora_dropout!r}` is a probability in [0, 1), e.g. 0.05"
         )
+    for choice in recipe.choices if "r" in recipe.takes else ():
+        if choice.only_r is not None and (recipe.r != choice.only_r or recipe.rank_pattern):
+            name = "rank_pattern" if recipe.rank_pattern else "r"
+            raise ValueError(
+                f"`{name}={getattr(recipe, name)!r}` beside `{choice.word}`, which is defined for"
+                f" rank {choice.only_r} alone; leave it out"
+            )
     if recipe.lora_alpha is not None and not (_number(recipe.lora_alpha) and recipe.lora_alpha > 0):
         raise ValueError(
             f"`lora_alpha={recipe.lora_alpha!r}` must be a positive number; left out, the method's"
@@ -75,7 +94,9 @@ def check_values(recipe: Any) -> None:
         )
     for name, allowed in _ALLOWED.items():
         if getattr(recipe, name) not in allowed:
-            raise ValueError(f"`{name}={getattr(recipe, name)!r}`; allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"`{name}={getattr(recipe, name)!r}`; allowed: {', '.join(map(str, allowed))}"
+            )
     for pattern, value in recipe.rank_pattern.items():
         if not _whole(value):
             raise ValueError(f"`rank_pattern[{pattern!r}]={value!r}` is a whole number >= 1")
@@ -89,7 +110,9 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
     have = recipe.given(base)
     for choice in recipe.choices:
         for need in sorted(choice.needs - have):
-            blame = [c.word for c in recipe.choices if need in c.withdraws] or [recipe.delta.word]
+            blame = [c.word for c in recipe.choices if need in c.withdraws]
+            blame += ["train_rest"] if need == "pristine" and recipe.train_rest else []
+            blame = blame or [recipe.delta.word]
             by = [c.word for c in recipe.choices if c.preset.get(choice.room) == choice.text()]
             word = [*by, choice.word][0]  # the word that was typed, not what it fills in
             raise ValueError(

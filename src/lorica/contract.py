@@ -104,7 +104,7 @@ def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
         _count(contract.frozen, "carried" if id(p) in own else "base", p)
     contract.total = sum(p.numel() for p in model.parameters())
     contract.saved = list(adapters.saved)
-    if not adapters.direct:
+    if not adapters.direct or adapters.layers:
         contract.unadapted = {n: k / contract.total for n, k in targets.unadapted.items()}
     for layer in adapters.layers.values():
         site = layer.site

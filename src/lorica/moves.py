@@ -7,13 +7,14 @@ function; both repair the optimizer's state.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lorica.inits import fill_
 from lorica.shards import (  # noqa: F401
+    add_,
     copy_,
     draw,
     draw_,
@@ -32,60 +33,72 @@ from lorica.shards import (  # noqa: F401
 
 
 @torch.no_grad()
-def merge_(
-    layer, optimizer: torch.optim.Optimizer | None, *, link: int, init, generator: torch.Generator
-) -> None:
-    """Put the layer's update into its base and start a fresh one; the function is kept.
-
-    The combine's parameters stay. `init` fills the fresh pair for the weight as it then stands; a
-    start that is not zero is taken out of the base again. The optimizer forgets the delta's
-    parameters.
-
-    Args:
-        layer: an `AdaptedLinear` whose delta has factors and whose base is writable.
-        link: how many restarts this layer has had, this one included.
-    """
+def fold_(layer) -> None:
+    """Put what the layer carries into its base."""
     update, store = layer.update, layer.store
-    factors = update.delta.factors()
-    if factors is None:
-        raise ValueError(
-            f"{layer.site.name!r}: only a delta with factors can be merged step by step"
-        )
-    outer_add_(store.parameter, factors.B, factors.A, factors.scale, transposed=store.transposed)
-    if update.carried is not None:
-        carried = update.carried
+    if (carried := update.carried) is not None and not store.parameter.is_meta:
         outer_add_(
             store.parameter, carried.B, carried.A, carried.scale, transposed=store.transposed
         )
-        zero_(carried.A)
-        zero_(carried.B)
-    update.delta.restart(link, generator)
-    pair = update.delta.pair()
+    update.carried_A = update.carried_B = None
+
+
+@torch.no_grad()
+def merge_(
+    layer, optimizer: torch.optim.Optimizer | None, *,
+    link: int, init, generator: torch.Generator, accumulate: str = "base",
+) -> None:  # fmt: skip
+    """Put the layer's update away and start a fresh one; the function is kept.
+
+    The combine's parameters stay. `init` fills the fresh pair for the weight as it then stands; a
+    start that is not zero is taken out again. The optimizer forgets the delta's parameters.
+
+    Args:
+        layer: an `AdaptedLinear`.
+        link: how many restarts this layer has had, this one included.
+        accumulate: where the update goes: `base`, which then is no longer the published one, or
+            `factors`, carried frozen beside it, whose rank grows by the delta's at each restart.
+
+    Raises:
+        ValueError: `factors` of a delta that has none, or of a model that is sharded already.
+    """
+    update, store = layer.update, layer.store
+    into_base, delta = accumulate == "base", update.delta
+    factors = delta.factors()
+    if not into_base:
+        if factors is None:
+            raise ValueError(
+                f"{layer.site.name!r}: its update has no factors to carry; put finished updates"
+                " into the base instead, with `accumulate='base'`"
+            )
+        update.carry_(factors.A, factors.B * (factors.scale / delta.scale))
+    elif factors is not None:
+        add = {"alpha": factors.scale, "transposed": store.transposed}
+        outer_add_(store.parameter, factors.B, factors.A, **add)
+    else:
+        weight = delta.weight(store)
+        add_(store.parameter, weight.T if store.transposed else weight)
+    delta.restart(link, generator)
+    pair = delta.pair()
     if pair is not None and init is not None:
-        weight = read_full(store.parameter) if init.reads_weight else _shape_of(store.parameter)
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        fill_(pair, init, weight.T if store.transposed else weight, generator)
-        outer_add_(store.parameter, pair.B, pair.A, -pair.scale, transposed=store.transposed)
+        weight = _shape_of(layer)
+        if init.reads_weight:
+            weight = read_full(store.parameter).to(weight.dtype)
+            weight = weight.T if store.transposed else weight
+            weight = weight if into_base else weight + update.weight(store)
+        fill_(pair, init, weight, generator)
+        if into_base:
+            outer_add_(store.parameter, pair.B, pair.A, -pair.scale, transposed=store.transposed)
+        elif "zero_start" not in init.gives:
+            update.carry_(pair.A, -pair.B)
     reset_state(
         optimizer, *(p for _, p, role in layer.trained() if role in ("A", "B", "diagonal", "core"))
     )
 
 
-def _shape_of(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, device="meta")
-
-
-@torch.no_grad()
-def fill_(pair, init, weight: Tensor, generator: torch.Generator) -> None:
-    """Apply an init to a pair, plain or sharded: filled full-size, then cut."""
-    full = dataclasses.replace(pair, A=_like(pair.A), B=_like(pair.B))
-    init.fill(weight, full, generator)
-    copy_(pair.A, full.A)
-    copy_(pair.B, full.B)
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+def _shape_of(layer) -> Tensor:
+    dtype = torch.promote_types(layer.store.parameter.dtype, torch.float32)
+    return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
 
 
 @torch.no_grad()

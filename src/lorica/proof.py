@@ -41,13 +41,14 @@ class Proof:
         for t in self.adapters.trained():
             units.setdefault(t.site, []).append(t.parameter)
         sites = list(units)
+        resting = {s for s in sites if not any(p.requires_grad for p in units[s])}
         waiting = [i for i in range(len(sites)) if not bool(seen[i])]
         grads = [(i, p.grad) for i in waiting for p in units[sites[i]] if p.grad is not None]
         squares = reduce_scalar([g for _, g in grads])
         for (i, _), square in zip(grads, squares, strict=True):
             if square != 0:  # a non-finite gradient is one, too
                 seen[i] = True
-        missing = [sites[i] for i in waiting if not bool(seen[i])]
+        missing = [sites[i] for i in waiting if not bool(seen[i]) and sites[i] not in resting]
         for site in missing:
             self._look(site)
         if missing and step == WATCHED_STEPS - 1:

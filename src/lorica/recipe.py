@@ -43,6 +43,8 @@ class Recipe:
         layers_to_transform: indices of the blocks to adapt; None means all.
         modules_to_save: names of modules that train in full and are saved with the adapter.
         bias: `none`, `lora_only` (biases of the adapted layers train) or `all`.
+        train_rest: everything but the targets' weights trains too, in place (embeddings, norms,
+            head, biases), as in pre-training.
         rank_pattern, alpha_pattern: {pattern: value} over `r` and `lora_alpha`; the first match
         counts.
         seed: of every random draw at attach, together with the layer's name.
@@ -61,6 +63,7 @@ class Recipe:
     layers_to_transform: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
+    train_rest: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -138,8 +141,8 @@ class Recipe:
 
     @property
     def takes(self) -> frozenset[str]:
-        """Which of the numeric fields mean something to this delta and scale."""
-        takes = self.delta.takes
+        """Which of the numeric fields mean something to one of the choices."""
+        takes = frozenset().union(*(c.takes for c in self.choices))
         return takes if self.scale is not None and self.scale.uses_alpha else takes - {"lora_alpha"}
 
     @property
@@ -201,7 +204,8 @@ class Recipe:
     def given(self, base: frozenset[str] = DENSE) -> frozenset[str]:
         """All capabilities at hand: what the choices and the base give, less what is withdrawn."""
         have = base.union(*(c.gives for c in self.choices))
-        return have.difference(*(c.withdraws for c in self.choices))
+        own = {"pristine"} if self.train_rest else set()
+        return have.difference(own, *(c.withdraws for c in self.choices))
 
     def check(self, base: frozenset[str] = DENSE) -> None:
         """Every `needs` is met by somebody's `gives`; else ValueError: the pair, why, a way out."""

@@ -82,6 +82,10 @@ class Choice:
     preset: ClassVar[Mapping[str, str]] = {}  # room -> text of the choice this word also fills
     requires: ClassVar[frozenset[str]] = frozenset()  # rooms of `preset` that can't be replaced
     status: ClassVar[str] = "stable"
+    takes: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # numeric fields of the recipe it gives meaning to
+    only_r: ClassVar[int | None] = None  # the one rank that the method is defined for
 
     # The method's own defaults, asked only where the user left them out; None: nothing to say.
     default_r: ClassVar[int | None] = None

@@ -125,6 +125,14 @@ def reset_state(optimizer: torch.optim.Optimizer | None, *parameters: Tensor) ->
 
 
 @torch.no_grad()
+def add_(t: Tensor, full: Tensor) -> None:
+    """t ← t + full, a plain tensor of the whole shape; rounded once."""
+    local, offset = shard_of(t)
+    wide = torch.promote_types(torch.promote_types(local.dtype, full.dtype), torch.float32)
+    local.copy_(local.to(wide) + read_full(full)[_window(local, offset)].to(wide))
+
+
+@torch.no_grad()
 def outer_add_(
     w: Tensor, B: Tensor, A: Tensor, alpha: float = 1.0, *, transposed: bool = False
 ) -> None:

@@ -30,15 +30,17 @@ def tensors(adapters: Any) -> dict[str, nn.Parameter]:
 def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
     reshard(adapters.model)
-    grown = []
-    for site, layer in adapters.layers.items():  # what is carried grows with training
+    before = {}
+    for site, layer in adapters.layers.items():  # what is carried grows and goes with training
+        update, device = layer.update, layer.store.parameter.device
         a, b = (saved.get(f"{site}.update.carried_{side}") for side in "AB")
-        if a is not None and b is not None and layer.update.carried_A is None:
-            device = layer.store.parameter.device
-            layer.update.carry_(
-                torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
-            )
-            grown.append(layer.update)
+        rank = -1 if a is None or b is None else a.shape[0]
+        if rank == (-1 if update.carried_A is None else update.carried_A.shape[0]):
+            continue
+        before[site] = update.carried_A, update.carried_B
+        update.carried_A = update.carried_B = None
+        if a is not None and b is not None:
+            update.carry_(torch.zeros_like(a, device=device), torch.zeros_like(b, device=device))
     own = tensors(adapters)
     shared = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     wrong = {
@@ -47,8 +49,9 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
         "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in shared],
     }
     if any(wrong.values()):
-        for update in grown:
-            update.carried_A = update.carried_B = None
+        for site, (a, b) in before.items():
+            update = adapters.layers[site].update
+            update.carried_A, update.carried_B = a, b
         listed = "; ".join(
             f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             for what, names in wrong.items()

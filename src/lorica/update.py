@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lorica.bases import AbstractBase
@@ -36,8 +37,16 @@ class Update(nn.Module):
 
     @torch.no_grad()
     def carry_(self, A: Tensor, B: Tensor) -> None:
-        """Stack A (k, in), B (out, k) onto what is carried; needs plain tensors, so before
-        sharding."""
+        """Stack A (k, in), B (out, k) onto what is carried.
+
+        Raises:
+            ValueError: the model is sharded, and its parameters cannot grow.
+        """
+        if isinstance(A, DTensor):
+            raise ValueError(
+                "finished updates cannot be carried in a model that is sharded, for its parameters"
+                " cannot grow; put them into the base instead, with `accumulate='base'`"
+            )
         like = {"dtype": self._dtype, "device": A.device}
         A, B = A.to(**like), B.to(**like)
         if self.carried_A is not None and self.carried_B is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica import state
 from lorica.targets import Targets
 
 
@@ -95,31 +96,53 @@ def bias_modules(
 
 
 def train_in_place(
-    model: nn.Module,
-    adapters: Any,
-    targets: Targets,
-    dtype: torch.dtype,
-    keep: bool,
+    model: nn.Module, adapters: Any, targets: Targets, dtype: torch.dtype, keep: bool
 ) -> None:
+    """Parameters of the model train as they are, beside adapters or without: the targets' and those
+    of modules to save, or all that no adapter stands for."""
+    recipe, layers = adapters.recipe, adapters.layers
     roots = [*targets.layers, *targets.saved]
+    stood_for = {id(layer.store.parameter) for layer in layers.values()}
+    stood_for |= {id(p) for layer in layers.values() for _, p, _ in layer.trained()}
+    stood_for |= {id(p) for layer in layers.values() for _, p in layer.frozen()}
+    whole = recipe.whole or recipe.train_rest
     names = [
         n
         for n, p in model.named_parameters()
         if p.is_floating_point()
-        and (adapters.recipe.whole or any(n.startswith(r + ".") for r in roots))
+        and id(p) not in stood_for
+        and (whole or any(n.startswith(r + ".") for r in roots))
     ]
-    trained = set(names)
     if keep:  # the others are held in `dtype`, too, so that one forward has one dtype
+        written = stood_for | {id(model.get_parameter(n)) for n in names}
         adapters.originals = {
             n: p.data.clone()
-            for n, p in model.named_parameters()
-            if n in trained or (p.is_floating_point() and p.dtype != dtype)
+            for n, p in state.base_parameters(adapters).items()
+            if id(p) in written or (p.is_floating_point() and p.dtype != dtype)
         }
-    for n, p in model.named_parameters():
-        p.requires_grad_(n in trained)
+    for p in model.parameters():
         if p.is_floating_point() and p.dtype != torch.float64:
             p.data = p.data.to(dtype)
-    adapters.direct = tuple(names)
+    adapters.direct = {n: _role(n, targets) for n in names}
+
+
+def _role(name: str, targets: Targets) -> str:
+    owner, _, leaf = name.removesuffix(".bias").rpartition(".")
+    if name.endswith(".bias") or leaf == "bias":
+        return "bias"
+    return "weight" if leaf == "weight" and owner in targets.layers else "module"
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module where the one of that path stands, under all of its names."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    places = {name: names[id(model.get_submodule(name))] for name in modules}
+    for name, module in modules.items():
+        for owner, _, leaf in (path.rpartition(".") for path in places[name]):
+            parent = model.get_submodule(owner)
+            setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
 
 
 def keep(adapters: Any, layers: Mapping[str, Any]) -> None:

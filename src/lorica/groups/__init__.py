@@ -23,7 +23,7 @@ class Trained:
 
     name: str  # path in the model
     parameter: nn.Parameter
-    role: str  # "A", "B", "diagonal", "core", "magnitude", "bias", "module"
+    role: str  # "A", "B", "diagonal", "core", "magnitude", "bias", "weight" (a target's), "module"
     site: str  # path of the layer it belongs to
     lookup: bool = False  # belongs to an adapted embedding
 

@@ -11,6 +11,7 @@ To add one: copy `gaussian.py` (zero start) or `olora.py` (anchored).
 from __future__ import annotations
 
 import abc
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorica.rooms import Choice
+from lorica.shards import copy_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +41,16 @@ class AbstractInit(Choice, abc.ABC):
             pair: see `lorica.deltas.Pair`.
             generator: on the CPU, seeded by the recipe's seed and the layer's name.
         """
+
+
+@torch.no_grad()
+def fill_(pair, init, weight: Tensor, generator: torch.Generator) -> None:
+    """Apply an init to a pair, plain or sharded: filled full-size, then cut."""
+    full = dataclasses.replace(pair, A=_like(pair.A), B=_like(pair.B))
+    init.fill(weight, full, generator)
+    copy_(pair.A, full.A)
+    copy_(pair.B, full.B)
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device)

@@ -87,7 +87,8 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
         check_free(path, overwrite=overwrite)
     state = full_state(adapters)
     check_values(adapters, state)
-    whole = bool(adapters.direct) and isinstance(adapters.model, PreTrainedModel)
+    in_place = bool(adapters.direct) and not adapters.layers
+    whole = in_place and isinstance(adapters.model, PreTrainedModel)
     obstacle = None if whole else peft.obstacle(adapters)
     form = "model" if whole else "lorica" if obstacle else "peft"
     own, tensors, config = state, {}, {}
@@ -532,10 +533,6 @@ def _cut(
 
 
 def _write(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
-    for name, layer in adapters:  # what is carried may have grown or shrunk since
-        saved, live = state.get(f"{name}.update.carried_A"), layer.update.carried_A
-        if live is not None and (saved is None or saved.shape != live.shape):
-            layer.update.carried_A = layer.update.carried_B = None
     buffers = _buffers(adapters)
     own = set(adapters.state_dict())
     extra = {n for n in state if n not in own and ".update.carried_" not in n}

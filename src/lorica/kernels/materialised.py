@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
         # A frozen A needs no x in backward, only the small x Aᵀ; evaluation needs neither.
-        ctx.slim = not ctx.needs_input_grad[3]
+        ctx.slim = not ctx.needs_input_grad[3] and not ctx.needs_input_grad[1]
         small = x @ a.T if ctx.slim and ctx.needs_input_grad[4] else x[:0]
         ctx.save_for_backward(small if ctx.slim else x, w, a, b)
         return F.linear(x, _sum(w, a, b), bias)
@@ -44,12 +44,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads  # (N, out)
         kept, w, a, b = ctx.saved_tensors
-        need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad
+        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad
         dx = dy @ _sum(w, a, b) if need_x else None  # (N, in)
         da = (dy @ b).T @ kept if need_a else None  # (k, in)
         db = dy.T @ (kept if ctx.slim else kept @ a.T) if need_b else None  # (out, k)
+        dw = dy.T @ kept if need_w else None  # (out, in), where the base trains for a while
         dbias = dy.sum(0) if need_bias else None
-        return dx, None, dbias, da, db
+        return dx, dw, dbias, da, db
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,14 @@ class AbstractRule(Choice, abc.ABC):
         """Make the optimizer. `options` (betas, eps, fused) are the caller's, e.g. the
         Trainer's."""
 
+    def horizon(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> str:
+        """Fit what was left out to the number of steps; what will happen when, for people.
+
+        Raises:
+            ValueError: a given interval that never fires.
+        """
+        return ""
+
     def options_from(self, args: Any) -> dict[str, Any]:
         """`options` of `build` out of the Trainer's arguments; an argument that was asked for and
         has no effect is for `build` to refuse."""

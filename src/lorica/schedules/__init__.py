@@ -13,10 +13,39 @@ bit for bit; an event that declares `keeps_function` keeps it; the state loads w
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from lorica.rooms import Choice
+from lorica.shards import seeded
+
+
+class Training:
+    """What a schedule sees of one optimizer step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, adapters: Any, own: Mapping[str, Any]):
+        self.optimizer = optimizer
+        self.adapters = adapters
+        self.step: int = own["step"]  # 0-based index of this step
+        self.total_steps: int | None = own["total_steps"] or None
+        self.seed: int = own["seed"]
+
+    def generator(self, *key: Any) -> torch.Generator:
+        """CPU generator for this step and key: equal on every process and after every resume."""
+        return seeded("/".join(map(str, (self.seed, self.step, *key))))
+
+    def lr_scale(self, factor: float) -> None:
+        """Multiply the scheduler's rates, for this step only."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    def lr_factor(self, factor: float) -> None:
+        """Replace the scheduler's factor, for this step only: lr = initial_lr · factor."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"]) * factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +53,22 @@ class AbstractSchedule(Choice, abc.ABC):
     room: ClassVar[str] = "schedules"
     edits: ClassVar[frozenset[str]] = frozenset()  # of "base", "pair", "rank", "gradient mask"
 
+    # Rate curves it brings: values of `--lr-scheduler-type` that become its own field of that name.
+    lr_scheduler_types: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the targets' own weights train for a while."""
+        return False
+
     def fit(self, total_steps: int | None) -> AbstractSchedule:
         """Fill what was left out from the horizon; a given interval that never fires is a
         ValueError."""
         return self
+
+    def plan(self, total_steps: int | None) -> str:
+        """What will happen when, for people; asked of what `fit` returned."""
+        return ""
 
     @abc.abstractmethod
     def init(self, adapters: Any) -> dict[str, Any]:
@@ -40,4 +81,5 @@ class AbstractSchedule(Choice, abc.ABC):
         """Parameters have moved, gradients are still present."""
 
     def restore(self, state: dict[str, Any], adapters: Any) -> None:  # noqa: B027
-        """Called after loading; leaves the layers as they were when `state` was saved."""
+        """Called after `init` and after loading: who rests and who trains as it was when `state`
+        was saved. Touches no weight."""

@@ -143,7 +143,8 @@ class TrainerMixin:
         if not penalised:
             return result
         loss, outputs = result
-        loss = self.adapters.loss({"loss": loss, **_mapping(outputs)}, inputs, share=share)
+        named = outputs if isinstance(outputs, dict) else {}
+        loss = self.adapters.loss({**named, "loss": loss}, inputs, share=share)
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs: Any, items: Any) -> float:
@@ -216,10 +217,6 @@ class TrainerMixin:
 
 class Trainer(TrainerMixin, transformers.Trainer):
     """The Hugging Face Trainer for adapted models; see `TrainerMixin`."""
-
-
-def _mapping(outputs: Any) -> dict[str, Any]:
-    return {k: v for k, v in outputs.items() if k != "loss"} if isinstance(outputs, dict) else {}
 
 
 @contextlib.contextmanager
