@@ -12,6 +12,7 @@ from lorica.bases import AbstractBase
 from lorica.combine import AbstractCombine
 from lorica.deltas import Site
 from lorica.kernels import AbstractKernel
+from lorica.phases import forward_at_rest
 from lorica.update import Update
 
 
@@ -38,10 +39,13 @@ class AdaptedLinear(nn.Module):
         self.kernel = kernel
         self.site = site
         self.disabled = False
+        self.resting: tuple[str, ...] = ()  # parameters that don't train for now, see `phases`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self.base(x)
+        if self.resting:
+            return forward_at_rest(self, x)
         y = self.combine(x, self.store, self.update, self.kernel)
         if self.store.lookup or torch.is_autocast_enabled(x.device.type):
             return y

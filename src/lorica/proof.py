@@ -41,7 +41,7 @@ class Proof:
         for t in self.adapters.trained():
             units.setdefault(t.site, []).append(t.parameter)
         sites = list(units)
-        resting = {s for s in sites if not any(p.requires_grad for p in units[s])}
+        resting = {site for site, layer in self.adapters.layers.items() if layer.resting}
         waiting = [i for i in range(len(sites)) if not bool(seen[i])]
         grads = [(i, p.grad) for i in waiting for p in units[sites[i]] if p.grad is not None]
         squares = reduce_scalar([g for _, g in grads])

@@ -163,7 +163,7 @@ def test_the_same_seed_gives_the_same_run(word):
         model = llama(num_hidden_layers=1)
         torch.manual_seed(stream)
         adapters = lorica.attach(model, recipe(word, r=4), verbose=False)
-        optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=3)
+        optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=9)
         train(adapters, optimizer, 3)
         results.append(adapters.fingerprint())
     assert results[0] == results[1]
