@@ -85,7 +85,7 @@ def test_exclude_and_layers():
     ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
      ["both a target and within `modules_to_save`", "train twice"]),
     ({"r": 33}, ["`r=33` is larger than min(in, out) of 14 layer(s)", "(32 x 32)",
-                 "smaller `r`", "`rank_pattern`"]),
+                 "Give at most `r=16`", "`rank_pattern`"]),
 ])  # fmt: skip
 def test_errors(fields, parts):
     model = llama()

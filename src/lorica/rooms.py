@@ -86,6 +86,7 @@ class Choice:
         frozenset()
     )  # numeric fields of the recipe it gives meaning to
     only_r: ClassVar[int | None] = None  # the one rank that the method is defined for
+    below_full: ClassVar[bool] = False  # r has to be below min(in, out) of every target
 
     # The method's own defaults, asked only where the user left them out; None: nothing to say.
     default_r: ClassVar[int | None] = None
@@ -108,7 +109,9 @@ class Choice:
             if getattr(self, f.name) != f.default
         }
         arguments = ", ".join(f"{k}={v!r}" for k, v in given.items())
-        return f"{self.word}({arguments})" if arguments else self.word
+        home = room_of(self.word)  # a file may serve a second axis, which is then written out
+        word = self.word if home in (None, self.room) else f"{ROOMS[self.room][0]}.{self.word}"
+        return f"{word}({arguments})" if arguments else word
 
 
 def word_of(cls: type) -> str:

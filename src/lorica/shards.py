@@ -57,6 +57,12 @@ def zero_(t: Tensor) -> None:
 
 
 @torch.no_grad()
+def scale_(t: Tensor, factor: float) -> None:
+    """t ← factor·t."""
+    shard_of(t)[0].mul_(factor)
+
+
+@torch.no_grad()
 def write_rows(t: Tensor, index: Sequence[int], rows: Tensor, axis: int = 0) -> None:
     """t[index] ← rows along `axis`; `rows` is plain and full-size, its `axis` as long as
     `index`."""

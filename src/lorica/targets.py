@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,17 +243,24 @@ def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
         if kind is AbstractBase:
             continue
         recipe.check(kind.gives)
-        if kind.lookup and "lookup" not in delta.gives:
+        if delta.wraps and kind.lookup and "lookup" not in delta.gives:
             raise ValueError(
                 f"{name!r} is an embedding, whose input is a token id; `{delta.word}` needs an"
                 " input vector. Leave it out of `target_modules`"
             )
         if delta.wraps and name in targets.tied and "pristine" not in recipe.given():
-            word = next(c.word for c in recipe.choices if "pristine" in c.withdraws)
+            words = [c.word for c in recipe.choices if "pristine" in c.withdraws]
+            word = [*words, "train_rest"][0]
             raise ValueError(
                 f"{name!r} shares its weight with {targets.tied[name]!r}, and `{word}` writes to it"
                 " during training, which would change both; leave it out of `target_modules`"
             )
+    if not delta.wraps and "r" in recipe.takes:
+        kinds = {n: k for n, k in targets.layers.items() if k is not AbstractBase}
+        stores = {n: kind(model.get_submodule(n)) for n, kind in kinds.items()}
+        check_ranks(
+            recipe, {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
+        )
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
             raise ValueError(
@@ -277,28 +284,46 @@ def refuse_idle(layer: Any, recipe: Any) -> None:
                 )
 
 
+def check_ranks(recipe: Any, sites: Mapping[str, tuple[int, int, int]]) -> None:
+    """Ranks fit their layers.
+
+    Args:
+        sites: path -> (out, in, r).
+
+    Raises:
+        ValueError: a rank above min(in, out), or at it where a choice needs one below.
+    """
+    below = [c.word for c in recipe.choices if c.below_full]
+    room = {n: min(out, wide) - bool(below) for n, (out, wide, _) in sites.items()}
+    bad = {n: f"{n} ({o} x {i})" for n, (o, i, r) in sites.items() if r > room[n]}
+    if bad:
+        what = f"not below (as `{below[0]}` needs)" if below else "larger than"
+        some = ", ".join([*bad.values()][:4]) + (", ..." if len(bad) > 4 else "")
+        most = max(1, min(room[n] for n in bad))
+        by = (
+            ", a smaller one there through `rank_pattern`" if "rank_pattern" in recipe.takes else ""
+        )
+        raise ValueError(
+            f"`r={recipe.r}` is {what} min(in, out) of {len(bad)} layer(s): {some}. Give at most"
+            f" `r={most}`{by}, or leave those layers out with `exclude_modules`"
+        )
+
+
 def sites_of(
     model: nn.Module, recipe: Any, targets: Targets, dtype: torch.dtype, *, any_rank: bool
 ) -> dict[str, Site]:
     names = list(targets.layers)
     given = recipe.rank.assign(names, recipe)
-    sites, too_large = {}, []
+    sites = {}
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
         r, alpha = given[name]
-        limit = min(store.in_features, store.out_features)
-        if r > limit and not any_rank:
-            too_large.append(f"{name} ({store.out_features} x {store.in_features})")
         scale = recipe.scale.factor(alpha, r)
         wide = torch.promote_types(store.parameter.dtype, dtype)
         sites[name] = Site(
             name, store.in_features, store.out_features, r, scale, store.lookup,
             wide if wide is torch.float64 else dtype, store.parameter.device,
         )  # fmt: skip
-    if too_large:
-        raise ValueError(
-            f"`r={recipe.r}` is larger than min(in, out) of {len(too_large)} layer(s): "
-            f"{', '.join(too_large[:4])}{' ...' if len(too_large) > 4 else ''}. "
-            "Choose a smaller `r`, or a smaller one for these through `rank_pattern`"
-        )
+    if not any_rank:
+        check_ranks(recipe, {n: (s.out_features, s.in_features, s.r) for n, s in sites.items()})
     return sites

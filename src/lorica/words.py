@@ -1,6 +1,9 @@
 """The text form of a method: words joined by `+`, each with arguments in the call's form.
 
 dora+olora+rslora        pissa(niter=16)+loraplus(loraplus_lr_ratio=8)
+
+A file may hold a choice of a second axis beside its main one; that choice alone is written with the
+axis before the word, `init.<word>`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 from lorica.rooms import ROOMS, Choice, build, plain, room_of, unknown
 
-_PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", re.S)
+_PART = re.compile(r"\s*([A-Za-z][\w-]*(?:\.[\w-]+)?)\s*(?:\((.*)\))?\s*", re.S)
 
 
 def choices_of(method: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -62,14 +65,22 @@ def _word(part: str, method: str) -> tuple[str, dict[str, Any]]:
         ) from None
 
 
+def _place(word: str) -> tuple[str, str]:
+    """(room, word): the home of the word's file, or the axis that stands before the word."""
+    axis, _, name = plain(word).rpartition(".")
+    rooms = {field: room for room, (field, _, _) in ROOMS.items()}
+    room = rooms.get(axis) if axis else room_of(name)
+    if room is None:
+        raise ValueError(unknown(plain(word)))
+    return room, name
+
+
 def _choices(given: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """Fields of Recipe from words: the user's first, then the presets' where nothing was said."""
     by_room: dict[str, list[Choice]] = {}
     for word, arguments in given:
-        room = room_of(plain(word))
-        if room is None:
-            raise ValueError(unknown(plain(word)))
-        choice = build(plain(word), arguments)
+        room, word = _place(word)
+        choice = build(word, arguments, room)
         others = by_room.setdefault(room, [])
         if any(o.word == choice.word for o in others) or (others and not ROOMS[room][2]):
             raise ValueError(
@@ -82,7 +93,7 @@ def _choices(given: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     for choice in [c for choices in named.values() for c in choices]:
         for room, text in choice.preset.items():
             word, arguments = _words(text)[0]
-            wanted = build(plain(word), arguments, room)
+            wanted = build(_place(word)[1], arguments, room)
             if ROOMS[room][2]:
                 if all(o.word != wanted.word for o in by_room.setdefault(room, [])):
                     by_room[room].append(wanted)

@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
-from walk import adapt, recipe
+from walk import adapt, recipe, weight_of
 
 import lorica
 from lorica import rooms
@@ -44,7 +44,7 @@ def test_it_converges(word, kind):
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=250)
         losses = []
         for _ in range(250):
-            weight = adapters.layers["0"].effective()[0]
+            weight = weight_of(adapters, "0")
             off = weight - goal if kind == "quadratic" else (model(x) - x @ goal.T) / 40**0.5
             loss = off.square().sum()
             optimizer.zero_grad()

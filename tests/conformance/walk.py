@@ -30,7 +30,7 @@ def recipe(method: str, **fields: Any) -> Recipe:
     plain = Recipe.parse(method)
     if plain.rank is not None and plain.rank.reads_patterns:
         fields.setdefault("rank_pattern", {".*": 3})  # without one it has nothing to read
-    if plain.filled.get("r", (0, "Lorica"))[1] != "Lorica":
+    if any(c.only_r is not None for c in plain.choices):
         fields.pop("r", None)  # the method has a rank of its own
     return Recipe.parse(
         method, **{k: v for k, v in fields.items() if k not in NUMERIC or k in plain.takes}
@@ -122,6 +122,13 @@ def variants(word: str) -> Iterator[str]:
     for f in dataclasses.fields(cls):
         if isinstance(f.default, bool):
             yield f"{word}({f.name}={not f.default})"
+
+
+def weight_of(adapters: Adapters, name: str) -> Tensor:
+    """The effective weight of a target (out, in), wrapped or trained in place."""
+    if name in adapters.layers:
+        return adapters.layers[name].effective()[0]
+    return adapters.model.get_submodule(name).weight
 
 
 def state_bytes(adapters: Adapters) -> dict[str, Tensor]:

@@ -26,12 +26,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lorica
+from lorica import Recipe
 
 
 def adapted(method: str, *, shard: bool) -> tuple[lorica.Adapters, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(n, m) for n, m in ((7, 8), (8, 8), (8, 8), (8, 5)))).double()
-    adapters = lorica.attach(model, method, r=3, verbose=False, modules_to_save=["3"])
+    saved = {} if Recipe.parse(method).whole else {"modules_to_save": ["3"]}
+    adapters = lorica.attach(model, method, r=3, verbose=False, **saved)
     if shard:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in model:
@@ -111,7 +113,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for rule in sys.argv[1:]:
         for check in (follows, lambda m: resumes(m, on_disk), lambda m: resumes(m, in_memory)):
-            check(f"dora+{rule}")
+            check(f"dora+{rule}" if Recipe.parse(rule).delta.wraps else rule)
         if dist.get_rank() == 0:
             print(f"ok {rule}", flush=True)
     dist.destroy_process_group()

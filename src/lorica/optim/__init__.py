@@ -27,6 +27,7 @@ from lorica.rooms import Choice
 class AbstractRule(Choice, abc.ABC):
     room: ClassVar[str] = "optim"
     trainer_names: ClassVar[frozenset[str]] = frozenset()  # values of `--optim` that mean this rule
+    trainer_refusals: ClassVar[Mapping[str, str]] = {}  # values that look like it, and why not
     state_per_element: ClassVar[int] = 0  # float32 state elements per trained element, about
     clips: ClassVar[bool] = False  # limits the step itself; clipping gradients would spoil it
 

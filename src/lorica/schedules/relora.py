@@ -75,6 +75,7 @@ class Relora(WarmStart, Restarts):
     min_lr_ratio: float = 0.1
 
     links: ClassVar[int] = 3
+    below_full: ClassVar[bool] = True
     lr_scheduler_types: ClassVar[frozenset[str]] = frozenset({JAGGED})
     default_learning_rate: ClassVar[float | None] = (
         1e-3  # the authors' at 250M: twice the full rate

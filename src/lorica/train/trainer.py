@@ -91,6 +91,8 @@ class TrainerMixin:
         # The default of the arguments can't be told from a wish, so it counts as none.
         unset = type(args).__dataclass_fields__["optim"].default
         if name not in rule.trainer_names | {getattr(unset, "value", unset)}:
+            if (why := rule.trainer_refusals.get(name)) is not None:
+                raise ValueError(f"`optim={name}`: {why}")
             raise ValueError(
                 f"`optim={name}` is not the rule of the recipe `{self.adapters.recipe.text()}`,"
                 f" which is `{rule.word}`; allowed: {', '.join(sorted(rule.trainer_names))}."
