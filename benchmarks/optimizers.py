@@ -27,7 +27,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import rooms
+from lorica import Recipe, rooms
 
 TOKENS, R = 1024, 16
 TARGETS = {"riemannian": 1.05, "lorarite": 1.10}  # ratio to the same step with adamw
@@ -158,7 +158,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="3 rounds, and 6 of the 24 layers")
@@ -166,7 +166,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     count, layers = (3, 6) if options.quick else (options.rounds, 24)
-    rules = [BASELINE, *(w for w in rooms.words("optim") if w != BASELINE)]
+    others = [w for w in rooms.words("optim") if w != BASELINE]
+    rules = [BASELINE, *(w for w in others if Recipe.parse(w).delta.wraps)]
 
     whole = rounds({rule: whole_step(rule) for rule in rules}, count)
     alone = {r: rounds({r: step_alone(r, 2048, layers)}, count)[r] for r in rules}

@@ -288,8 +288,13 @@ def report(bench: Bench, out: Path) -> None:
             told = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items())
             lines.append(f"- {entry.name}: {told}")
     if larger:
-        lines += ["", "`llama-4m` (256 wide, 4.2 M parameters), rank 64, the rates above, one seed:",
-                  "", "| method | rate | loss | perplexity | trained |", "|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            "`llama-4m` (256 wide, 4.2 M parameters), rank 64, the same rates, one seed:",
+            "",
+            "| method | rate | loss | perplexity | trained |",
+            "|---|---|---|---|---|",
+        ]
         for entry, (run, result) in larger.items():
             loss = loss_of(result)
             lines.append(
@@ -338,7 +343,9 @@ def figure(bench: Bench, finals: dict[Entry, list[dict[str, Any]]], path: Path) 
             continue
         where = [step for step in curves[0] if all(step in c for c in curves)]
         mean = [statistics.mean(c[step] for c in curves) for step in where]
-        axes.plot([s * ROWS * LENGTH / 1e6 for s in where], mean, marker="o", ms=3, label=entry.name)
+        axes.plot(
+            [s * ROWS * LENGTH / 1e6 for s in where], mean, marker="o", ms=3, label=entry.name
+        )
     axes.set_xlabel("million tokens seen")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.legend(fontsize=8)
