@@ -53,6 +53,7 @@ class Entry:
     rank: int | None
     rate: float | None
     rate_of: str | None = None
+    alpha: float | None = None
     note: str = ""
 
 
@@ -68,8 +69,8 @@ ENTRIES = (
         note="80 swaps of each position; the frequency decays to a third over the whole run",
     ),
     Entry(
-        "lora, SwitchLoRA's start", "switchlora(interval=1000000000)", R, 2e-2,
-        note="no swap ever: what the swaps are worth",
+        "lora, SwitchLoRA's start", "init.switchlora+vectoradamw", R, 2e-2, alpha=1,
+        note="the same without swaps: what these are worth",
     ),
     Entry(
         "relora, warm start", "relora(warm_start={quarter})", R, None, rate_of="relora",
@@ -110,6 +111,7 @@ class Bench:
 
     def command(self, run: Run) -> list[str]:
         rank = [] if run.entry.rank is None else ["--r", str(run.rank or run.entry.rank)]
+        rank += [] if run.entry.alpha is None else ["--lora-alpha", f"{run.entry.alpha:g}"]
         return [
             sys.executable, "-m", "lorica", "pretrain", "--model-config", run.shape,
             "--data", str(self.train), "--eval-data", str(self.valid),

@@ -188,6 +188,8 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
                 init.fill(weight.to(wide), pair, seeded(key))
             if "zero_start" not in init.gives:
                 update.carry_(pair.A, -pair.B)
+        elif not on_meta:
+            update.delta.restart(0, seeded(key))
         if not on_meta:
             layer.combine.start(store, update)
 

@@ -31,7 +31,6 @@ class _Binding:
     ) -> None:
         self.adapters = adapters
         self.schedules = schedules
-        self.checked = False
         self.real = False
         self.rates: list[Any] = []
         self.proof = Proof(adapters)
@@ -42,6 +41,7 @@ class _Binding:
 
     # -- around a step
 
+    @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.real = not _is_fake(optimizer)
         if not self.real:
@@ -51,7 +51,7 @@ class _Binding:
                 "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
                 " schedule reads would be stale; call `loss.backward()` and then `optimizer.step()`"
             )
-        self.check_parameters(optimizer)
+        self.proof.check_held(optimizer)
         own = optimizer.param_groups[0][KEY]
         self.proof.check(own["seen"], own["step"])
         training = Training(optimizer, self.adapters, own)
@@ -59,6 +59,7 @@ class _Binding:
         for schedule in self.schedules:
             schedule.before_step(own["schedules"][schedule.word], training)
 
+    @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not self.real:
             return
@@ -70,24 +71,6 @@ class _Binding:
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         own["step"] += 1
-
-    # -- checks
-
-    def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
-        engine that flattens parameters, they are not, and steps would move nothing."""
-        if self.checked:
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        lost = [t.name for t in self.adapters.trained() if id(t.parameter) not in held]
-        if lost:
-            raise ValueError(
-                f"the optimizer does not hold {len(lost)} of the trained parameters (e.g."
-                f" {lost[0]!r}): they were replaced after it was made. Shard the model first and"
-                " call `lorica.optimizer` after that; under an engine that flattens parameters"
-                " (DeepSpeed) use DDP or FSDP2 instead"
-            )
-        self.checked = True
 
     # -- checkpoints
 

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from lorica.rooms import CAPABILITIES, ROOMS
+from lorica.rooms import CAPABILITIES, ROOMS, load, words
 
 DENSE = frozenset(
     {"pristine", "writable_base"}
@@ -112,7 +112,7 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
         for need in sorted(choice.needs - have):
             blame = [c.word for c in recipe.choices if need in c.withdraws]
             blame += ["train_rest"] if need == "pristine" and recipe.train_rest else []
-            blame = blame or [recipe.delta.word]
+            blame = blame or _givers(recipe, need) or [recipe.delta.word]
             by = [c.word for c in recipe.choices if c.preset.get(choice.room) == choice.text()]
             word = [*by, choice.word][0]  # the word that was typed, not what it fills in
             raise ValueError(
@@ -127,6 +127,12 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
                 raise ValueError(
                     f"`{other}` and `{schedule.word}` both edit the {thing}; name one of them"
                 )
+
+
+def _givers(recipe: Any, need: str) -> list[str]:
+    """The recipe's choices on the axes where another one would give this."""
+    rooms = [r for r in ROOMS if any(need in load(word, r).gives for word in words(r))]
+    return [c.word for room in rooms for c in recipe.of(room)]
 
 
 def _number(value: Any) -> bool:

@@ -24,6 +24,23 @@ class Proof:
         self.adapters = adapters
         self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
         self.hooks: list[Any] = []
+        self.held = False
+
+    def check_held(self, optimizer: torch.optim.Optimizer) -> None:
+        """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
+        engine that flattens parameters, they are not, and steps would move nothing."""
+        if self.held:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [t.name for t in self.adapters.trained() if id(t.parameter) not in held]
+        if lost:
+            raise ValueError(
+                f"the optimizer does not hold {len(lost)} of the trained parameters (e.g."
+                f" {lost[0]!r}): they were replaced after it was made. Shard the model first and"
+                " call `lorica.optimizer` after that; under an engine that flattens parameters"
+                " (DeepSpeed) use DDP or FSDP2 instead"
+            )
+        self.held = True
 
     def check(self, seen: Tensor, step: int) -> None:
         """Note in `seen` (a flag for each adapter, in model order) which adapters have a gradient.

@@ -133,7 +133,8 @@ class Recipe:
                 put(self, name, None)
         check_effects(self)
         if "r" in self.takes:
-            self._fill("r", self._own(lambda c: c.default_r) or (16, "Lorica"))
+            own = self._own(lambda c: c.only_r) or self._own(lambda c: c.default_r)
+            self._fill("r", own or (16, "Lorica"))
         check_values(self)
         if "lora_alpha" in self.takes:
             self._fill("lora_alpha", self._own(lambda c: c.default_lora_alpha(self)))
@@ -166,13 +167,13 @@ class Recipe:
 
     @property
     def learning_rate(self) -> tuple[float, str] | None:
-        """The method's default rate and the word it comes from: the rule's own, else the lowest
-        that one of the parts asks for."""
-        rated = lambda choices: [  # noqa: E731
-            (c.default_learning_rate, c.word) for c in choices if c.default_learning_rate
-        ]
-        found = rated(self.of("optim")) or rated(self.choices)
-        return min(found, key=lambda pair: pair[0], default=None)
+        """The method's default rate and the word it comes from: the rule's own, else a schedule's,
+        else the lowest that one of the parts asks for."""
+        for choices in (self.of("optim"), self.schedules, self.choices):
+            rates = [(r, c.word) for c in choices if (r := c.default_learning_rate)]
+            if rates:
+                return min(rates, key=lambda pair: pair[0])
+        return None
 
     # -- access
 

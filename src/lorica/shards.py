@@ -66,6 +66,9 @@ def scale_(t: Tensor, factor: float) -> None:
 def write_rows(t: Tensor, index: Sequence[int], rows: Tensor, axis: int = 0) -> None:
     """t[index] ← rows along `axis`; `rows` is plain and full-size, its `axis` as long as
     `index`."""
+    if not isinstance(t, DTensor):
+        t.index_copy_(axis, torch.tensor(index, device=t.device), rows.to(t))
+        return
     local, offset = shard_of(t)
     start, count = offset[axis], local.shape[axis]
     here = [(k, i - start) for k, i in enumerate(index) if 0 <= i - start < count]

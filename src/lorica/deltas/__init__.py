@@ -11,8 +11,9 @@ To add one: copy `lowrank.py`, change the equations, add the paper's claims as a
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,24 @@ class AbstractDelta(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def restart(self, link: int, generator: torch.Generator) -> None:
-        """Become a fresh adapter with ΔW = 0; `link` counts the restarts of this layer, from 1."""
+        """Become a fresh adapter with ΔW = 0.
+
+        Args:
+            link: how many restarts this layer has had, this one included; 0: the start, of a delta
+                that has no pair for an init to fill.
+            generator: on the CPU; the same on every process.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftForm:
+    """A type of PEFT's own that computes a delta, beside its LORA for whatever has factors."""
+
+    peft_type: str
+    tensors: Mapping[str, str]  # trained parameter -> suffix of PEFT's key
+    dropout: str  # PEFT's field for `lora_dropout`
+    bias: str  # PEFT's value of `bias` for `lora_only`
+    fields: Mapping[str, Any]  # the other fields of PEFT's configuration that tell the formula
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,5 +115,27 @@ class DeltaChoice(Choice):
         {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
     )
 
+    def built_rank(self, site: Site, recipe: Any) -> int:
+        """Rank that a layer is built with, and that s is made of; `site.r` is what shall remain.
+
+        Raises:
+            ValueError: an argument that does not fit this layer.
+        """
+        return site.r
+
     def build(self, site: Site) -> AbstractDelta:
         raise AssertionError(f"{self.word} builds no adapter")
+
+    def peft_form(self) -> PeftForm | None:
+        """PEFT's own type for this delta, or None."""
+        return None
+
+    def peft_serves(self, site: Site) -> bool:
+        """Whether that type computes the same for a linear layer of these sizes."""
+        return self.peft_form() is not None
+
+    @classmethod
+    def from_peft(cls, data: Mapping[str, Any]) -> DeltaChoice | None:
+        """The choice that computes what PEFT does under a configuration (a dict of its fields), or
+        None."""
+        return None

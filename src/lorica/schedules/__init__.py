@@ -13,6 +13,7 @@ bit for bit; an event that declares `keeps_function` keeps it; the state loads w
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,13 +54,18 @@ class AbstractSchedule(Choice, abc.ABC):
     room: ClassVar[str] = "schedules"
     edits: ClassVar[frozenset[str]] = frozenset()  # of "base", "pair", "rank", "gradient mask"
 
-    # Rate curves it brings: values of `--lr-scheduler-type` that become its own field of that name.
+    # Rate curves it brings, values of `--lr-scheduler-type`; see `with_curve`.
     lr_scheduler_types: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def trains_base(self) -> bool:
         """Whether the targets' own weights train for a while."""
         return False
+
+    def with_curve(self, name: str, warmup_steps: int) -> AbstractSchedule:
+        """The same with one of the curves that it brings; such a file has these two arguments."""
+        fields: Any = {"lr_scheduler_type": name, "warmup_steps": warmup_steps}
+        return dataclasses.replace(self, **fields)
 
     def fit(self, total_steps: int | None) -> AbstractSchedule:
         """Fill what was left out from the horizon; a given interval that never fires is a

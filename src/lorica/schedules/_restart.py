@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch.distributed.tensor import DTensor
+
 from lorica.moves import merge_
 from lorica.rooms import Choice
 from lorica.schedules import AbstractSchedule
@@ -146,10 +148,35 @@ class Chain(Restarts):
         if self.accumulate == "base":
             self.write_base()
 
+    def plan(self, total_steps: int | None) -> str:
+        own = self.lr_scheduler_type != CONTINUED
+        curve = f", rate {self.lr_scheduler_type} in each, in the run's place" if own else ""
+        return super().plan(total_steps) + curve
+
+    def restore(self, state: dict[str, Any], adapters: Any) -> None:
+        # No dropout falls on a finished link, as if it were in the base; on the anchor of a start
+        # that is not zero it has to.
+        recipe: Any = adapters.recipe
+        if recipe.lora_dropout and (recipe.init is None or "zero_start" in recipe.init.gives):
+            for layer in adapters.layers.values():
+                layer.update.drop_carried = False
+
     def before_step(self, state: dict[str, Any], training: Any) -> None:
+        if self.accumulate == "factors" and training.step == 0:
+            self._refuse_shards(training.adapters)
         if self.lr_scheduler_type != CONTINUED:
             assert self.every is not None
             training.lr_factor(shape(self.lr_scheduler_type, self._part(training)))
+
+    def _refuse_shards(self, adapters: Any) -> None:
+        """ValueError now, not at the first restart, where nothing could be carried."""
+        for name, layer in adapters:
+            if any(isinstance(p, DTensor) for p in layer.update.parameters()):
+                raise ValueError(
+                    f"`{self.text()}`: the parameters of {name!r} are sharded, so what is carried"
+                    f" cannot grow; put finished updates into the base instead, with"
+                    f" `{self.word}(accumulate='base')`"
+                )
 
     def _part(self, training: Any) -> float:
         """How much of the link that this step belongs to is over."""

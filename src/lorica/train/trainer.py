@@ -126,6 +126,13 @@ class TrainerMixin:
             bind(inner, self.adapters, total_steps=num_training_steps, seed=self.args.seed)
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
+    def _get_learning_rate(self) -> float:
+        """What the last step was taken with: a schedule may have changed the scheduler's rate."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        own = inner.param_groups[0].get(KEY)
+        taken = own is not None and own["step"] > 0
+        return own["rate"] if taken else super()._get_learning_rate()  # type: ignore[misc]
+
     def compute_loss(
         self,
         model: nn.Module,
