@@ -83,9 +83,10 @@ def check_values(recipe: Any) -> None:
     for choice in recipe.choices if "r" in recipe.takes else ():
         if choice.only_r is not None and (recipe.r != choice.only_r or recipe.rank_pattern):
             name = "rank_pattern" if recipe.rank_pattern else "r"
+            by = f" (`{recipe.rank.word}`)" if recipe.rank_pattern else ""
             raise ValueError(
-                f"`{name}={getattr(recipe, name)!r}` beside `{choice.word}`, which is defined for"
-                f" rank {choice.only_r} alone; leave it out"
+                f"`{name}={getattr(recipe, name)!r}`{by} beside `{choice.word}`, which is defined"
+                f" for rank {choice.only_r} alone; leave one of the two out"
             )
     if recipe.lora_alpha is not None and not (_number(recipe.lora_alpha) and recipe.lora_alpha > 0):
         raise ValueError(

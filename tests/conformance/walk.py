@@ -28,7 +28,8 @@ def every() -> list[tuple[str, str]]:
 def recipe(method: str, **fields: Any) -> Recipe:
     """The recipe of `method` with small numbers, less those that mean nothing to it."""
     plain = Recipe.parse(method)
-    if plain.rank is not None and plain.rank.reads_patterns:
+    fixed = any(choice.only_r for choice in plain.choices)
+    if plain.rank is not None and plain.rank.reads_patterns and not fixed:
         fields.setdefault("rank_pattern", {".*": 3})  # without one it has nothing to read
     if any(c.only_r is not None for c in plain.choices):
         fields.pop("r", None)  # the method has a rank of its own

@@ -30,7 +30,7 @@ class Lora(AbstractScale):
         }
     """
 
-    preset: ClassVar[Mapping[str, str]] = {"deltas": "lowrank", "inits": "kaiming"}
+    preset: ClassVar[Mapping[str, str]] = {"deltas": "lowrank"}
     peft_rslora: ClassVar[bool | None] = False
 
     default_learning_rate: ClassVar[float | None] = 2e-4
