@@ -19,6 +19,7 @@ from lorica.groups import Trained
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full, reshard
 from lorica.objectives import Context
+from lorica.taps import Taps
 from lorica.whole import TrainedModule, swapped
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Adapters:
         self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
         self.pristine = "pristine" in recipe.given()
         self.base_hash: str | None = None  # of the published weights, set on first use
+        self.taps: Taps
         self.contract: Contract
 
     @staticmethod
@@ -126,9 +128,9 @@ class Adapters:
             share: this micro-batch's part of one update, so that a penalty enters an accumulated
                 update once.
         """
-        loss = outputs["loss"]
+        loss, context = outputs["loss"], Context(outputs, batch, self, share)
         for objective in self.recipe.objectives:
-            loss = objective.loss(loss, Context(outputs, batch, self, share))  # type: ignore[attr-defined]
+            loss = objective.loss(loss, context)  # type: ignore[attr-defined]
         return loss
 
     @contextlib.contextmanager

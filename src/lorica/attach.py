@@ -18,6 +18,7 @@ from lorica.layer import AdaptedLinear
 from lorica.moves import fold_
 from lorica.recipe import Recipe
 from lorica.shards import reshard, seeded
+from lorica.taps import Taps
 from lorica.targets import find, fresh_modules, refuse, refuse_idle, sites_of
 from lorica.update import Update
 from lorica.whole import TrainedModule, bias_modules, keep, replace, restore, train_in_place
@@ -114,6 +115,7 @@ def attach(
         adapters.hash_base()
         for layer in adapters.layers.values():  # the base is training state: no anchor beside it
             fold_(layer)
+    adapters.taps = Taps(adapters)
     adapters.contract = fill(contract, adapters, targets)
     if verbose:
         say(str(adapters.contract))
@@ -216,6 +218,7 @@ def _build(
 
 def _release(model: nn.Module, adapters: Adapters) -> nn.Module:
     del vars(model)[_HANDLE]
+    adapters.taps.remove()
     for name, p in model.named_parameters():
         p.requires_grad_(adapters.requires_grad.get(name, True))
     return model

@@ -85,6 +85,7 @@ class Choice:
     takes: ClassVar[frozenset[str]] = (
         frozenset()
     )  # numeric fields of the recipe it gives meaning to
+    taps: ClassVar[frozenset[str]] = frozenset()  # what it wants to see of a forward, see `taps`
     only_r: ClassVar[int | None] = None  # the one rank that the method is defined for
     below_full: ClassVar[bool] = False  # r has to be below min(in, out) of every target
 

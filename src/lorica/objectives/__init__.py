@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lorica.rooms import Choice
@@ -13,12 +15,37 @@ from lorica.rooms import Choice
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective sees of one micro-batch."""
+    """What the objectives see of one micro-batch; they share it."""
 
     outputs: Any
     batch: Any
     adapters: Any
     share: float = 1.0  # of the update, by label tokens: what a penalty is multiplied with
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """What the original model says to this batch, without a gradient and without dropout: run
+        on first use, once for all objectives.
+
+        Raises:
+            ValueError: `adapters.loss` was called without the batch.
+        """
+        if self.batch is None:
+            raise ValueError(
+                "this objective compares with the original model, which needs the inputs: call"
+                " `adapters.loss(outputs, batch)`"
+            )
+        model: Any = self.adapters.model
+        wanted = "hidden_states" in self.adapters.taps.wanted
+        inputs = {k: v for k, v in dict(self.batch).items() if k != "labels"}
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad(), self.adapters.disabled():
+                return model(**inputs, **({"output_hidden_states": True} if wanted else {}))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 @dataclass(frozen=True, kw_only=True)
