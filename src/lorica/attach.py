@@ -203,11 +203,11 @@ def _build(
     module: nn.Module, base: type[AbstractBase], recipe: Recipe, site: Site
 ) -> AdaptedLinear:
     parts: Any = recipe
+    # An anchor is dropped with the start that it takes out; finished links stay whole.
+    anchored = parts.init is not None and "zero_start" not in parts.init.gives
+    drop_carried = anchored and recipe.lora_dropout_on == "update"
     update = Update(
-        parts.delta.build(site),
-        site,
-        dropout=recipe.lora_dropout,
-        drop_carried=recipe.lora_dropout_on == "update",
+        parts.delta.build(site), site, dropout=recipe.lora_dropout, drop_carried=drop_carried
     )
     layer = AdaptedLinear(
         base(module), update, parts.combine.build(site), parts.kernel, site,

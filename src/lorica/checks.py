@@ -121,6 +121,13 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
                 f" ({CAPABILITIES[need]}), which `{blame[0]}` does not leave. Leave one of the two"
                 f" out of `{recipe.text()}`"
             )
+    frozen: dict[str, str] = {}
+    for group in recipe.groups:
+        for role in group.freezes:
+            if (other := frozen.setdefault(role, group.word)) != group.word:
+                raise ValueError(
+                    f"`{other}` and `{group.word}` both freeze {role}; name one of them"
+                )
     touched: dict[str, str] = {}
     for schedule in recipe.schedules:
         for thing in schedule.edits:

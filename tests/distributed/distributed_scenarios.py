@@ -7,6 +7,7 @@ Every process calls it, inside a gloo process group of its own.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import moves
+from lorica import moves, rooms
 from lorica.bind import KEY
 from lorica.deltas import Pair
 from lorica.proof import WATCHED_STEPS
@@ -140,14 +141,15 @@ def _adapted(
     *,
     make: Callable[[], Any] = _llama,
     dtype: torch.dtype = torch.float64,
-    schedules: tuple = (Moving(),),
+    schedules: tuple | None = (Moving(),),
     r: int | None = 3,
     base: torch.dtype | None = None,
     **fields: Any,
 ) -> lorica.Adapters:
     """A tiny model with adapters: the same on every process, and each time it is called."""
     torch.manual_seed(0)
-    recipe = Recipe.parse(method, r=r, schedules=schedules, **fields)
+    beside = {} if schedules is None else {"schedules": schedules}
+    recipe = Recipe.parse(method, r=r, **beside, **fields)
     return lorica.attach(make().to(base or dtype), recipe, dtype=dtype, verbose=False)
 
 
@@ -483,20 +485,24 @@ def _follows(
     wrap: Callable[[lorica.Adapters], nn.Module],
     atol: float = 1e-9,
     steps: int = 6,
+    rests: bool = False,
     **options: Any,
 ) -> None:
+    """`rests`: some layers have no gradient for a while."""
     one, many = _adapted(method, **options), _adapted(method, **options)
     model = wrap(many)
-    want = _train(one.model, one, _optimizer(one), range(steps), divided=False)
-    optimizer = _optimizer(many)
+    total = {"total_steps": 2 * steps}
+    want = _train(one.model, one, _optimizer(one, **total), range(steps), divided=False)
+    optimizer = _optimizer(many, **total)
     got = _train(model, many, optimizer, range(steps), divided=True)
     assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= atol, (got, want)
     _equal_states(many.state_dict(), one.state_dict(), atol)
     assert len(set(_on_every_process(many.fingerprint()))) == 1
     own = optimizer.param_groups[0][KEY]
-    assert own["step"] == steps and bool(own["seen"].all())
+    assert own["step"] == steps and (rests or bool(own["seen"].all()))
     start = _adapted(method, **options).state_dict()
-    moved = max((v - start[n]).abs().max().item() for n, v in many.state_dict().items())
+    end = many.state_dict()
+    moved = max((end[n] - v).abs().max().item() for n, v in start.items() if n in end)
     assert moved > 1e-3, "nothing has moved, so nothing was compared"
 
 
@@ -564,6 +570,44 @@ def ddp_follows_one_process() -> None:
     for method in ("lora", "dora+olora"):
         _follows(method, wrap=_ddp)
         _follows(method, wrap=_ddp, dtype=torch.float32, atol=1e-5, schedules=())
+
+
+INTERVALS = ("every", "interval", "update_proj_gap", "deltaT")
+
+
+def _with_events() -> Iterator[tuple[str, Any]]:
+    """(method, its class) of every schedule, and every rule over whole weights, with an event in
+    each second step."""
+    for room in ("schedules", "optim"):
+        for word in rooms.words(room):
+            kind = rooms.load(word)
+            fields = {f.name for f in dataclasses.fields(kind)}
+            interval = next((f"({name}=2)" for name in INTERVALS if name in fields), None)
+            if interval is not None:
+                yield word + interval, kind
+    yield "relora(every=2, warm_start=3)", rooms.load("relora")
+    yield "relora(every=2)+dora+olora", rooms.load("relora")
+
+
+@_on(2)
+def ddp_with_events_follows_one_process() -> None:
+    def wrap(adapters: lorica.Adapters) -> nn.Module:
+        return DistributedDataParallel(adapters.model, find_unused_parameters=True)
+
+    for method, kind in _with_events():
+        r = None if kind.only_r else 3
+        _follows(method, wrap=wrap, schedules=None, r=r, rests=True)
+
+
+@_on(2)
+def events_on_shards_follow_one_process() -> None:
+    tried = 0
+    for method, kind in _with_events():
+        if "sharded" in kind.gives:
+            r = None if kind.only_r else 3
+            _follows(method, wrap=_sharded(), schedules=None, r=r, rests=True)
+            tried += 1
+    assert tried >= 2
 
 
 @_on(2)

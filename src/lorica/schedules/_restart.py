@@ -153,14 +153,6 @@ class Chain(Restarts):
         curve = f", rate {self.lr_scheduler_type} in each, in the run's place" if own else ""
         return super().plan(total_steps) + curve
 
-    def restore(self, state: dict[str, Any], adapters: Any) -> None:
-        # No dropout falls on a finished link, as if it were in the base; on the anchor of a start
-        # that is not zero it has to.
-        recipe: Any = adapters.recipe
-        if recipe.lora_dropout and (recipe.init is None or "zero_start" in recipe.init.gives):
-            for layer in adapters.layers.values():
-                layer.update.drop_carried = False
-
     def before_step(self, state: dict[str, Any], training: Any) -> None:
         if self.accumulate == "factors" and training.step == 0:
             self._refuse_shards(training.adapters)

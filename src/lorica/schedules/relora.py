@@ -74,6 +74,7 @@ class Relora(WarmStart, Restarts):
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1
 
+    gives: ClassVar[frozenset[str]] = frozenset({"keeps_function", "sharded"})
     links: ClassVar[int] = 3
     below_full: ClassVar[bool] = True
     lr_scheduler_types: ClassVar[frozenset[str]] = frozenset({JAGGED})
