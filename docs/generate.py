@@ -256,7 +256,8 @@ def _plain_method() -> str:
 
 def _formula(word: str) -> str:
     """How alpha follows r, from its values at two ranks."""
-    if "r" not in Recipe.parse(word).takes:
+    plain = Recipe.parse(word)
+    if "r" not in plain.takes or any(c.only_r for c in plain.choices):
         return ""
     low, high = (Recipe.parse(word, r=r).lora_alpha for r in (4, 64))
     if low is None or high is None:

@@ -112,7 +112,7 @@ def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
         rule: Any = recipe.kernel
         start_at = (
             None
-            if site.lookup or recipe.lora_dropout
+            if site.lookup or recipe.lora_dropout or layer.update.delta.pair() is None
             else rule.threshold(site.in_features, site.out_features)
         )
         if layer.store.parameter.dtype not in (torch.float32, torch.float64):

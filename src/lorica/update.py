@@ -119,9 +119,10 @@ class Update(nn.Module):
     def moving(self, x: Tensor, base: AbstractBase, keep: Tensor | None = None) -> Tensor:
         """The part that dropout falls on, of an input already dropped."""
         factors = self.factors() if self.drop_carried else self.delta.factors()
-        if factors is not None:
+        if factors is not None and self.delta.pair() is not None:
             return self._product(x, factors, keep)
-        y = self.delta(x, base)
+        y = self.delta(x, base)  # a delta whose factors are a mere view knows a cheaper order
+        y = y if keep is None else y * keep
         carried = self.carried if self.drop_carried else None
         return y if carried is None else y + self._product(x, carried, keep)
 

@@ -42,7 +42,7 @@ def text(chain: str, beside: str, accumulate: str) -> str:
 def refused(chain: str, beside: str) -> bool:
     """What mathematics forbids: a start of the weight in the frozen factor, and both frozen."""
     start = "pissa" in beside or "olora" in beside
-    return (chain in OWN_START and start) or (chain == "raclora on A" and beside == "lorafa")
+    return (chain in OWN_START and start) or ("raclora" in chain and beside == "lorafa")
 
 
 def watch(adapters: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:

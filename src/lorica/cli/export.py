@@ -73,7 +73,8 @@ def run(options: Options) -> Outcome:
     if merged:
         return Outcome({"to": options.to, **done.as_dict()}, (str(done),))
     loss = "nothing is lost" if done.error == 0 else f"largest relative error {done.error:.2e}"
+    each = [f"  {error:.2e}  {name}" for name, error in done.errors.items() if error]
     return Outcome(
         {"to": options.to, **done.as_dict()},
-        (f"PEFT adapter of rank {done.r} in {done.path}; {loss}",),
+        (f"PEFT adapter of rank {done.r} in {done.path}; {loss}", *each),
     )

@@ -36,7 +36,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     `layers` ({module path: shape (out, in), r (with what is carried), scale, norm}), `parameters`,
     `bytes`, `dtypes`, `saved` (modules trained in full), `base`, `versions`, `task_type`,
     `problems`. `norm` is the Frobenius norm of ΔW, computed from the factors; None where the folder
-    holds none.
+    holds none. A file of another of PEFT's types than LORA does not tell its layers' shapes: they
+    are Lorica's, where it wrote the folder, else left out.
 
     Raises:
         ValueError: not an adapter folder, or a file that can't be read at all. What merely looks
@@ -79,7 +80,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_tensors(file)
-    layers = _layers(tensors, data, out["problems"]) if form == "peft" else _own_layers(info)
+    plain, shown = peft.as_plain(data, tensors, folder / PEFT_CONFIG)
+    told = form == "peft" and plain.get("peft_type") == peft.LORA
+    layers = _layers(shown, plain, out["problems"]) if told else _own_layers(info)
     out["layers"] = layers
     out["saved"] = info.get("saved") or list(data.get("modules_to_save") or [])
     out["parameters"] = sum(t.numel() for t in tensors.values())
@@ -93,6 +96,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _method(data: Mapping[str, Any]) -> str:
     """PEFT's own words for what a file of its is."""
+    if (choice := peft.own_choice(data)) is not None:
+        return f"{data['peft_type']}, {choice.text()}"
     parts = [str(data.get("peft_type")), *(k for k, v in data.items() if v is True)]
     start = data.get("init_lora_weights")
     parts += [f"init_lora_weights={start}"] if isinstance(start, str) else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A PEFT adapter that was written. `error` is the largest ‖ΔW − ΔW'‖/‖ΔW‖ over the layers, from
-    cutting the rank and rounding to the dtype; 0.0 where nothing was lost."""
+    cutting the rank and rounding to the dtype; 0.0 where nothing was lost. `errors` are those of
+    cutting, {module path: error}, where a rank was given."""
 
     path: Path
     r: int
     error: float
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "r": self.r, "error": self.error}
+        plain = {"path": str(self.path), "r": self.r, "error": self.error}
+        return {**plain, "errors": dict(self.errors)} if self.errors else plain
 
 
 def export(
@@ -113,8 +117,10 @@ def _export(
 ) -> Exported:
     state = native.full_state(adapters)
     native.check_values(adapters, state)
+    errors: dict[str, float] = {}
     if portable or r is not None:
-        config, tensors, error = _portable(adapters, r)
+        config, tensors, errors = _portable(adapters, r)
+        error = max(errors.values())
     else:
         if (obstacle := peft.obstacle(adapters)) is not None:
             raise ValueError(
@@ -133,12 +139,14 @@ def _export(
             native.write_tensors(tensors, folder / PEFT_TENSORS, {"format": "pt"})
             peft.write_config(config, folder)
     together()
-    return Exported(path=out, r=config["r"], error=error)
+    return Exported(path=out, r=config["r"], error=error, errors=errors if r is not None else {})
 
 
 @torch.no_grad()
-def _portable(adapters: Adapters, r: int | None) -> tuple[dict[str, Any], dict[str, Tensor], float]:
-    """One rank, alpha = rank, s in B; cut to rank `r` where it is given."""
+def _portable(
+    adapters: Adapters, r: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """One rank, alpha = rank, s in B; cut to rank `r` where given. Each layer's error with it."""
     recipe: Any = adapters.recipe
     in_full = [n for n, m in adapters.saved.items()]
     if adapters.direct or not adapters.pristine:
@@ -164,12 +172,12 @@ def _portable(adapters: Adapters, r: int | None) -> tuple[dict[str, Any], dict[s
         tensors[key_a] = torch.nn.functional.pad(a, (0, 0, 0, spare)).contiguous()
         tensors[key_b] = torch.nn.functional.pad(b, (0, spare)).contiguous()
     config = peft.config(adapters, {n: rank for n in pairs}, {n: 1.0 for n in pairs})
-    return config, tensors, max(error for _, _, error in pairs.values())
+    return config, tensors, {name: error for name, (_, _, error) in pairs.items()}
 
 
 def _pair(layer: AdaptedLinear, r: int | None) -> tuple[Tensor, Tensor, float]:
     """A (k, in), B (out, k) with s in B, and the relative error of cutting to rank r."""
-    factors = layer.update.factors()
+    factors = peft.written(layer)
     if factors is not None:
         a, b = read_full(factors.A).cpu(), read_full(factors.B).cpu() * factors.scale
         if r is None or a.shape[0] <= r:

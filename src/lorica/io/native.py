@@ -359,8 +359,9 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
 
 def _load_peft(model: nn.Module, folder: Path, *, verbose: bool) -> Adapters:
     file = folder / PEFT_CONFIG
-    data = peft.read_config(read_json(file), file)
     tensors = read_tensors(tensor_file(folder))
+    data, tensors = peft.as_plain(read_json(file), tensors, file)
+    data = peft.read_config(data, file)
     recipe, anchored = peft.recipe_for(model, data, file)
     try:
         # An anchored start is computed and carried; the factors it leaves are overwritten.

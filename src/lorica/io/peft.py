@@ -1,9 +1,13 @@
-"""PEFT's LORA files: written where PEFT's formula is exact, read whoever wrote them.
+"""PEFT's files: written where PEFT's formula is exact, read whoever wrote them.
 
     ΔW = s·B'A',  A' = [A; A₀] (r + k, in),  B' = [B, B₀] (out, r + k)
 
 with what a layer carries stacked under what trains: one plain LoRA, whatever the start was. Keys
 are `base_model.model.` + module path + suffix; s is written as alpha = s·(r + k).
+
+A delta may declare a type of PEFT's own (`PeftForm`). It is taken where it holds all there is: one
+rank, plain linear layers, nothing carried, a plain sum W + ΔW. Elsewhere the delta's factors make a
+LORA, if it has any.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from transformers.models.auto import modeling_auto as auto
 
 from lorica.adapters import Adapters
 from lorica.bases import base_for
+from lorica.deltas import DeltaChoice, Factors, PeftForm
 from lorica.io.names import plain_modules, shadows, shortest, trained_names
 from lorica.io.strict import PEFT_CONFIG, check_types
+from lorica.layer import AdaptedLinear
 from lorica.moves import read_full
 from lorica.ranks.pattern import first_match
 from lorica.recipe import Recipe
@@ -32,6 +38,7 @@ from lorica.rooms import ROOMS, load, words
 from lorica.targets import matches
 
 PREFIX = "base_model.model."
+LORA = "LORA"
 
 # -- where a tensor of ours lies in PEFT's file ----------------------------------------------------
 
@@ -59,19 +66,35 @@ def carried_ranks(adapters: Adapters) -> dict[str, int]:
     }
 
 
+def own_form(adapters: Adapters, carried: Mapping[str, int]) -> PeftForm | None:
+    """The type of PEFT's own that holds all of this, or None: then it is LORA, if anything."""
+    recipe: Any = adapters.recipe
+    form: PeftForm | None = recipe.delta.peft_form()
+    if form is None or any(carried.values()) or recipe.combine.peft_flags != {}:
+        return None
+    layers = [layer for _, layer in adapters]
+    plain = not any(layer.store.transposed or layer.store.lookup for layer in layers)
+    one = len({layer.site.r for layer in layers}) == 1
+    return form if plain and one and all(recipe.delta.peft_serves(x.site) for x in layers) else None
+
+
 def places(adapters: Adapters, carried: Mapping[str, int]) -> dict[str, Place]:
     """{name in `adapters.state_dict()`, or of a buffer of a module trained in full: its place}.
 
     What is not in it is not in PEFT's file as such (a delta whose factors are computed).
     """
     combine: Any = adapters.recipe.combine
+    form = own_form(adapters, carried)
     out: dict[str, Place] = {}
     for site, layer in adapters:
         key = f"{PREFIX}{site}"
         a, b = factor_keys(key, layer.site.lookup)
         names = {id(p): n for n, p in layer.named_parameters()}
-        pair, own = layer.update.delta.pair(), layer.update.delta.factors()
-        if pair is not None and own is not None and own.A is pair.A and own.B is pair.B:
+        pair = layer.update.delta.pair()
+        if form is not None:
+            for name, suffix in form.tensors.items():
+                out[f"{site}.update.delta.{name}"] = Place(f"{key}.{suffix}")
+        elif pair is not None and _is_own(layer):
             r, k = pair.A.shape[0], carried[site]
             out[f"{site}.{names[id(pair.A)]}"] = Place(a, 0, 0, r)
             out[f"{site}.{names[id(pair.B)]}"] = Place(b, 1, 0, r)
@@ -86,6 +109,25 @@ def places(adapters: Adapters, carried: Mapping[str, int]) -> dict[str, Place]:
         for name in module.copy.state_dict() if module.only is None else sorted(module.only):
             out[f"{site}.copy.{name}"] = Place(f"{PREFIX}{site}.{name}")
     return out
+
+
+def _is_own(layer: AdaptedLinear) -> bool:
+    """Whether the delta's factors are the trained pair itself, not computed from it."""
+    pair, own = layer.update.delta.pair(), layer.update.delta.factors()
+    return pair is not None and own is not None and own.A is pair.A and own.B is pair.B
+
+
+@torch.no_grad()
+def written(layer: AdaptedLinear) -> Factors | None:
+    """The update's factors as a LORA file holds them: of computed ones, ranks that are nothing (a
+    row of A or a column of B of zeros) are left out, all but one."""
+    factors = layer.update.factors()
+    if factors is None or _is_own(layer):
+        return factors
+    A, B = read_full(factors.A), read_full(factors.B)
+    keep = A.any(1) & B.any(0)
+    keep[0] |= ~keep.any()
+    return Factors(A[keep], B[:, keep], factors.scale)
 
 
 def factor_keys(key: str, lookup: bool) -> tuple[str, str]:
@@ -104,8 +146,9 @@ def obstacle(adapters: Adapters) -> str | None:
         return f"`{recipe.text()}` trains the base itself"
     if recipe.combine.peft_flags is None:
         return f"PEFT has no form of `{recipe.combine.word}`"
+    form = own_form(adapters, carried_ranks(adapters))
     for site, layer in adapters:
-        if layer.update.delta.factors() is None:
+        if form is None and layer.update.delta.factors() is None:
             return f"`{recipe.delta.word}` is no product of two factors ({site!r})"
         unknown = {n for n, _ in layer.combine.named_parameters()} - set(
             recipe.combine.peft_tensors
@@ -132,8 +175,9 @@ def _saved_names(adapters: Adapters) -> tuple[str, ...] | None:
 @torch.no_grad()
 def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's tensors, on the CPU, in the dtype they train in; `state`: all of the adapters'."""
+    carried = carried_ranks(adapters)
     parts: dict[str, list[tuple[Place, Tensor]]] = {}
-    for name, place in places(adapters, carried_ranks(adapters)).items():
+    for name, place in places(adapters, carried).items():
         parts.setdefault(place.key, []).append((place, state[name]))
     out: dict[str, Tensor] = {}
     for key, pieces in parts.items():
@@ -141,10 +185,10 @@ def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, T
         axis = pieces[0][0].axis
         tensors = [t.cpu() for _, t in pieces]
         out[key] = tensors[0] if axis is None else torch.cat(tensors, axis)
-    for site, layer in adapters:
+    for site, layer in adapters if own_form(adapters, carried) is None else ():
         a, b = factor_keys(f"{PREFIX}{site}", layer.site.lookup)
         if a not in out:
-            factors = layer.update.factors()
+            factors = written(layer)
             assert factors is not None
             out[a], out[b] = read_full(factors.A).cpu(), read_full(factors.B).cpu()
     # A copy each: the format knows no shared memory, and some are views.
@@ -163,46 +207,56 @@ def config(
     `scales` (of every layer) stand for the adapters' own where the factors were written otherwise.
     """
     recipe: Any = adapters.recipe
-    modules = plain_modules(adapters.model)
     if ranks is not None and scales is not None:
         alphas, rooted = {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
+    elif (form := own_form(adapters, carried_ranks(adapters))) is not None:
+        bias = form.bias if recipe.bias == "lora_only" else recipe.bias
+        own = {"r": next(layer.site.r for _, layer in adapters), form.dropout: recipe.lora_dropout}
+        return {**_about(adapters, form.peft_type), **own, **form.fields, "bias": bias}
     else:
         ranks, alphas, rooted = _numbers(adapters)
     r, alpha = _commonest(ranks), _commonest(alphas)
-    saved = list(_saved_names(adapters) or ()) or None
-    base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
-    targets = shortest(adapters.layers, modules)
     return {
-        "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": (base.name_or_path or None) if base is not None else None,
-        "revision": None,
-        "task_type": _task(adapters, modules),
-        "inference_mode": True,
+        **_about(adapters, LORA),
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": recipe.lora_dropout,
         "use_rslora": rooted,
         # The start is in the factors; any other value would make PEFT change the base.
         "init_lora_weights": True,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "modules_to_save": saved,
         "bias": recipe.bias,
         "fan_in_fan_out": any(
             layer.store.transposed and not layer.store.lookup for _, layer in adapters
         ),
-        "layers_to_transform": None,
-        "layers_pattern": None,
         "rank_pattern": _exceptions(ranks, r),
         "alpha_pattern": _exceptions(alphas, alpha),
         **recipe.combine.peft_flags,
     }
 
 
+def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
+    """What every type says: of which model the adapter is, and which modules it means."""
+    modules = plain_modules(adapters.model)
+    base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
+    targets = shortest(adapters.layers, modules)
+    return {
+        "peft_type": peft_type,
+        "auto_mapping": None,
+        "base_model_name_or_path": (base.name_or_path or None) if base is not None else None,
+        "revision": None,
+        "task_type": _task(adapters, modules),
+        "inference_mode": True,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(_saved_names(adapters) or ()) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
 def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool]:
     """Rank and alpha of every layer as written, and `use_rslora`."""
     recipe: Any = adapters.recipe
-    factors = {name: layer.update.factors() for name, layer in adapters}
+    factors = {name: written(layer) for name, layer in adapters}
     ranks = {name: f.A.shape[0] for name, f in factors.items() if f is not None}
     scales = {name: f.scale for name, f in factors.items() if f is not None}
     given = recipe.rank.assign(list(adapters.layers), recipe)
@@ -268,16 +322,22 @@ def _task(adapters: Adapters, modules: Mapping[str, nn.Module]) -> str | None:
 
 # -- reading ---------------------------------------------------------------------------------------
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "peft_type": (str,), "r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float),
-    "use_rslora": (bool,), "init_lora_weights": (bool, str),
-    "target_modules": (list, str), "exclude_modules": (list, str), "modules_to_save": (list,),
-    "layers_to_transform": (list, int), "layers_pattern": (list, str), "rank_pattern": (dict,),
-    "alpha_pattern": (dict,), "bias": (str,), "fan_in_fan_out": (bool,), "task_type": (str,),
+_TYPES: dict[str, tuple[type, ...]] = {  # of every type of PEFT's that is read
+    "peft_type": (str,), "r": (int,), "target_modules": (list, str),
+    "exclude_modules": (list, str), "modules_to_save": (list,), "layers_to_transform": (list, int),
+    "layers_pattern": (list, str), "bias": (str,), "task_type": (str,),
 }  # fmt: skip
-# Said about where the file comes from, or about a start that `init_lora_weights` speaks of.
+_PAIR_TYPES: dict[str, tuple[type, ...]] = {
+    "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
+    "init_lora_weights": (bool, str), "rank_pattern": (dict,), "alpha_pattern": (dict,),
+    "fan_in_fan_out": (bool,),
+}  # fmt: skip
+# Said about where the file comes from.
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+}  # fmt: skip
+# Said about a start that `init_lora_weights` speaks of.
+_PAIR_IGNORED = {
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
@@ -301,16 +361,81 @@ def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: another method's file; a value of the wrong type; a switch that changes what is
             computed and isn't implemented here.
     """
-    check_types(data, {**_TYPES, **dict.fromkeys(_flags(), (bool,))}, file)
-    if data.get("peft_type") != "LORA":
+    if (forms := _forms()).get(str(data.get("peft_type"))) is not None:
+        return _read_own_config(data, forms[data["peft_type"]], file)
+    check_types(data, {**_TYPES, **_PAIR_TYPES, **dict.fromkeys(_flags(), (bool,))}, file)
+    if data.get("peft_type") != LORA:
+        synonyms = {c.peft_synonym for c in _deltas() if c.peft_synonym is not None}
+        others = "".join(f" and {name}" for name in sorted({*forms, *synonyms}))
         raise ValueError(
             f"{file}: `peft_type` is {data.get('peft_type')!r}; read are LORA files (LoRA, DoRA,"
-            " rsLoRA, OLoRA, PiSSA, ...). Merge the adapter with PEFT, or train it again here"
+            f" rsLoRA, OLoRA, PiSSA, ...){others}. Merge the adapter with PEFT, or train it again"
+            " here"
         )
-    missing = sorted({"r", "lora_alpha", "target_modules"} - {k for k, v in data.items() if v})
-    if missing:
+    _complete(data, {"r", "lora_alpha", "target_modules"}, file)
+    _known(data, {*_TYPES, *_PAIR_TYPES, *_IGNORED, *_PAIR_IGNORED, *_flags()}, file)
+    start = data.get("init_lora_weights")
+    data = {**data, "init_lora_weights": True if start is None else start}
+    _anchor(data, file)
+    return data
+
+
+def _read_own_config(data: dict[str, Any], form: PeftForm, file: Path) -> dict[str, Any]:
+    """The same for a type that a delta declares as PEFT's own."""
+    check_types(data, {**_TYPES, form.dropout: (int, float)}, file)
+    _complete(data, {"r", "target_modules"}, file)
+    _known(data, {*_TYPES, *_IGNORED, *form.fields, form.dropout}, file)
+    if own_choice(data) is None:
+        given = ", ".join(f"`{k}={data.get(k)!r}`" for k in form.fields)
+        raise ValueError(
+            f"{file}: a {form.peft_type} adapter with {given} is not known here. Merge the adapter"
+            " with PEFT, or train it again here"
+        )
+    return data
+
+
+def _deltas() -> list[type[DeltaChoice]]:
+    return [load(word, "deltas") for word in words("deltas")]  # type: ignore[misc]
+
+
+def as_plain(
+    data: dict[str, Any], tensors: Mapping[str, Tensor], file: Path
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """A file of a type that a delta knows for LORA in other clothes, as LORA; others as they are.
+
+    Raises:
+        ValueError: a value or a tensor that is not of that type.
+    """
+    for choice in _deltas():
+        if choice.peft_synonym is not None and data.get("peft_type") == choice.peft_synonym:
+            try:
+                return choice.as_plain(data, tensors)
+            except ValueError as error:
+                raise ValueError(
+                    f"{file}: {error}. Save the adapter again with PEFT, or merge it there"
+                ) from None
+    return data, tensors
+
+
+def _forms() -> dict[str, PeftForm]:
+    """{type of PEFT's own: the form of one of the deltas that it stands for}."""
+    forms = [c().peft_form() for c in _deltas()]
+    return {form.peft_type: form for form in forms if form is not None}
+
+
+def own_choice(data: Mapping[str, Any]) -> DeltaChoice | None:
+    """The delta that computes what PEFT does under this configuration, where that is not LORA."""
+    found = (c.from_peft(data) for c in _deltas())
+    return next((choice for choice in found if choice is not None), None)
+
+
+def _complete(data: Mapping[str, Any], wanted: set[str], file: Path) -> None:
+    if missing := sorted(wanted - {k for k, v in data.items() if v}):
         raise ValueError(f"{file}: {missing} must be given; PEFT writes them always")
-    known = set(_TYPES) | _IGNORED | _flags()
+
+
+def _known(data: Mapping[str, Any], known: set[str], file: Path) -> None:
+    """Nothing else is switched on."""
     strange = {
         key: value
         for key, value in data.items()
@@ -322,10 +447,6 @@ def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
             " the adapter computes and is not implemented here. Merge the adapter with PEFT, or"
             " train it without"
         )
-    start = data.get("init_lora_weights")
-    data = {**data, "init_lora_weights": True if start is None else start}
-    _anchor(data, file)
-    return data
 
 
 def _flags() -> set[str]:
@@ -367,6 +488,36 @@ def recipe_for(model: nn.Module, data: Mapping[str, Any], file: Path) -> tuple[R
     saved = [n for n in modules if any(n.endswith(p) for p in patterns)]
     saved = [n for n in saved if not any(n != o and n.startswith(o + ".") for o in saved)]
     layers = _targets(model, modules, data, file)
+    if (choice := own_choice(data)) is not None:
+        method, fields, anchored = choice.text(), _own_fields(choice, data), False
+    else:
+        method, fields, anchored = _pair_method(data, modules, layers, file)
+    try:
+        recipe = Recipe.parse(
+            method,
+            r=data["r"],
+            target_modules=shortest(layers, modules),
+            modules_to_save=_exact(saved, modules),
+            **fields,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return recipe, anchored
+
+
+def _own_fields(choice: DeltaChoice, data: Mapping[str, Any]) -> dict[str, Any]:
+    form: Any = choice.peft_form()
+    bias = data.get("bias") or "none"
+    return {
+        "lora_dropout": data.get(form.dropout) or 0.0,
+        "bias": "lora_only" if bias == form.bias else bias,
+    }
+
+
+def _pair_method(
+    data: Mapping[str, Any], modules: Mapping[str, nn.Module], layers: Sequence[str], file: Path
+) -> tuple[str, dict[str, Any], bool]:
+    """A LORA file's method, its own fields of a recipe, and whether its start is anchored."""
     anchor = _anchor(data, file)
     wanted = {k: data[k] for k in _flags() if data.get(k)}
     method = [
@@ -380,22 +531,15 @@ def recipe_for(model: nn.Module, data: Mapping[str, Any], file: Path) -> tuple[R
             f"{file}: `init_lora_weights={data['init_lora_weights']!r}` on the transposed layer"
             f" {transposed[0]!r}: PEFT's correction of such a base can't be relied on; {_CONVERT}"
         )
-    try:
-        recipe = Recipe.parse(
-            "+".join(method),
-            r=data["r"],
-            lora_alpha=data["lora_alpha"],
-            lora_dropout=data.get("lora_dropout") or 0.0,
-            lora_dropout_on="delta" if anchor else "update",  # PEFT's base has no dropout
-            target_modules=shortest(layers, modules),
-            modules_to_save=_exact(saved, modules),
-            bias=data.get("bias") or "none",
-            rank_pattern=_used(data.get("rank_pattern") or {}, layers, file),
-            alpha_pattern=_used(data.get("alpha_pattern") or {}, layers, file),
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    return recipe, anchor is not None
+    fields = {
+        "lora_alpha": data["lora_alpha"],
+        "lora_dropout": data.get("lora_dropout") or 0.0,
+        "lora_dropout_on": "delta" if anchor else "update",  # PEFT's base has no dropout
+        "bias": data.get("bias") or "none",
+        "rank_pattern": _used(data.get("rank_pattern") or {}, layers, file),
+        "alpha_pattern": _used(data.get("alpha_pattern") or {}, layers, file),
+    }
+    return "+".join(method), fields, anchor is not None
 
 
 def _word(room: str, fits: Any) -> str:

@@ -65,7 +65,8 @@ class Materialised(AbstractKernel):
     """
 
     def product(self, x: Tensor, base, update, *, bias: bool) -> Tensor:
-        factors = None if update.dropping or base.lookup else update.factors()
+        own = update.delta.pair() is None  # a delta without a pair knows its own order
+        factors = None if own or update.dropping or base.lookup else update.factors()
         if factors is None:  # one weight for all tokens does not exist, or no factors do
             y = base.linear(x) if bias else base.product(x)
             return y + update(x, base)
