@@ -12,7 +12,8 @@ What is replaced in a command, and nothing else:
 
 * the hub models in `HUB_MODELS` are tiny random models of the same family, made by `make_world`;
 * `lorica train` gets `--max-steps 2` where the command neither says how long it runs nor reads a
-  file that does, in place of a longer `--max-steps`, and `--max-samples 24` on the embedded data.
+  file that does, in place of a longer `--max-steps`, and `--max-samples 24` on the embedded data;
+  `lorica pretrain` gets `--max-steps 2` in the same way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 OTHER_COMMANDS = {"make", ".", "pip", "tensorboard", "git", "python"}
+LENGTHS = {"--num-train-epochs", "--max-tokens", "--resume", "--dry-run"}
 HUB_MODELS = {
     "HuggingFaceTB/SmolLM2-135M": "llama",
     "sentence-transformers/all-MiniLM-L6-v2": "bert",
@@ -106,13 +108,17 @@ def without_hub(text: str, folder: Path) -> str:
 def shortened(words: list[str], folder: Path) -> list[str]:
     """The command as it is run here."""
     words = [without_hub(word, folder) for word in words]
-    if words[0] != "train":
+    if words[0] not in ("train", "pretrain"):
         return words
     if "--max-steps" in words:
         words[words.index("--max-steps") + 1] = "2"
-    elif not {"--num-train-epochs", "--resume"} & set(words) and words[1].startswith("--"):
+    elif not LENGTHS & set(words) and words[1].startswith("--"):
         words += ["--max-steps", "2"]
-    if not {"--data", "--resume"} & set(words) and words[1].startswith("--"):
+    if (
+        words[0] == "train"
+        and not {"--data", "--resume"} & set(words)
+        and words[1].startswith("--")
+    ):
         words += ["--max-samples", "24"]
     return words
 
@@ -141,6 +147,10 @@ def make_world(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
     story = [f"Day {i}.\nThe cat sat on mat {i} and the dog saw it." for i in range(12)]
     (folder / "story.txt").write_text("\n\n".join(story) + "\n", encoding="utf-8")
+    (folder / "novels").mkdir()
+    for name in ("train", "valid"):
+        pages = (f"{line.replace('Day', name)} And so on." for line in story * 40)
+        (folder / "novels" / f"{name}.txt").write_text("\n\n".join(pages), encoding="utf-8")
     (folder / "CoLA").mkdir()
     for name in ("train", "dev"):
         rows = [f"s{i}\t{i % 2}\t{'' if i % 2 else '*'}\tSentence {i}." for i in range(12)]

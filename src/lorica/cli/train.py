@@ -2,79 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from argparse import ArgumentError
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.train.options import TrainOptions, UsageError
-
-
-class TrainingFields(Others):
-    """Fields of transformers' TrainingArguments, under their own names; only asked where a flag or
-    key is not one of ours, as transformers takes a second to import."""
-
-    # What the run decides itself, or what has another name here.
-    hidden = frozenset(
-        {
-            "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
-            "disable_tqdm", "remove_unused_columns", "include_num_input_tokens_seen",
-            "activation_checkpointing", "label_names",
-        }
-    )  # fmt: skip
-
-    @cached_property
-    def fields(self) -> dict[str, Any]:
-        from transformers import TrainingArguments
-
-        own = {f.name for f in dataclasses.fields(TrainOptions)} | self.hidden
-        return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.name not in own}
-
-    @cached_property
-    def parser(self) -> Any:
-        from transformers import HfArgumentParser, TrainingArguments
-
-        class Parser(HfArgumentParser):
-            def error(self, message: str) -> Any:
-                raise UsageError(f"{message}. `lorica train --help` lists the options")
-
-        return Parser(TrainingArguments, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
-
-    def names(self) -> set[str]:
-        return set(self.fields)
-
-    def takes(self, name: str) -> bool:
-        return name in self.fields or name.removeprefix("no_") in self.fields
-
-    def read(self, words: Sequence[str]) -> dict[str, Any]:
-        if not words:
-            return {}
-        made = vars(self.parser.parse_args(list(words)))
-        flags = [w.split("=")[0][2:].replace("-", "_") for w in words if w.startswith("--")]
-        names = [f if f in self.fields else f.removeprefix("no_") for f in flags]
-        return {name: _plain(made[name]) for name in names if name in self.fields}
-
-    def value(self, name: str, value: Any, place: str) -> Any:
-        if value is None or isinstance(value, dict):
-            return value
-        words = [json.dumps(v) if isinstance(v, bool) else str(v) for v in _listed(value)]
-        try:
-            return self.read([f"--{name}", *words])[name]
-        except (UsageError, ArgumentError) as error:
-            raise UsageError(f"{place}: {error}") from None
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)  # transformers' enumerations, as their text
+from lorica.cli._training import TrainingFields, resumed_file
+from lorica.train.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +16,10 @@ class Options(TrainOptions, VerbOptions):
 
     @classmethod
     def others(cls) -> Others:
-        return TrainingFields()
+        return TrainingFields(TrainOptions, "train")
 
     def base_file(self) -> Path | None:
-        if self.resume is None:
-            return None
-        folder = Path(self.output_dir if self.resume == "last" else self.resume).expanduser()
-        file = (folder if self.resume == "last" else folder.parent) / "config.yaml"
-        return file if file.is_file() else None
+        return resumed_file(self)
 
 
 def run(options: Options) -> Outcome:

@@ -4,6 +4,7 @@ config.yaml       the options, all filled in; running it again repeats the run
 metrics.jsonl     a line a log step
 result.json       written last: a run that has it is done
 adapter/ model/   what was trained
+tokenizer/        one that was trained for the run
 checkpoint-<n>/   complete or absent
 """
 
@@ -25,7 +26,8 @@ from lorica.train.options import UsageError
 
 LOCK = ".lock"
 _PARTS = (
-    "config.yaml", "metrics.jsonl", "result.json", "adapter", "model", "runs", ".unfinished",
+    "config.yaml", "metrics.jsonl", "result.json", "adapter", "model", "tokenizer", "runs",
+    ".unfinished",
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -112,6 +114,7 @@ class RunFolder:
             if not self.checkpoints() and not (log.is_file() and log.stat().st_size):
                 for name in ("config.yaml", "metrics.jsonl"):
                     (self / name).unlink(missing_ok=True)
+                shutil.rmtree(self / "tokenizer", ignore_errors=True)
             raise
         finally:
             (self / LOCK).unlink(missing_ok=True)

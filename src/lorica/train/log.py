@@ -39,14 +39,25 @@ class RunLog(TrainerCallback, ExportableState):
         device: whose memory is measured.
         facts: saved with every checkpoint, e.g. the hash of the data.
         main: whether this process is the one that writes.
+        remedy: what else to say where the loss is no number.
+        tokens_per_step: where every step has as many; None: the Trainer counts them.
     """
 
     def __init__(
-        self, folder: RunFolder, device: torch.device, facts: dict[str, Any], main: bool = True
+        self,
+        folder: RunFolder,
+        device: torch.device,
+        facts: dict[str, Any],
+        main: bool = True,
+        *,
+        remedy: str = "",
+        tokens_per_step: int | None = None,
     ) -> None:
         self.folder, self.device, self.facts, self.main = folder, device, facts, main
+        self.remedy, self.tokens_per_step = remedy, tokens_per_step
         self.before = 0.0  # seconds of the sessions that this one goes on from
-        self.start = self.last = time.perf_counter()
+        self.start = self.last = self.mark = time.perf_counter()
+        self.idle = 0.0  # seconds since the last line in which nothing was trained
         self.first = self.tokens = 0  # step and tokens that this session begins with
         self.live = main and sys.stderr.isatty()
 
@@ -68,11 +79,14 @@ class RunLog(TrainerCallback, ExportableState):
         self.first, self.tokens = state.global_step, state.num_input_tokens_seen
         if self.main:
             self.folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        self.start = self.last = time.perf_counter()
+        self.start = self.last = self.mark = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.mark = time.perf_counter()
+        if self.tokens_per_step is not None:
+            state.num_input_tokens_seen = state.global_step * self.tokens_per_step
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
@@ -92,7 +106,8 @@ class RunLog(TrainerCallback, ExportableState):
     def _train_line(self, state: Any, logs: dict[str, Any]) -> None:
         now = time.perf_counter()
         tokens, self.tokens = state.num_input_tokens_seen - self.tokens, state.num_input_tokens_seen
-        pace, self.last = tokens / max(now - self.last, 1e-9), now
+        pace = tokens / max(now - self.last - self.idle, 1e-9)
+        self.last, self.idle = now, 0.0
         line = {"step": state.global_step, "epoch": round(state.epoch, 6), "loss": logs["loss"]}
         line |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
         line |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
@@ -107,19 +122,23 @@ class RunLog(TrainerCallback, ExportableState):
         if not math.isfinite(logs["loss"]):
             raise ValueError(
                 f"the loss is {logs['loss']} at step {done}: training has diverged. Lower"
-                " `--learning-rate`, raise `--warmup-ratio`, or with float16 weights type `--dtype"
-                " float32`"
+                f" `--learning-rate`, or raise `--warmup-ratio`{self.remedy}"
             )
 
     def _eval_line(self, state: Any, logs: dict[str, Any]) -> None:
-        figures = {k: v for k, v in logs.items() if k.startswith("eval_") and _figure(k)}
+        figures = {k: v for k, v in logs.items() if k.startswith("eval_") and measures(k)}
         self._write({"step": state.global_step, **figures, "seconds": round(self.seconds, 3)})
         shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in figures.items())
         self._say(f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
-        self.last = time.perf_counter()  # no training in that time
+        self._rested()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.last = time.perf_counter()
+        self._rested()
+
+    def _rested(self) -> None:
+        """An evaluation or a checkpoint took the time since the step's end."""
+        now = time.perf_counter()
+        self.idle, self.mark = self.idle + now - self.mark, now
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:
@@ -134,7 +153,27 @@ class RunLog(TrainerCallback, ExportableState):
             logger.info(text)
 
 
-def _figure(name: str) -> bool:
+class StreamPlace(TrainerCallback, ExportableState):
+    """Where a streamed data set is to be gone on with, in every checkpoint.
+
+    Args:
+        streamed: see `lorica.data.streamed.Streamed`.
+        rows_per_step: over all processes.
+    """
+
+    def __init__(self, streamed: Any, rows_per_step: int) -> None:
+        self.streamed, self.rows_per_step, self.consumed = streamed, rows_per_step, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.consumed = state.global_step * self.rows_per_step
+        self.streamed.place(self.consumed)  # earlier ones are not needed again
+
+    def state(self) -> dict[str, Any]:
+        place = self.streamed.place(self.consumed)
+        return {"args": {}, "attributes": {"place": place, "consumed": self.consumed}}
+
+
+def measures(name: str) -> bool:
     """Whether it measures the model, not the machine."""
     return not name.endswith(("_runtime", "_per_second", "_time"))
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run can be told, as typed options.
+"""What a training run can be told, as typed options.
 
 The command line, the YAML file and the run itself share this one list. Importing it costs nothing:
 neither torch nor transformers is needed to read options, so `--help` and a misspelt flag answer at
@@ -7,11 +7,12 @@ once.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -19,6 +20,10 @@ import tyro
 
 from lorica.world.source import is_embedded
 
+SHAPES = (
+    "llama-1m", "llama-4m", "llama-9m", "llama-20m", "llama-60m", "llama-130m", "llama-250m",
+    "llama-350m", "llama-1b",
+)  # fmt: skip
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
 
@@ -172,8 +177,15 @@ def _first(words: Sequence[str]) -> str:
     return words[0]
 
 
+def _paths(words: Sequence[str]) -> tuple[str, ...]:
+    if not words or "" in words:
+        raise ValueError("one or more files, folders or hub ids are wanted")
+    return tuple(words)
+
+
 TEXT = Kind("TEXT", _first)
 PATH = Kind("PATH", _first)
+PATHS = Kind("PATH ...", _paths, nargs="*")
 METHOD = Kind("METHOD", _first, mapping=method_text)
 WHOLE = Kind("INT", _whole)
 NUMBER = Kind("FLOAT", _number)
@@ -201,23 +213,19 @@ def kinds(options: type) -> dict[str, Kind | None]:
     return found
 
 
-# -- the options -----------------------------------------------------------------------------------
+# -- the options ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Fine-tune a model on a data set through an update of the method's form.
+class RunOptions(abc.ABC):
+    """What every training run can be told.
 
-    A YAML file of the same names (underscores) may stand first; flags override it. Every further
-    field of transformers' TrainingArguments is an option under its own name, e.g. `--weight-decay
-    0.01`, `--save-steps 50`, `--optim adamw_torch`.
+    Every further field of transformers' TrainingArguments is an option under its own name, e.g.
+    `--weight-decay 0.01`, `--save-steps 50`, `--optim adamw_torch`.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the embedded one.
-        data: file, folder or hub id; its columns decide what it is. Embedded tasks are
-            `lorica:new`, `lorica:old` and `lorica:new+old`. Default: `lorica:new`.
         method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
-            weight. `lorica methods` lists them. Default: lora.
+            weight. `lorica methods` lists them.
         r: rank of what trains. Default: the method's own, else 16.
         lora_alpha: numerator of the scale. Default: the method's own.
         lora_dropout: probability that an input feature of the update is dropped.
@@ -227,26 +235,18 @@ class TrainOptions:
             every linear layer but the head.
         exclude_modules: in the same forms, what to leave out.
         layers_to_transform: indices of the blocks to adapt. Default: all.
-        modules_to_save: modules that train in full and are saved with the adapter. A fresh head is
-            added by itself.
-        bias: `none`, `lora_only` (biases of adapted layers train) or `all`.
         rank_pattern: {module pattern: r}, over `r`.
         alpha_pattern: {module pattern: lora_alpha}, over `lora_alpha`.
-        adapter: start from this adapter (Lorica's or PEFT's) and its method.
-        ignore_base_hash: with `adapter`, take another base than it was trained on.
         learning_rate: peak rate. Default: the method's own.
         lr_scheduler_type: transformers' name of the schedule.
         warmup_ratio: fraction of the steps in which the rate rises from 0.
-        num_train_epochs: passes over the data. Default: 3, unless `max_steps` is given.
         max_steps: optimizer steps, instead of passes.
-        per_device_train_batch_size: examples a device and forward pass.
+        per_device_train_batch_size: rows a device and forward pass.
         gradient_accumulation_steps: forward passes an optimizer step. The loss weighs tokens (or
             labels) alike, however they fall into passes.
         seed: of every random draw: the start, the order of the data, dropout.
         bf16: compute in bfloat16 (autocast); what trains stays in float32.
         gradient_checkpointing: recompute activations in backward, for memory.
-        dtype: of the frozen weights. `auto` keeps the checkpoint's, but float16 becomes float32 on
-            a CPU, which computes it badly (the values stay exactly what they were).
         attn_implementation: transformers' name, e.g. `sdpa`, `eager`. Default: transformers'.
         output_dir: the run's folder.
         resume: go on from a checkpoint: a path, or without one the last of `output_dir`. Options
@@ -254,24 +254,9 @@ class TrainOptions:
         overwrite_output_dir: remove the run that is in `output_dir`.
         report_to: where else to log: `tensorboard`, `wandb`, ..., or `none`.
         split: split of the data to train on. Default: train, else everything.
-        eval_data: file, folder or hub id to evaluate on.
-        eval_split: its split, or without `eval_data` that of `data`.
-        eval_fraction: hold out this fraction of the rows of `data`.
-        max_samples: train on at most so many rows.
-        max_length: tokens a row. Default: 1024, or less where the model ends before.
         columns: what the data calls the columns, e.g. `text=sentence`.
-        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
-        task: what is learnt: causal-lm, sequence-classification, token-classification or
-            seq2seq-lm. Default: from the data's columns.
-        packing: `none`, `best_fit` (several whole examples a row) or `wrapped` (running text cut so
-            that rows are full). Examples of a row never see each other.
-        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
-        train_on: `completion` (answers), `all`, or roles, e.g. `assistant`.
-        early_stopping_patience: stop after so many evaluations without a better one.
     """
 
-    model: Annotated[str | None, PATH, HINT] = None
-    data: Annotated[str | None, PATH, HINT] = None
     method: Annotated[str | None, METHOD, HINT] = None
     r: Annotated[int | None, WHOLE, HINT] = None
     lora_alpha: Annotated[float | None, NUMBER, HINT] = None
@@ -280,12 +265,8 @@ class TrainOptions:
     target_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
     exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
     layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
-    modules_to_save: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
-    bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
     rank_pattern: Annotated[dict[str, int] | None, JSON, HINT] = None
     alpha_pattern: Annotated[dict[str, float] | None, JSON, HINT] = None
-    adapter: Annotated[str | None, PATH, HINT] = None
-    ignore_base_hash: bool = False
     learning_rate: Annotated[float | None, NUMBER, HINT] = None
     lr_scheduler_type: Annotated[str, TEXT, HINT] = "cosine"
     warmup_ratio: Annotated[float | None, NUMBER, HINT] = None
@@ -296,7 +277,6 @@ class TrainOptions:
     seed: Annotated[int, WHOLE, HINT] = 42
     bf16: bool = False
     gradient_checkpointing: bool = False
-    dtype: Annotated[str, DTYPE, HINT] = "auto"
     attn_implementation: Annotated[str | None, TEXT, HINT] = None
     output_dir: Annotated[str, PATH, HINT] = "lorica-run"
     resume: Annotated[
@@ -307,49 +287,38 @@ class TrainOptions:
     overwrite_output_dir: bool = False
     report_to: Annotated[tuple[str, ...], NAMES, HINT] = ("none",)
     split: Annotated[str | None, TEXT, HINT] = None
-    eval_data: Annotated[str | None, PATH, HINT] = None
-    eval_split: Annotated[str | None, TEXT, HINT] = None
     eval_fraction: Annotated[float | None, NUMBER, HINT] = None
-    max_samples: Annotated[int | None, WHOLE, HINT] = None
     max_length: Annotated[int | None, WHOLE, HINT] = None
     columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
-    header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
-    task: Annotated[str | None, choice(*TASKS), HINT] = None
-    packing: Annotated[str, choice("none", "best_fit", "wrapped"), HINT] = "none"
-    chat_template: Annotated[str | None, TEXT, HINT] = None
-    train_on: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
-    early_stopping_patience: Annotated[int | None, WHOLE, HINT] = None
     further: Annotated[dict[str, Any], tyro.conf.SuppressFixed] = field(default_factory=dict)
 
     aliases: ClassVar[Mapping[str, str]] = {"resume_from_checkpoint": "resume"}
+    # Options that may name files, which config.yaml has from the root on; words that name none.
+    paths: ClassVar[Mapping[str, Collection[str]]]
+    recipe_names: ClassVar[tuple[str, ...]] = (
+        "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
+        "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+    )  # fmt: skip
+    counts: ClassVar[tuple[str, ...]] = (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+    )  # fmt: skip
 
     def recipe_fields(self) -> dict[str, Any]:
         """The fields of `Recipe` that were given."""
-        names = (
-            "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
-            "exclude_modules", "layers_to_transform", "modules_to_save", "bias", "rank_pattern",
-            "alpha_pattern",
-        )  # fmt: skip
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in self.recipe_names}
         return {name: value for name, value in given.items() if value is not None}
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether there are evaluation rows; the embedded data brings its own."""
-        sources = (self.eval_data, self.eval_split, self.eval_fraction)
-        brings = self.data is None or is_embedded(self.data)
-        return brings or any(source is not None for source in sources)
+    @abc.abstractmethod
+    def brings_evaluation(self) -> bool:
+        """Whether there is something to evaluate on."""
 
-    def check(self) -> None:
-        """What can be told from the options alone.
+    def check_run(self) -> None:
+        """What can be told from these options alone.
 
         Raises:
             UsageError: a value out of range, or options that contradict each other.
         """
-        for name in (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
-            "max_samples", "early_stopping_patience",
-        ):  # fmt: skip
+        for name in self.counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{_flag(name)} {value}`: it is a whole number of at least 1")
@@ -364,10 +333,8 @@ class TrainOptions:
             )
         if self.seed < 0 or self.seed >= 2**32:
             raise UsageError(f"`--seed {self.seed}`: it is a whole number from 0 to 4294967295")
-        self._contradict("max_steps", "num_train_epochs", "the length of a run is given once")
-        self._contradict("eval_data", "eval_fraction", "evaluation rows come from one place")
-        self._contradict("eval_split", "eval_fraction", "evaluation rows come from one place")
-        self._contradict("resume", "adapter", "a checkpoint holds its adapter")
+        self.contradict("max_steps", "num_train_epochs", "the length of a run is given once")
+        self.contradict("eval_data", "eval_fraction", "evaluation rows come from one place")
         if self.resume is not None and self.overwrite_output_dir:
             raise UsageError(
                 "`--resume` and `--overwrite-output-dir` contradict each other: leave one of the"
@@ -377,6 +344,114 @@ class TrainOptions:
             raise UsageError(
                 "`--warmup-ratio` and `--warmup-steps` say the same thing; leave one of the two out"
             )
+
+    def refuse_late(self, remedy: str, **more: bool) -> None:
+        """Options that speak of evaluations, where there is nothing to evaluate on."""
+        if self.brings_evaluation():
+            return
+        late = more | {name: name in self.further for name in _NEEDS_EVALUATION}
+        for name in [name for name, given in late.items() if given]:
+            raise UsageError(
+                f"`{_flag(name)}` needs something to evaluate on: give {remedy} too, or leave it"
+                " out"
+            )
+
+    def contradict(self, one: str, other: str, why: str) -> None:
+        """Raises where both were given."""
+        a, b = getattr(self, one), getattr(self, other)
+        if a is not None and b is not None:
+            raise UsageError(
+                f"`{_flag(one)} {a}` and `{_flag(other)} {b}` were both given, and {why}; leave"
+                " one of the two out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tuned:
+    """First in `--help`."""
+
+    model: Annotated[str | None, PATH, HINT] = None
+    data: Annotated[str | None, PATH, HINT] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions, _Tuned):
+    """Fine-tune a model on a data set through an update of the method's form.
+
+    A YAML file of the same names (underscores) may stand first; flags override it. Every further
+    field of transformers' TrainingArguments is an option under its own name, e.g. `--weight-decay
+    0.01`, `--save-steps 50`, `--optim adamw_torch`.
+
+    Args:
+        model: folder or hub id of a transformers model. Default: the embedded one.
+        data: file, folder or hub id; its columns decide what it is. Embedded tasks are
+            `lorica:new`, `lorica:old` and `lorica:new+old`. Default: `lorica:new`.
+        method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
+            weight. `lorica methods` lists them. Default: lora.
+        modules_to_save: modules that train in full and are saved with the adapter. A fresh head is
+            added by itself.
+        bias: `none`, `lora_only` (biases of adapted layers train) or `all`.
+        adapter: start from this adapter (Lorica's or PEFT's) and its method.
+        ignore_base_hash: with `adapter`, take another base than it was trained on.
+        num_train_epochs: passes over the data. Default: 3, unless `max_steps` is given.
+        per_device_train_batch_size: examples a device and forward pass.
+        dtype: of the frozen weights. `auto` keeps the checkpoint's, but float16 becomes float32 on
+            a CPU, which computes it badly (the values stay exactly what they were).
+        eval_data: file, folder or hub id to evaluate on.
+        eval_split: its split, or without `eval_data` that of `data`.
+        eval_fraction: hold out this fraction of the rows of `data`.
+        max_samples: train on at most so many rows.
+        max_length: tokens a row. Default: 1024, or less where the model ends before.
+        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
+        task: what is learnt: causal-lm, sequence-classification, token-classification or
+            seq2seq-lm. Default: from the data's columns.
+        packing: `none`, `best_fit` (several whole examples a row) or `wrapped` (running text cut so
+            that rows are full). Examples of a row never see each other.
+        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
+        train_on: `completion` (answers), `all`, or roles, e.g. `assistant`.
+        early_stopping_patience: stop after so many evaluations without a better one.
+    """
+
+    modules_to_save: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
+    adapter: Annotated[str | None, PATH, HINT] = None
+    ignore_base_hash: bool = False
+    dtype: Annotated[str, DTYPE, HINT] = "auto"
+    eval_data: Annotated[str | None, PATH, HINT] = None
+    eval_split: Annotated[str | None, TEXT, HINT] = None
+    max_samples: Annotated[int | None, WHOLE, HINT] = None
+    header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    task: Annotated[str | None, choice(*TASKS), HINT] = None
+    packing: Annotated[str, choice("none", "best_fit", "wrapped"), HINT] = "none"
+    chat_template: Annotated[str | None, TEXT, HINT] = None
+    train_on: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    early_stopping_patience: Annotated[int | None, WHOLE, HINT] = None
+
+    paths: ClassVar[Mapping[str, Collection[str]]] = dict.fromkeys(
+        ("model", "data", "eval_data", "adapter"), ()
+    )
+    recipe_names: ClassVar[tuple[str, ...]] = (
+        *RunOptions.recipe_names, "modules_to_save", "bias",
+    )  # fmt: skip
+    counts: ClassVar[tuple[str, ...]] = (
+        *RunOptions.counts, "max_samples", "early_stopping_patience",
+    )  # fmt: skip
+
+    def brings_evaluation(self) -> bool:
+        """Whether there are evaluation rows; the embedded data brings its own."""
+        sources = (self.eval_data, self.eval_split, self.eval_fraction)
+        brings = self.data is None or is_embedded(self.data)
+        return brings or any(source is not None for source in sources)
+
+    def check(self) -> None:
+        """What can be told from the options alone.
+
+        Raises:
+            UsageError: a value out of range, or options that contradict each other.
+        """
+        self.check_run()
+        self.contradict("eval_split", "eval_fraction", "evaluation rows come from one place")
+        self.contradict("resume", "adapter", "a checkpoint holds its adapter")
         if self.adapter is not None and (self.method is not None or self.recipe_fields()):
             given = (["method"] if self.method is not None else []) + list(self.recipe_fields())
             raise UsageError(
@@ -385,22 +460,130 @@ class TrainOptions:
             )
         if self.ignore_base_hash and self.adapter is None:
             raise UsageError("`--ignore-base-hash` has no effect without `--adapter`; leave it out")
-        if not self.evaluates:
-            late = {"early_stopping_patience": self.early_stopping_patience is not None}
-            late |= {name: name in self.further for name in _NEEDS_EVALUATION}
-            for name in [name for name, given in late.items() if given]:
-                raise UsageError(
-                    f"`{_flag(name)}` needs something to evaluate on: give `--eval-data`,"
-                    " `--eval-split` or `--eval-fraction` too, or leave it out"
-                )
+        self.refuse_late(
+            "`--eval-data`, `--eval-split` or `--eval-fraction`",
+            early_stopping_patience=self.early_stopping_patience is not None,
+        )
 
-    def _contradict(self, one: str, other: str, why: str) -> None:
-        a, b = getattr(self, one), getattr(self, other)
-        if a is not None and b is not None:
+
+@dataclass(frozen=True, kw_only=True)
+class _Scratch:
+    """First in `--help`."""
+
+    model_config: Annotated[str, TEXT, HINT] = "llama-1m"
+    data: Annotated[tuple[str, ...] | None, PATHS, HINT] = None
+    eval_data: Annotated[tuple[str, ...] | None, PATHS, HINT] = None
+    tokenizer: Annotated[str | None, PATH, HINT] = None
+    vocab_size: Annotated[int | None, WHOLE, HINT] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(RunOptions, _Scratch):
+    """Train a causal language model from random weights on running text.
+
+    Documents are joined by the end-of-text token and cut into full rows; a row is attended to
+    causally as a whole, over the documents' seams, as in the papers. Everything trains: what the
+    method has no update for (embeddings, norms, head, biases) in place. The result is an ordinary
+    transformers model in `model/`. A YAML file of the same names (underscores) may stand first;
+    flags override it.
+
+    Args:
+        model_config: a shape (llama-1m, -4m, -9m, -20m, -60m, -130m, -250m, -350m, -1b), or a
+            config.json of any causal language model of transformers, its folder or hub id.
+        data: files, folders or hub ids of text, in this order: .txt, or a column `text`. Default:
+            the embedded tasks as text.
+        eval_data: the same, to evaluate on.
+        tokenizer: folder or hub id of one. Default: a byte-level BPE trained on the data, saved
+            with the run.
+        vocab_size: of the tokenizer that is trained, or with `tokenizer` of the model. Default: the
+            shape's.
+        method: words joined by `+`, e.g. `relora(every=1000)`, `lora`; `lorica methods` lists them.
+            Default: full, ordinary training.
+        learning_rate: peak rate. Default: the rule's or the schedule's own, else 1e-3.
+        lr_scheduler_type: transformers' name of the schedule; cosine goes down to 0.
+        warmup_ratio: fraction of the steps in which the rate rises from 0. Default: 0.05.
+        num_train_epochs: passes over the data. Default: 1, unless `max_steps` or `max_tokens` is
+            given.
+        max_tokens: train on so many tokens (rounded up to a whole step), instead of passes.
+        eval_split: split of `eval_data` to evaluate on, or without it that of `data`.
+        eval_fraction: hold out this fraction of the rows, the same for every method.
+        max_eval_tokens: evaluate on so many tokens (whole rows), from the start. Default: all.
+        max_length: tokens a row. Default: 256, or less where the model ends before.
+        documents: what a document of a .txt file is: `file`, `paragraph` (between blank lines) or
+            `line`. Default: file.
+        streaming: read `data`, one hub id or folder, as the run goes on, never as a whole; the
+            tokenizer is trained on its beginning.
+        dry_run: print what would train, the counts and the bytes, and stop.
+    """
+
+    max_tokens: Annotated[int | None, WHOLE, HINT] = None
+    eval_split: Annotated[str | None, TEXT, HINT] = None
+    max_eval_tokens: Annotated[int | None, WHOLE, HINT] = None
+    documents: Annotated[str | None, choice("file", "paragraph", "line"), HINT] = None
+    streaming: bool = False
+    dry_run: bool = False
+
+    paths: ClassVar[Mapping[str, Collection[str]]] = {
+        "model_config": SHAPES, "data": (), "eval_data": (), "tokenizer": (),
+    }  # fmt: skip
+    counts: ClassVar[tuple[str, ...]] = (
+        *RunOptions.counts, "max_tokens", "max_eval_tokens", "vocab_size",
+    )  # fmt: skip
+
+    def brings_evaluation(self) -> bool:
+        """Whether there is text to evaluate on; the embedded data brings its own."""
+        sources = (self.eval_data, self.eval_split, self.eval_fraction)
+        brings = all(map(is_embedded, self.data or ()))
+        return brings or any(source is not None for source in sources)
+
+    def check(self) -> None:
+        """What can be told from the options alone.
+
+        Raises:
+            UsageError: a value out of range, or options that contradict each other.
+        """
+        self.check_run()
+        self.contradict("max_tokens", "max_steps", "the length of a run is given once")
+        self.contradict("max_tokens", "num_train_epochs", "the length of a run is given once")
+        self.contradict("eval_split", "eval_fraction", "evaluation rows come from one place")
+        self.refuse_late(
+            "`--eval-data`, `--eval-split` or `--eval-fraction`",
+            max_eval_tokens=self.max_eval_tokens is not None,
+        )
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        if self.data is None or len(self.data) != 1:
             raise UsageError(
-                f"`{_flag(one)} {a}` and `{_flag(other)} {b}` were both given, and {why}; leave"
-                " one of the two out"
+                "`--streaming` reads one source: name one hub id or folder in `--data`"
             )
+        if self.max_steps is None and self.max_tokens is None:
+            raise UsageError(
+                "`--streaming` has no end that is known beforehand: give `--max-steps` or"
+                " `--max-tokens`"
+            )
+        if self.further.get("dataloader_num_workers"):
+            raise UsageError(
+                "`--dataloader-num-workers` has no effect with `--streaming`, which one process"
+                " reads in order; leave it out"
+            )
+        if self.eval_split is not None and self.eval_data is None and self.max_eval_tokens is None:
+            raise UsageError(
+                "`--eval-split` of streamed data is read once at the start, and nobody knows how"
+                " long it is: give `--max-eval-tokens` too"
+            )
+        for name in ("eval_fraction", "documents"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"`{_flag(name)}` has no effect with `--streaming`, which never sees all of the"
+                    " data; leave it out"
+                    + (
+                        "; evaluation text comes from `--eval-data` or `--eval-split`"
+                        if name[0] == "e"
+                        else ""
+                    )
+                )
 
 
 _NEEDS_EVALUATION = (

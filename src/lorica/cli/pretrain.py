@@ -1,0 +1,39 @@
+"""Pre-train a model from random weights on running text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorica.cli._outcome import Others, Outcome, VerbOptions
+from lorica.cli._training import TrainingFields, resumed_file
+from lorica.train.options import PretrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PretrainOptions, VerbOptions):
+    __doc__ = PretrainOptions.__doc__
+
+    @classmethod
+    def others(cls) -> Others:
+        return TrainingFields(PretrainOptions, "pretrain")
+
+    def base_file(self) -> Path | None:
+        return resumed_file(self)
+
+
+def run(options: Options) -> Outcome:
+    from lorica.train.pretrain import dry_run, pretrain
+
+    if options.dry_run:
+        found = dry_run(options)
+        return Outcome(found.as_dict(), (str(found),))
+    result = pretrain(options)
+    lines = [
+        f"{result['method']}: {result['steps']} steps, {result['tokens']:,} tokens, loss"
+        f" {result['loss']:.4f}"
+    ]
+    for name, value in (result["evaluation"] or {}).items():
+        lines.append(f"  {name[5:]:<12}{value:.4f}")
+    lines.append(f"written: {result['output']}")
+    return Outcome(result, tuple(lines))
