@@ -105,7 +105,10 @@ def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
     contract.total = sum(p.numel() for p in model.parameters())
     contract.saved = list(adapters.saved)
     if not adapters.direct or adapters.layers:
-        contract.unadapted = {n: k / contract.total for n, k in targets.unadapted.items()}
+        left = {
+            n: k for n, k in targets.unadapted.items() if n.split(" = ")[0] not in adapters.direct
+        }
+        contract.unadapted = {n: k / contract.total for n, k in left.items()}
     for layer in adapters.layers.values():
         site = layer.site
         shape = f"{site.out_features} x {site.in_features}"
@@ -136,6 +139,8 @@ def fill(contract: Contract, adapters: Any, targets: Any) -> Contract:
         "gradients": size,
         "optimizer": state.state_elements(adapters) * 4,
     }
+    kept = sum(schedule.state_bytes(adapters) for schedule in recipe.schedules)
+    contract.memory |= {"schedules": kept} if kept else {}
     contract.defaults = {k: {"value": v, "from": w} for k, (v, w) in recipe.filled.items()}
     if (rate := recipe.learning_rate) is not None:
         contract.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}

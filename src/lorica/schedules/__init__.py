@@ -76,6 +76,10 @@ class AbstractSchedule(Choice, abc.ABC):
         """What will happen when, for people; asked of what `fit` returned."""
         return ""
 
+    def state_bytes(self, adapters: Any) -> int:
+        """What its state holds, where that is more than some numbers a layer."""
+        return 0
+
     @abc.abstractmethod
     def init(self, adapters: Any) -> dict[str, Any]:
         """The initial state; touches no weight."""

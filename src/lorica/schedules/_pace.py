@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from lorica.rooms import Choice
 from lorica.schedules import AbstractSchedule
@@ -40,6 +41,8 @@ class Paced(AbstractSchedule):
     ratio: float = 0.1
     kappa: float = 1 / 3
     freeze: int | None = None
+
+    below_full: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole = isinstance(self.freeze, int) and not isinstance(self.freeze, bool)
@@ -113,6 +116,14 @@ class Paced(AbstractSchedule):
                 f" `swaps={math.floor(10 * total / least) / 10:g}`{lower}"
             )
         return interval
+
+    def state_bytes(self, adapters: Any) -> int:
+        """The pools: min(in, out) vectors of either side a layer."""
+        total = 0
+        for _, layer in adapters:
+            n, m = layer.in_features, layer.out_features
+            total += min(m, n) * (m + n) * layer.site.dtype.itemsize
+        return total
 
     def plan(self, total_steps: int | None) -> str:
         assert self.interval is not None

@@ -499,6 +499,7 @@ class PretrainOptions(RunOptions, _Scratch):
             shape's.
         method: words joined by `+`, e.g. `relora(every=1000)`, `lora`; `lorica methods` lists them.
             Default: full, ordinary training.
+        r: rank of what trains. Default: a quarter of the model's width, as in the papers.
         learning_rate: peak rate. Default: the rule's or the schedule's own, else 1e-3.
         lr_scheduler_type: transformers' name of the schedule; cosine goes down to 0.
         warmup_ratio: fraction of the steps in which the rate rises from 0. Default: 0.05.

@@ -74,11 +74,18 @@ def dry_run(options: PretrainOptions) -> Cost:
 
 
 def scratch_recipe(options: PretrainOptions) -> Recipe:
-    """The recipe that the options ask for, under which everything trains."""
+    """The recipe that the options ask for, under which everything trains; left out, its rank is a
+    quarter of the model's width, as in the papers."""
     from dataclasses import replace
 
     options = replace(options, method=options.method or METHOD)
     recipe = recipe_of(options)
+    fixed = any(choice.only_r is not None for choice in recipe.choices)
+    if "r" in recipe.takes and options.r is None and not fixed:
+        config = shapes.find(options.model_config).config.get_text_config()
+        width: Any = getattr(config, "hidden_size", None)
+        options = options if width is None else replace(options, r=max(1, width // 4))
+        recipe = recipe_of(options)
     return recipe if recipe.whole else recipe_of(options, train_rest=True)
 
 
