@@ -189,7 +189,7 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 init.fill(weight.to(wide), pair, seeded(key))
             if "zero_start" not in init.gives:
-                update.carry_(pair.A, -pair.B)
+                update.carry_(pair.right(), -pair.B)
         elif not on_meta:
             update.delta.restart(0, seeded(key))
         if not on_meta:

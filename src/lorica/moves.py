@@ -88,9 +88,10 @@ def merge_(
             weight = weight if into_base else weight + update.weight(store)
         fill_(pair, init, weight, generator)
         if into_base:
-            outer_add_(store.parameter, pair.B, pair.A, -pair.scale, transposed=store.transposed)
+            right, scale = pair.right(), -pair.scale
+            outer_add_(store.parameter, pair.B, right, scale, transposed=store.transposed)
         elif "zero_start" not in init.gives:
-            update.carry_(pair.A, -pair.B)
+            update.carry_(pair.right(), -pair.B)
     reset_state(
         optimizer, *(p for _, p, role in layer.trained() if role in ("A", "B", "diagonal", "core"))
     )

@@ -197,10 +197,12 @@ class Recipe:
             for choice in self.of(room):
                 if room == "ranks" and choice.word == "pattern":
                     continue  # follows from rank_pattern and alpha_pattern
-                if choice.text() != implied.get(room, default) or choice.preset:
+                brought = implied.get(room)
+                if choice.text() != (brought or default) or (choice.preset and not brought):
                     named.append(choice.text())
         plain = str(ROOMS["scales"][1])
-        return "+".join(t for t in named if t != plain) or plain
+        needless = "" if "scales" in implied else plain
+        return "+".join(t for t in named if t != needless) or plain
 
     def given(self, base: frozenset[str] = DENSE) -> frozenset[str]:
         """All capabilities at hand: what the choices and the base give, less what is withdrawn."""

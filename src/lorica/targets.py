@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -318,12 +319,14 @@ def sites_of(
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
         r, alpha = given[name]
-        scale = recipe.scale.factor(alpha, r)
         wide = torch.promote_types(store.parameter.dtype, dtype)
-        sites[name] = Site(
-            name, store.in_features, store.out_features, r, scale, store.lookup,
-            wide if wide is torch.float64 else dtype, store.parameter.device,
+        site = Site(
+            name, store.in_features, store.out_features, r, recipe.scale.factor(alpha, r),
+            store.lookup, wide if wide is torch.float64 else dtype, store.parameter.device,
         )  # fmt: skip
+        if (built := recipe.delta.built_rank(site, recipe)) != r:
+            site = dataclasses.replace(site, r=built, scale=recipe.scale.factor(alpha, built))
+        sites[name] = site
     if not any_rank:
         check_ranks(recipe, {n: (s.out_features, s.in_features, s.r) for n, s in sites.items()})
     return sites

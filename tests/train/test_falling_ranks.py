@@ -45,9 +45,16 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_trainer_is_the_plain_loop(method, tmp_path):
-    """The penalty enters an update once, each micro-batch by its share of the labels."""
-    run, seen = trainer(tmp_path, method), []
+def test_the_trainer_is_the_plain_loop(method, tmp_path, monkeypatch):
+    """The penalty enters each micro-batch by its share of the update's labels."""
+    run, seen, shares = trainer(tmp_path, method), [], []
+    count = run._share
+
+    def share(*args: Any) -> float:
+        shares.append(count(*args))
+        return shares[-1]
+
+    monkeypatch.setattr(run, "_share", share)
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         seen.append({k: v.clone() for k, v in kwargs.items() if isinstance(v, torch.Tensor)})
@@ -59,7 +66,9 @@ def test_the_trainer_is_the_plain_loop(method, tmp_path):
     optimizer = lorica.optimizer(adapters, 2e-2, total_steps=STEPS, seed=5)
     model.train()
     for i, inputs in enumerate(seen):
-        adapters.loss(model(**inputs), inputs, share=1 / ACCUMULATE).backward()
+        part = shares[i] if shares else 1.0
+        assert part == 1 or 0.4 < part < 0.6
+        adapters.loss(model(**inputs), inputs, share=part).backward()
         if (i + 1) % ACCUMULATE == 0:
             torch.nn.utils.clip_grad_norm_([t.parameter for t in adapters.trained()], 1.0)
             optimizer.step()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.rooms import Choice
+from lorica.shards import read_full
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Pair:
     scale: float
     lookup: bool = False
     E: nn.Parameter | None = None  # (r, 1), a trained diagonal between the two
+
+    def right(self) -> Tensor:
+        """The product's right factor (r, in), whole: A, or E∘A."""
+        A = read_full(self.A)
+        return A if self.E is None else read_full(self.E) * A
 
 
 class AbstractDelta(nn.Module, abc.ABC):
@@ -133,6 +139,21 @@ class DeltaChoice(Choice):
     def peft_serves(self, site: Site) -> bool:
         """Whether that type computes the same for a linear layer of these sizes."""
         return self.peft_form() is not None
+
+    # A type of PEFT's that is LORA in other clothes: its files are read through `as_plain`.
+    peft_synonym: ClassVar[str | None] = None
+
+    @classmethod
+    def as_plain(
+        cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration and tensors of the LORA file that computes what one of type `peft_synonym`
+        does.
+
+        Raises:
+            ValueError: a value or a tensor that is not of that type.
+        """
+        raise AssertionError(f"{cls.__name__} has no `peft_synonym`")
 
     @classmethod
     def from_peft(cls, data: Mapping[str, Any]) -> DeltaChoice | None:

@@ -412,7 +412,8 @@ def as_plain(
                 return choice.as_plain(data, tensors)
             except ValueError as error:
                 raise ValueError(
-                    f"{file}: {error}. Save the adapter again with PEFT, or merge it there"
+                    f"{file}: not what a file with `peft_type` {choice.peft_synonym!r} holds:"
+                    f" {error}. Save the adapter again with PEFT, or merge it there"
                 ) from None
     return data, tensors
 

@@ -162,7 +162,9 @@ class TrainerMixin:
         if items is None or not self.model_accepts_loss_kwargs:  # type: ignore[attr-defined]
             return 1.0  # the Trainer divides by the number of micro-batches itself
         across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return float((inputs["labels"] != -100).sum() / items) * across
+        labels = inputs["labels"]
+        labels = labels[..., 1:] if vars(self).get("_loss_shifts_labels", False) else labels
+        return float((labels != -100).sum() / items) * across
 
     # -- checkpoints -----------------------------------------------------------------------------
 

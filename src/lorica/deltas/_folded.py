@@ -1,0 +1,68 @@
+"""PEFT's ADALORA files as the plain LORA that they are: Λ goes into A, s into each layer's alpha.
+
+    ΔW = (α/(r₀ + 1e-5))·B·(A ∘ E)        A (k, in), E (k, 1), B (out, k), k ≤ r₀ = `init_r`
+
+The divisor is `init_r` whatever rank is left; `r` and `use_rslora` mean nothing there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEYS = tuple(f".lora_{side}" for side in "AEB")
+# How the ranks came to be what they are, and what reading the file anew has no use for.
+_TRAINING = {
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+    "total_step", "use_rslora",
+}  # fmt: skip
+
+
+def as_plain(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of the LORA file that computes the same; see `DeltaChoice`."""
+    init_r, alpha = data.get("init_r"), data.get("lora_alpha")
+    if isinstance(init_r, bool) or not isinstance(init_r, int) or init_r < 1:
+        raise ValueError(f"`init_r` is {init_r!r}, and has to be a whole number of at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"`lora_alpha` is {alpha!r}, and has to be a number")
+    scale = (alpha if alpha > 0 else init_r) / (init_r + 1e-5)
+    paths = sorted(key.removesuffix(_KEYS[0]) for key in tensors if key.endswith(_KEYS[0]))
+    out = {key: value for key, value in tensors.items() if not key.endswith(_KEYS)}
+    ranks = {}
+    for path in paths:
+        A, B = _factors(path, tensors)
+        out[f"{path}.lora_A.weight"], out[f"{path}.lora_B.weight"] = A, B
+        ranks["^" + path.removeprefix("base_model.model.").replace(".", r"\.")] = len(A)
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else init_r
+    others = {name: r for name, r in ranks.items() if r != usual}
+    plain = {key: value for key, value in data.items() if key not in _TRAINING}
+    return {
+        **plain,
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": scale * usual,
+        "rank_pattern": others,
+        "alpha_pattern": {name: scale * r for name, r in others.items()},
+        "init_lora_weights": True,  # no start of this type touches the base
+    }, out
+
+
+def _factors(path: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A ∘ E (k, in) and B (out, k) of one layer, of rank 1 with B = 0 where no rank is left."""
+    found = [tensors.get(path + key) for key in _KEYS]
+    if any(t is None or t.ndim != 2 for t in found):
+        raise ValueError(f"{path}: the file needs a matrix each of {', '.join(_KEYS)}")
+    A, E, B = found
+    assert A is not None and E is not None and B is not None
+    if E.shape != (len(A), 1) or B.shape[1] != len(A):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (A, E, B))
+        raise ValueError(f"{path}: {', '.join(_KEYS)} are {shapes}, which is no triple product")
+    if len(A):
+        return A * E, B
+    return torch.full((1, A.shape[1]), A.shape[1] ** -0.5, dtype=A.dtype), B.new_zeros(len(B), 1)
