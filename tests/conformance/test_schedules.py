@@ -26,13 +26,14 @@ def recipes() -> dict[str, Recipe]:
     """Every schedule at an interval of two steps, beside the parts that its word asks for."""
     out = {
         f"tests' {s.word} over {method}": Recipe.parse(method, r=4, schedules=(s,))
-        for s in (MergeOften(every=2), SwapOften(every=3))
+        for s in (MergeOften(every=2), SwapOften(every=2))
         for method in ("lora", "dora", "pissa", "dora+olora+rslora")
     }
     for word in rooms.words("schedules"):
         fields = {f.name for f in dataclasses.fields(rooms.load(word))}
-        interval = next((f"({name}=2)" for name in INTERVALS if name in fields), "")
-        out[word] = recipe(word + interval, r=4)
+        often = {name: 2 for name in INTERVALS if name in fields}
+        often |= {"kappa": 1} if "kappa" in fields else {}  # as often at the end as at the start
+        out[word] = recipe(f"{word}({', '.join(f'{k}={v}' for k, v in often.items())})", r=4)
     return out
 
 
@@ -96,8 +97,8 @@ def test_the_state_has_the_structure_that_init_gave_it(name):
     assert own["step"] == STEPS
 
 
-def events(name: str, monkeypatch) -> list[tuple[bool, float]]:
-    """(whether the state changed, by how much the logits did) of every call of a schedule."""
+def events(name: str, monkeypatch) -> list[tuple[int, float]]:
+    """(step, change of the logits) of every call of a schedule that changed a weight."""
     method = RECIPES[name]
     adapters, optimizer, scheduler = begin(method, torch.float64)
     seen = []
@@ -109,7 +110,8 @@ def events(name: str, monkeypatch) -> list[tuple[bool, float]]:
             before, bits = logits(adapters.model), state_bytes(adapters)
             original(self, state, training)
             change = (logits(adapters.model) - before).abs().max().item()
-            seen.append((not same(bits, state_bytes(adapters)), change))
+            if not same(bits, state_bytes(adapters)):
+                seen.append((training.step, change))
 
         monkeypatch.setattr(cls, hook, watched)
 
@@ -117,18 +119,26 @@ def events(name: str, monkeypatch) -> list[tuple[bool, float]]:
         watch(type(schedule), "before_step")
         watch(type(schedule), "after_step")
     go(adapters, optimizer, scheduler, 0, STEPS)
-    return [change for moved, change in seen if moved]
+    return seen
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_event_keeps_the_function_exactly_where_that_is_declared(name, monkeypatch):
-    changes = events(name, monkeypatch)
+    changes = [change for _, change in events(name, monkeypatch)]
     declared = all("keeps_function" in s.gives for s in RECIPES[name].schedules)
     if declared:
         assert len(changes) >= 2, "fewer than two events in the run"
         assert max(changes) < 1e-9
     else:
         assert changes and max(changes) > 1e-9, "the function was kept: declare `keeps_function`"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_resumed_runs_have_events_on_both_sides_of_a_cut(name, monkeypatch):
+    """Else the test above would pass a schedule that forgets everything."""
+    steps = [step for step, _ in events(name, monkeypatch)]
+    both = [(sum(s < cut for s in steps), sum(s >= cut for s in steps)) for cut in range(STEPS)]
+    assert any(before >= 2 and after >= 2 for before, after in both), steps
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -297,3 +307,28 @@ def test_a_merge_resets_the_factors_state_and_keeps_the_magnitudes():
         assert not any(v.any() for v in optimizer.state[p].values())
     assert torch.equal(m, values)
     assert all(torch.equal(v, kept[n]) for n, v in optimizer.state[m].items())
+
+
+WEIGHTY = [w for w in rooms.words("deltas") if "weight" in Recipe.parse(w).given()
+           and Recipe.parse(w).delta.wraps]  # fmt: skip
+RESTARTS = {
+    "relora(every=2)": "relora(every=2)",
+    "cola(every=2, accumulate='base')": "cola(every=2)",
+    "plora(every=2, accumulate='base')": "plora(every=2)",
+    "xgblora(every=2, layers=1, accumulate='base')": "xgblora(every=2, layers=1)",
+}
+
+
+@pytest.mark.parametrize("delta", WEIGHTY)
+@pytest.mark.parametrize("method", RESTARTS)
+def test_restarts_stand_over_every_delta_that_gives_a_weight(method, delta, monkeypatch):
+    """In the base always; carried where the delta has factors, and refused by name where not."""
+    monkeypatch.setitem(RECIPES, "over", recipe(f"{method}+{delta}", r=4))
+    changes = [change for _, change in events("over", monkeypatch)]
+    assert len(changes) >= 2 and max(changes) < 1e-9
+    carried = f"{RESTARTS[method]}+{delta}"
+    if "factors" in Recipe.parse(delta).given() or method == RESTARTS[method]:
+        assert recipe(carried, r=4)
+    else:
+        with pytest.raises(ValueError, match="needs `factors`"):
+            Recipe.parse(carried)
