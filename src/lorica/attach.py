@@ -15,7 +15,6 @@ from lorica.bases import AbstractBase
 from lorica.contract import Contract, fill, say
 from lorica.deltas import Site
 from lorica.layer import AdaptedLinear
-from lorica.moves import fold_
 from lorica.recipe import Recipe
 from lorica.shards import reshard, seeded
 from lorica.taps import Taps
@@ -96,6 +95,7 @@ def attach(
             n: _build(model.get_submodule(n), b, recipe, sites[n])
             for n, b in targets.layers.items()
         }
+        recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
         for name, layer in layers.items() if initialise else ():
             start(layer, recipe, f"{recipe.seed}/{name}")
             refuse_idle(layer, recipe)
@@ -114,7 +114,8 @@ def attach(
     if not adapters.pristine:
         adapters.hash_base()
         for layer in adapters.layers.values():  # the base is training state: no anchor beside it
-            fold_(layer)
+            layer.update.fold_(layer.store)
+            layer.update.drop_carried_()
     adapters.taps = Taps(adapters)
     adapters.contract = fill(contract, adapters, targets)
     if verbose:

@@ -33,17 +33,6 @@ from lorica.shards import (  # noqa: F401
 
 
 @torch.no_grad()
-def fold_(layer) -> None:
-    """Put what the layer carries into its base."""
-    update, store = layer.update, layer.store
-    if (carried := update.carried) is not None and not store.parameter.is_meta:
-        outer_add_(
-            store.parameter, carried.B, carried.A, carried.scale, transposed=store.transposed
-        )
-    update.carried_A = update.carried_B = None
-
-
-@torch.no_grad()
 def merge_(
     layer, optimizer: torch.optim.Optimizer | None, *,
     link: int, init, generator: torch.Generator, accumulate: str = "base",
@@ -64,6 +53,8 @@ def merge_(
     """
     update, store = layer.update, layer.store
     into_base, delta = accumulate == "base", update.delta
+    if into_base:
+        update.fold_(store)
     factors = delta.factors()
     if not into_base:
         if factors is None:

@@ -67,7 +67,8 @@ def write_rows(t: Tensor, index: Sequence[int], rows: Tensor, axis: int = 0) -> 
     """t[index] ← rows along `axis`; `rows` is plain and full-size, its `axis` as long as
     `index`."""
     if not isinstance(t, DTensor):
-        t.index_copy_(axis, torch.tensor(index, device=t.device), rows.to(t))
+        where = torch.tensor(list(index), dtype=torch.long, device=t.device)
+        t.index_copy_(axis, where, rows.to(t))
         return
     local, offset = shard_of(t)
     start, count = offset[axis], local.shape[axis]
@@ -179,6 +180,17 @@ def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
                 dist.all_reduce(summed, group=mesh.get_group(dim))
         total[where] = summed
     return total.tolist()
+
+
+def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each plain tensor over all processes, equal on every one; of one process: as it
+    is. A collective: every process brings the same shapes."""
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [*values]
+    total = torch.cat([v.to(values[0].device).reshape(-1) for v in values])
+    dist.all_reduce(total)
+    parts = total.split([v.numel() for v in values])
+    return [part.view(v.shape).to(v.device) for part, v in zip(parts, values, strict=True)]
 
 
 def draw(shape: Sequence[int], generator: torch.Generator, *, bound: float | None = None) -> Tensor:

@@ -8,6 +8,8 @@ and know neither part.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from lorica.bases import AbstractBase
 from lorica.deltas import AbstractDelta, Factors, Site
+from lorica.shards import outer_add_, zero_
 
 
 class Update(nn.Module):
@@ -53,6 +56,21 @@ class Update(nn.Module):
             A, B = torch.cat([self.carried_A, A]), torch.cat([self.carried_B, B], dim=1)
         self.carried_A = nn.Parameter(A.clone(), requires_grad=False)
         self.carried_B = nn.Parameter(B.clone(), requires_grad=False)
+
+    @torch.no_grad()
+    def fold_(self, base: AbstractBase) -> None:
+        """Put what is carried into the base; it is zero from then on."""
+        if (carried := self.carried) is None:
+            return
+        if not base.parameter.is_meta:
+            how: Any = {"alpha": carried.scale, "transposed": base.transposed}
+            outer_add_(base.parameter, carried.B, carried.A, **how)
+        zero_(carried.A)
+        zero_(carried.B)
+
+    def drop_carried_(self) -> None:
+        """Carry nothing; before sharding."""
+        self.carried_A = self.carried_B = None
 
     @property
     def _dtype(self) -> torch.dtype:

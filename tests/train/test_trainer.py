@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from merge_often import MergeOften
 from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
 import lorica
-from lorica import Recipe
+from lorica import Recipe, rooms
 from lorica.train import Trainer
 from models import LENGTH, VOCAB, llama
 
@@ -41,6 +42,8 @@ def arguments(folder: Path, **over: Any) -> TrainingArguments:
 def recipe(method: str, **fields: Any) -> Recipe:
     numbers = {"r": 2, "lora_dropout": 0.1}
     plain = Recipe.parse(method)
+    if any(choice.only_r for choice in plain.choices):
+        del numbers["r"]
     return Recipe.parse(method, **{k: v for k, v in numbers.items() if k in plain.takes}, **fields)
 
 
@@ -51,6 +54,19 @@ def scheduled(method: str) -> Recipe:
     return Recipe(**fields, schedules=(MergeOften(every=3),))
 
 
+def eventful() -> list[str]:
+    """Every word with an interval, at two steps; and what else a schedule can do."""
+    out = ["relora(every=3, warm_start=3)+dora"]
+    out += ["relora(every=3, lr_scheduler_type='jagged_cosine', rewarm=1)+olora"]
+    for word in (*rooms.words("schedules"), *rooms.words("optim")):
+        fields = {f.name for f in dataclasses.fields(rooms.load(word))}
+        found = fields & {"every", "interval", "update_proj_gap", "deltaT"}
+        if not Recipe.parse(word).objectives:  # a penalty's share is the Trainer's to know
+            out += [f"{word}({name}=2)" for name in found]
+    return out
+
+
+METHODS += eventful()
 RECIPES = {m: lambda m=m: recipe(m) for m in METHODS}
 RECIPES |= {f"{m}+merges": lambda m=m: scheduled(m) for m in ("lora", "dora+olora")}
 
@@ -112,7 +128,7 @@ def test_trainer_is_a_plain_loop(name: str, tmp_path: Path) -> None:
         torch.set_rng_state(state)
         adapters.loss(model(**inputs), inputs).backward()
         if (i + 1) % ACCUMULATE == 0:
-            torch.nn.utils.clip_grad_norm_([t.parameter for t in adapters.trained()], 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
