@@ -46,7 +46,7 @@ CASES = (
     Case("lora", "lora", 40),
     Case("full", "full", 40),
     Case("switchlora", "lora", 80, 1.05),
-    Case("switchlora(ratio=1.0, swaps=80)", "lora", 80, 1.05),
+    Case("switchlora(interval=10, ratio=1.0)", "lora", 80, 1.05),
     Case("switchlora+dora", "dora", 80, 1.05),
     Case("dora", "dora", 40),
     Case("relora(every=315)", "lora", 316, 1.05),
