@@ -262,8 +262,9 @@ def _formula(word: str) -> str:
     low, high = (Recipe.parse(word, r=r).lora_alpha for r in (4, 64))
     if low is None or high is None:
         return ""
-    ratio = {high / low: "", 16.0: " = 2r" if low == 8 else " = r", 4.0: " = √r", 1.0: ""}
-    return ratio.get(high / low, "")
+    if high / low == 16:
+        return f" = {low / 4:g}r".replace(" 1r", " r")
+    return " = √r" if high / low == 4 else ""
 
 
 def _alone(word: str) -> Recipe | None:

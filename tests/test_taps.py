@@ -11,7 +11,7 @@ import torch
 import lorica
 from lorica import Recipe
 from lorica.objectives import AbstractObjective, Context
-from models import batch, llama, logits, perturb
+from models import VOCAB, batch, gpt2, llama, logits, perturb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,15 @@ def test_checkpointing_counts_every_token_once(reentrant):
         adapters.model.train()
         adapters.model(**batch(adapters.model)).loss.backward()
     torch.testing.assert_close(plain.taps.input_squares, checked.taps.input_squares)
+
+
+def test_of_an_embedding_the_ids_are_counted():
+    model = gpt2()
+    adapters = adapted(model, target_modules=["wte"])
+    inputs = batch(model.train())
+    model(**inputs)
+    counts = torch.bincount(inputs["input_ids"].flatten(), minlength=VOCAB).float()
+    torch.testing.assert_close(adapters.taps.input_squares["transformer.wte"], counts)
 
 
 def test_an_evaluation_is_not_looked_at():

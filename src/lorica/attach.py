@@ -162,8 +162,7 @@ def merge(model: nn.Module) -> nn.Module:
         value = (weight.T if store.transposed else weight).detach()
         old = store.parameter
         module.weight = nn.Parameter(value.to(old.dtype).contiguous())  # type: ignore[assignment]
-        if store.trained_bias is not None:
-            assert bias is not None
+        if bias is not None and bias is not module.bias:  # trained, or the combine's own
             module.bias = nn.Parameter(bias.detach().to(old.dtype).clone())  # type: ignore[assignment]
         plain[name] = module
     for name, module in adapters.saved.items():

@@ -91,8 +91,9 @@ class _Binding:
 
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
         own = optimizer.param_groups[0][KEY]
-        for schedule in self.schedules:
-            schedule.restore(own["schedules"][schedule.word], self.adapters)
+        states = own.setdefault("schedules", {})
+        for schedule in self.schedules:  # an empty state may have been dropped on the way
+            schedule.restore(states.setdefault(schedule.word, {}), self.adapters)
 
 
 def _is_fake(optimizer: torch.optim.Optimizer) -> bool:

@@ -111,11 +111,11 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
     have = recipe.given(base)
     for choice in recipe.choices:
         for need in sorted(choice.needs - have):
-            blame = [c.word for c in recipe.choices if need in c.withdraws]
+            word = _typed(recipe, choice)
+            blame = [_typed(recipe, c, word) for c in recipe.choices if need in c.withdraws]
             blame += ["train_rest"] if need == "pristine" and recipe.train_rest else []
-            blame = blame or _givers(recipe, need) or [recipe.delta.word]
-            by = [c.word for c in recipe.choices if c.preset.get(choice.room) == choice.text()]
-            word = [*by, choice.word][0]  # the word that was typed, not what it fills in
+            blame = blame or [_typed(recipe, c, word) for c in _givers(recipe, need)]
+            blame = blame or [_typed(recipe, recipe.delta, word)]
             raise ValueError(
                 f"`{word}` cannot stand beside `{blame[0]}`: `{word}` needs `{need}`"
                 f" ({CAPABILITIES[need]}), which `{blame[0]}` does not leave. Leave one of the two"
@@ -137,10 +137,16 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
                 )
 
 
-def _givers(recipe: Any, need: str) -> list[str]:
+def _typed(recipe: Any, choice: Any, other: str = "") -> str:
+    """The word that was typed, not what it fills in; the choice's own where that is `other`."""
+    by = [c.word for c in recipe.choices if c.preset.get(choice.room) == choice.text()]
+    return next((w for w in by if w != other), choice.word)
+
+
+def _givers(recipe: Any, need: str) -> list[Any]:
     """The recipe's choices on the axes where another one would give this."""
     rooms = [r for r in ROOMS if any(need in load(word, r).gives for word in words(r))]
-    return [c.word for room in rooms for c in recipe.of(room)]
+    return [c for room in rooms for c in recipe.of(room)]
 
 
 def _number(value: Any) -> bool:

@@ -9,6 +9,7 @@ input_squares   per adapted layer the sum of x² over the tokens of the step, pa
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Taps:
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, Tensor] | None = None  # an input and its squares: q, k, v share it
         self.hooks: list[Any] = []
+        takes = inspect.signature(self.model.forward).parameters
+        kinds = {p.kind for p in takes.values()}
+        self.states = "hidden_states" in self.wanted and (  # else the objective says what it lacks
+            "output_hidden_states" in takes or inspect.Parameter.VAR_KEYWORD in kinds
+        )
         if self.wanted:
             before = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
             self.hooks += [before, self.model.register_forward_hook(self._end, always_call=True)]
@@ -52,7 +58,7 @@ class Taps:
             return None
         if "input_squares" in self.wanted:
             self.waiting, self.mask = set(self.sites), kwargs.get("attention_mask")
-        if "hidden_states" in self.wanted:
+        if self.states:
             return args, {**kwargs, "output_hidden_states": True}
         return None
 
@@ -67,15 +73,18 @@ class Taps:
             self.waiting.discard(site)
             (x,) = args
             if self.last is None or self.last[0] is not x:
-                self.last = x, self._squares(x)
+                self.last = x, self._squares(x, layer)
             held = self.input_squares.get(site)
             squares = self.last[1]
             self.input_squares[site] = squares.clone() if held is None else held + squares
 
         return look
 
-    def _squares(self, x: Tensor) -> Tensor:
-        """Sum of x² (in,) over all tokens that are not padding."""
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:
+    def _squares(self, x: Tensor, layer: Any) -> Tensor:
+        """Sum of x² (in,) over all tokens that are not padding; a token id is one-hot."""
+        lookup: bool = layer.site.lookup
+        if self.mask is not None and self.mask.shape == (x.shape if lookup else x.shape[:-1]):
             x = x[self.mask.bool()]
+        if lookup:
+            return torch.bincount(x.flatten(), minlength=layer.in_features).float()
         return x.reshape(-1, x.shape[-1]).float().square().sum(0)

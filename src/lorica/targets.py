@@ -300,10 +300,9 @@ def check_ranks(recipe: Any, sites: Mapping[str, tuple[int, int, int]]) -> None:
     if bad:
         what = f"not below (as `{below[0]}` needs)" if below else "larger than"
         some = ", ".join([*bad.values()][:4]) + (", ..." if len(bad) > 4 else "")
-        most = max(1, min(room[n] for n in bad))
-        by = (
-            ", a smaller one there through `rank_pattern`" if "rank_pattern" in recipe.takes else ""
-        )
+        # A layer's rank may be a part or a multiple of the recipe's.
+        most = max(1, min(room[n] * recipe.r // sites[n][2] for n in bad))
+        by = ", a smaller one there through `rank_pattern`" * ("rank_pattern" in recipe.takes)
         raise ValueError(
             f"`r={recipe.r}` is {what} min(in, out) of {len(bad)} layer(s): {some}. Give at most"
             f" `r={most}`{by}, or leave those layers out with `exclude_modules`"
@@ -323,6 +322,7 @@ def sites_of(
         site = Site(
             name, store.in_features, store.out_features, r, recipe.scale.factor(alpha, r),
             store.lookup, wide if wide is torch.float64 else dtype, store.parameter.device,
+            store.bias() is not None,
         )  # fmt: skip
         if (built := recipe.delta.built_rank(site, recipe)) != r:
             site = dataclasses.replace(site, r=built, scale=recipe.scale.factor(alpha, built))

@@ -95,8 +95,16 @@ def _choices(given: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
             word, arguments = _words(text)[0]
             wanted = build(_place(word)[1], arguments, room)
             if ROOMS[room][2]:
-                if all(o.word != wanted.word for o in by_room.setdefault(room, [])):
-                    by_room[room].append(wanted)
+                others = by_room.setdefault(room, [])
+                same = next((o for o in others if o.word == wanted.word), None)
+                if same is None:
+                    others.append(wanted)
+                    whose[wanted.word] = choice.word
+                elif same != wanted and same not in named.get(room, []):
+                    raise ValueError(
+                        f"`{choice.word}` brings `{text}`, and `{whose[wanted.word]}` brings"
+                        f" `{same.text()}`; leave one of the two out, or name the one you want"
+                    )
                 continue
             held = named.get(room) or by_room.get(room)
             if held and held[0] != wanted and (room in choice.requires or room not in named):

@@ -92,11 +92,11 @@ def test_two_words_stand_together_or_the_error_names_both_and_a_way_out(pair):
     reordered = Recipe.parse(f"{b}+{a}")
     assert {c.word for c in made.choices} == {c.word for c in reordered.choices}
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    adapters = lorica.attach(model, recipe(f"{a}+{b}", r=2), verbose=False)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    adapters = lorica.attach(model, recipe(f"{a}+{b}", r=4), verbose=False)
     optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=20)
     before = adapters.fingerprint()
-    model(torch.randn(3, 6)).square().sum().backward()
+    model(torch.randn(3, 12)).square().sum().backward()
     optimizer.step()
     assert adapters.fingerprint() != before
 
@@ -106,7 +106,8 @@ def test_two_words_stand_together_or_the_error_names_both_and_a_way_out(pair):
 
 def effective(word: str, **fields) -> torch.Tensor:
     """All effective weights after five steps at one rate, in one row."""
-    model = llama(num_hidden_layers=1, vocab_size=31).double()
+    biased = {"attention_bias": True, "mlp_bias": True}  # where a choice may be about biases
+    model = llama(num_hidden_layers=2, vocab_size=31, **biased).double()
     adapters = lorica.attach(model, recipe(word, r=4, **fields), verbose=False)
     optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=5)
     generator = torch.Generator().manual_seed(0)

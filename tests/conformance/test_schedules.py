@@ -97,8 +97,15 @@ def test_the_state_has_the_structure_that_init_gave_it(name):
     assert own["step"] == STEPS
 
 
+def everything(adapters) -> dict[str, torch.Tensor]:
+    """Weights and gradients."""
+    grads = {f"{t.name}.grad": t.parameter.grad for t in adapters.trained()}
+    return {**state_bytes(adapters), **{n: g.clone() for n, g in grads.items() if g is not None}}
+
+
 def events(name: str, monkeypatch) -> list[tuple[int, float]]:
-    """(step, change of the logits) of every call of a schedule that changed a weight."""
+    """(step, change of the logits) of every call of a schedule that changed a weight or a
+    gradient."""
     method = RECIPES[name]
     adapters, optimizer, scheduler = begin(method, torch.float64)
     seen = []
@@ -107,10 +114,10 @@ def events(name: str, monkeypatch) -> list[tuple[int, float]]:
         original = getattr(cls, hook)
 
         def watched(self, state, training):
-            before, bits = logits(adapters.model), state_bytes(adapters)
+            before, bits = logits(adapters.model), everything(adapters)
             original(self, state, training)
             change = (logits(adapters.model) - before).abs().max().item()
-            if not same(bits, state_bytes(adapters)):
+            if not same(bits, everything(adapters)):
                 seen.append((training.step, change))
 
         monkeypatch.setattr(cls, hook, watched)

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lorica.deltas import Factors
 from lorica.rooms import Choice
 
 
@@ -30,6 +31,11 @@ class AbstractCombine(nn.Module, abc.ABC):
     @abc.abstractmethod
     def effective(self, base, update) -> tuple[Tensor, Tensor | None]:
         """Effective weight (out, in) and bias (out,), in at least float32."""
+
+    def remains(self, update) -> tuple[Factors, Tensor | None] | None:
+        """Factors and bias (out,) of a layer that does not read its base any more; None: it does,
+        or its update has no factors."""
+        return None
 
     def start(self, base, update) -> None:  # noqa: B027
         """Called once the delta is initialised and its anchor carried: set what depends on W +

@@ -34,6 +34,7 @@ class Site:
     lookup: bool  # the input is a token id: x is one-hot and A is read by column
     dtype: torch.dtype  # of what trains
     device: torch.device
+    biased: bool  # the layer has a bias
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,17 @@ class DeltaChoice(Choice):
 
     def build(self, site: Site) -> AbstractDelta:
         raise AssertionError(f"{self.word} builds no adapter")
+
+    def link(self, deltas: Mapping[str, AbstractDelta]) -> None:
+        """Called once by `attach`, before any layer starts: let the deltas of a model know each
+        other.
+
+        A delta keeps others in a tuple, which a module does not register: parameters stay one
+        layer's own, and a copy of the model links its own deltas.
+
+        Args:
+            deltas: {module path: what `build` made there}, in model order.
+        """
 
     def peft_form(self) -> PeftForm | None:
         """PEFT's own type for this delta, or None."""

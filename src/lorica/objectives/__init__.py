@@ -37,7 +37,9 @@ class Context:
             )
         model: Any = self.adapters.model
         wanted = "hidden_states" in self.adapters.taps.wanted
-        inputs = {k: v for k, v in dict(self.batch).items() if k != "labels"}
+        inputs, config = dict(self.batch), vars(model).get("config")
+        if not getattr(config, "is_encoder_decoder", False):  # its decoder's inputs are the labels
+            inputs.pop("labels", None)
         modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
