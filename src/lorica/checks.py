@@ -140,7 +140,8 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
 def _typed(recipe: Any, choice: Any, other: str = "") -> str:
     """The word that was typed, not what it fills in; the choice's own where that is `other`."""
     by = [c.word for c in recipe.choices if c.preset.get(choice.room) == choice.text()]
-    return next((w for w in by if w != other), choice.word)
+    defaults = {word for _, word, _ in ROOMS.values()}  # nobody need have typed these
+    return next((w for w in by if w != other and w not in defaults), choice.word)
 
 
 def _givers(recipe: Any, need: str) -> list[Any]:

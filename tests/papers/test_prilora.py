@@ -13,7 +13,7 @@ import lorica
 from lorica import Recipe
 from lorica.ranks.linear import block_of
 from lorica.schedules.prilora import pruned
-from models import batch, gpt2, llama, perturb
+from models import batch, llama, perturb
 from reference import prilora as twin
 
 OUT, IN, R, STEPS = 6, 7, 4, 30
