@@ -10,7 +10,7 @@ from typing import Any
 from lorica.rooms import CAPABILITIES, ROOMS, load, words
 
 DENSE = frozenset(
-    {"pristine", "writable_base", "base"}
+    {"pristine", "writable_base", "base", "separate"}
 )  # what a dense base gives; attach asks the real one
 _NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 _AXES = {name for name, _, _ in ROOMS.values()}

@@ -49,6 +49,7 @@ CAPABILITIES: dict[str, str] = {
     "keeps_function": "an event that leaves the model's function as it was",
     "sharded": "the same arithmetic on sharded tensors",
     "base": "the frozen weight in every forward",
+    "separate": "an update that no other layer's forward reads",
     "taps": "a look at a layer's input or output during forward",
     "lookup": "a layer whose input is a token id (one-hot)",
     "wrapped": "target layers that hold an adapter",

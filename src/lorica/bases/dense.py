@@ -16,7 +16,7 @@ from lorica.bases import AbstractBase
 
 
 class _Dense(AbstractBase):
-    gives: ClassVar[frozenset[str]] = frozenset({"pristine", "writable_base", "base"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pristine", "writable_base", "base", "separate"})
     kind: ClassVar[type[nn.Module]]
 
     @classmethod

@@ -44,7 +44,7 @@ class Restarts(AbstractSchedule):
 
     links: ClassVar[int]  # how many restarts a run has where `every` is left out
 
-    needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight", "factors"})
+    needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight", "factors", "separate"})
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function"})
     edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
 
