@@ -192,14 +192,16 @@ class Recipe:
         named, implied = [], {}
         for choice in self.choices:
             for room, text in choice.preset.items():
-                implied[room] = text
-        for room, (_, default, _several) in ROOMS.items():
+                implied.setdefault(room, set()).add(text)
+        for room, (_, default, several) in ROOMS.items():
+            brought = implied.get(room, set())
             for choice in self.of(room):
-                if room == "ranks" and choice.word == "pattern":
+                text = choice.text()
+                if room == "ranks" and choice.word == "pattern" and not brought:
                     continue  # follows from rank_pattern and alpha_pattern
-                brought = implied.get(room)
-                if choice.text() != (brought or default) or (choice.preset and not brought):
-                    named.append(choice.text())
+                known = text in brought if several else brought == {text}
+                if not known and (brought or text != default or choice.preset):
+                    named.append(text)
         plain = str(ROOMS["scales"][1])
         needless = "" if "scales" in implied else plain
         return "+".join(t for t in named if t != needless) or plain
