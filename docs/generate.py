@@ -1,5 +1,5 @@
-"""Writes what the documentation takes from the code: docs/methods.md, and the tables between
-markers in the other pages.
+"""Writes what the documentation takes from the code: docs/methods.md, docs/compatibility.md, and
+the tables between markers in the other pages.
 
     python docs/generate.py            writes
     python docs/generate.py --check    writes nothing; exit status 1 where a page is out of date
@@ -27,14 +27,14 @@ from lorica.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/start.md", "docs/choose.md", "docs/data.md")
-METHODS = "docs/methods.md"
+METHODS, COMPATIBILITY = "docs/methods.md", "docs/compatibility.md"
 _MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.S)
 
 
 def pages() -> dict[str, str]:
     """{path from the root: the text that the page should have}."""
     out = {name: filled((ROOT / name).read_text(encoding="utf-8"), name) for name in PAGES}
-    return {**out, METHODS: methods_page()}
+    return {**out, METHODS: methods_page(), COMPATIBILITY: compatibility_page()}
 
 
 def filled(text: str, name: str) -> str:
@@ -130,7 +130,8 @@ one axis; an axis nobody speaks of has its default (bold). A word takes argument
 descriptions are printed by `lorica methods` and `lorica methods WORD`; `lorica.cite("dora+olora")`
 gives the BibTeX entries.
 
-How to choose: [choose.md](choose.md). How to add one: [extending.md](extending.md).
+How to choose: [choose.md](choose.md). What stands together: [compatibility.md](compatibility.md).
+How to add one: [extending.md](extending.md).
 """
 
 
@@ -156,7 +157,6 @@ def methods_page() -> str:
         ]
         parts.append(table(("word", "what it does", "paper", "status"), listed) + "\n")
         parts += [_entry(row) for row in own]
-    parts.append(_refused())
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -205,8 +205,8 @@ def _sections(text: str) -> tuple[str, dict[str, str]]:
     return blocks[0].strip(), arguments
 
 
-def _refused() -> str:
-    """Pairs of words that cannot stand together, by what is missing."""
+def compatibility_page() -> str:
+    """Which pairs of words stand together, counted, and why the others do not."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     words = [
         (room, word)
@@ -214,11 +214,14 @@ def _refused() -> str:
         for word in rooms.words(room)
         if word != default and _alone(word) is not None
     ]
+    lawful = one_axis = 0
     for (room, one), (other_room, other) in itertools.combinations(words, 2):
         if room == other_room and not rooms.ROOMS[room][2]:
+            one_axis += 1
             continue
         try:
             Recipe.parse(f"{one}+{other}")
+            lawful += 1
         except ValueError as error:
             found = re.match(r"`(\w+)` cannot stand beside `(\w+)`: .*? needs `(\w+)`", str(error))
             if found is None:
@@ -228,16 +231,28 @@ def _refused() -> str:
                 who, beside, need = found.groups()
                 reason = f"`{need}`: {rooms.CAPABILITIES[need]}"
                 by_reason.setdefault((f"`{beside}`", reason), []).append(who)
-    lines = [
-        "## Combinations that are refused\n",
-        "Two words on one axis that takes one word are refused. So are these, because of what the"
-        " words\ndeclare; all other pairs stand together.\n",
-    ]
+    refused = sum(map(len, by_reason.values()))
     rows = [(a, _ticks(b), reason) for (a, reason), b in by_reason.items()]
-    lines.append(
-        table(("word", "refuses", "because the latter needs what the word does not leave"), rows)
-    )
-    return "\n".join(lines)
+    return _COMPATIBLE.format(
+        words=len(words), pairs=lawful + refused + one_axis, one_axis=one_axis, lawful=lawful,
+        refused=refused,
+        table=table(("word", "refuses", "what the latter needs and the word does not leave"), rows),
+    )  # fmt: skip
+
+
+_COMPATIBLE = """<!-- written by docs/generate.py; edit the code, not this page -->
+
+# What stands together
+
+Of {pairs:,} pairs of {words} words (the defaults of the axes aside), {one_axis:,} name one axis
+twice. Of the rest, with default arguments, **{lawful:,} stand together and {refused:,} are
+refused**, by what the words declare of themselves; `lorica methods --json` shows the declarations. Every lawful pair is trained,
+saved, loaded, resumed and merged by the tests, in recipes as full as they get.
+
+## Refused
+
+{table}
+"""
 
 
 # -- small helpers ---------------------------------------------------------------------------------
