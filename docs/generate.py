@@ -246,8 +246,9 @@ _COMPATIBLE = """<!-- written by docs/generate.py; edit the code, not this page 
 
 Of {pairs:,} pairs of {words} words (the defaults of the axes aside), {one_axis:,} name one axis
 twice. Of the rest, with default arguments, **{lawful:,} stand together and {refused:,} are
-refused**, by what the words declare of themselves; `lorica methods --json` shows the declarations. Every lawful pair is trained,
-saved, loaded, resumed and merged by the tests, in recipes as full as they get.
+refused**, by what the words declare of themselves; `lorica methods --json` shows the declarations.
+Every lawful pair is trained, saved, loaded, resumed and merged by the tests, in recipes as full as
+they get.
 
 ## Refused
 
