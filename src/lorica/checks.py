@@ -123,14 +123,14 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
             )
     frozen: dict[str, str] = {}
     for group in recipe.groups:
-        for role in group.freezes:
+        for role in sorted(group.freezes):
             if (other := frozen.setdefault(role, group.word)) != group.word:
                 raise ValueError(
                     f"`{other}` and `{group.word}` both freeze {role}; name one of them"
                 )
     touched: dict[str, str] = {}
     for schedule in recipe.schedules:
-        for thing in schedule.edits:
+        for thing in sorted(schedule.edits):
             if (other := touched.setdefault(thing, schedule.word)) != schedule.word:
                 raise ValueError(
                     f"`{other}` and `{schedule.word}` both edit the {thing}; name one of them"
