@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorica.rooms import CAPABILITIES, ROOMS, load, words
@@ -121,19 +121,18 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
                 f" ({CAPABILITIES[need]}), which `{blame[0]}` does not leave. Leave one of the two"
                 f" out of `{recipe.text()}`"
             )
-    frozen: dict[str, str] = {}
-    for group in recipe.groups:
-        for role in sorted(group.freezes):
-            if (other := frozen.setdefault(role, group.word)) != group.word:
+    _check_owners(recipe.groups, lambda group: group.freezes, "freeze")
+    _check_owners(recipe.schedules, lambda schedule: schedule.edits, "edit the")
+
+
+def _check_owners(choices: Any, things: Callable[[Any], frozenset[str]], does: str) -> None:
+    """No two of these do it to the same thing."""
+    owner: dict[str, str] = {}
+    for choice in choices:
+        for thing in sorted(things(choice)):
+            if (other := owner.setdefault(thing, choice.word)) != choice.word:
                 raise ValueError(
-                    f"`{other}` and `{group.word}` both freeze {role}; name one of them"
-                )
-    touched: dict[str, str] = {}
-    for schedule in recipe.schedules:
-        for thing in sorted(schedule.edits):
-            if (other := touched.setdefault(thing, schedule.word)) != schedule.word:
-                raise ValueError(
-                    f"`{other}` and `{schedule.word}` both edit the {thing}; name one of them"
+                    f"`{other}` and `{choice.word}` both {does} {thing}; name one of them"
                 )
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lorica.inits import fill_
 from lorica.shards import (  # noqa: F401
-    add_,
     copy_,
     draw,
     draw_,
@@ -55,20 +54,7 @@ def merge_(
     into_base, delta = accumulate == "base", update.delta
     if into_base:
         update.fold_(store)
-    factors = delta.factors()
-    if not into_base:
-        if factors is None:
-            raise ValueError(
-                f"{layer.site.name!r}: its update has no factors to carry; put finished updates"
-                " into the base instead, with `accumulate='base'`"
-            )
-        update.carry_(factors.A, factors.B * (factors.scale / delta.scale))
-    elif factors is not None:
-        add = {"alpha": factors.scale, "transposed": store.transposed}
-        outer_add_(store.parameter, factors.B, factors.A, **add)
-    else:
-        weight = delta.weight(store)
-        add_(store.parameter, weight.T if store.transposed else weight)
+    update.put_away_(store, accumulate)
     delta.restart(link, generator)
     pair = delta.pair()
     if pair is not None and init is not None:

@@ -38,7 +38,7 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
         if rank == (-1 if update.carried_A is None else update.carried_A.shape[0]):
             continue
         before[site] = update.carried_A, update.carried_B
-        update.carried_A = update.carried_B = None
+        update.drop_carried_()
         if a is not None and b is not None:
             update.carry_(torch.zeros_like(a, device=device), torch.zeros_like(b, device=device))
     own = tensors(adapters)

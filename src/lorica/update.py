@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lorica.bases import AbstractBase
 from lorica.deltas import AbstractDelta, Factors, Site
-from lorica.shards import outer_add_, zero_
+from lorica.shards import add_, outer_add_, zero_
 
 
 class Update(nn.Module):
@@ -67,6 +67,32 @@ class Update(nn.Module):
             outer_add_(base.parameter, carried.B, carried.A, **how)
         zero_(carried.A)
         zero_(carried.B)
+
+    @torch.no_grad()
+    def put_away_(self, base: AbstractBase, accumulate: str, share: float = 1.0) -> None:
+        """Add `share` of what the delta has learnt to the base or to what is carried.
+
+        Args:
+            accumulate: `base` or `factors`.
+
+        Raises:
+            ValueError: `factors` of a delta that has none, or of a model that is sharded already.
+        """
+        factors = self.delta.factors()
+        if accumulate == "factors":
+            if factors is None:
+                raise ValueError(
+                    "an update without factors cannot be carried; put finished updates into the"
+                    " base instead, with `accumulate='base'`"
+                )
+            self.carry_(factors.A, factors.B * (share * factors.scale / self.delta.scale))
+        elif factors is not None:
+            how: Any = {"alpha": share * factors.scale, "transposed": base.transposed}
+            outer_add_(base.parameter, factors.B, factors.A, **how)
+        else:
+            weight = self.delta.weight(base)
+            assert weight is not None  # `weight` is what every caller needs of a delta
+            add_(base.parameter, share * (weight.T if base.transposed else weight))
 
     def drop_carried_(self) -> None:
         """Carry nothing; before sharding."""

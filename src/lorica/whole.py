@@ -100,11 +100,9 @@ def train_in_place(
 ) -> None:
     """Parameters of the model train as they are, beside adapters or without: the targets' and those
     of modules to save, or all that no adapter stands for."""
-    recipe, layers = adapters.recipe, adapters.layers
+    recipe = adapters.recipe
     roots = [*targets.layers, *targets.saved]
-    stood_for = {id(layer.store.parameter) for layer in layers.values()}
-    stood_for |= {id(p) for layer in layers.values() for _, p, _ in layer.trained()}
-    stood_for |= {id(p) for layer in layers.values() for _, p in layer.frozen()}
+    stood_for = {id(p) for p in state.tensors(adapters).values()}
     whole = recipe.whole or recipe.train_rest
     names = [
         n
@@ -127,8 +125,8 @@ def train_in_place(
 
 
 def _role(name: str, targets: Targets) -> str:
-    owner, _, leaf = name.removesuffix(".bias").rpartition(".")
-    if name.endswith(".bias") or leaf == "bias":
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "bias":
         return "bias"
     return "weight" if leaf == "weight" and owner in targets.layers else "module"
 

@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import chains
 import lorica
+from chains import IN, OUT, R, gradient, move
 from lorica import Recipe
 from lorica.schedules._jagged import jagged, prune_state
 from models import llama, logits, train
 from reference import relora as twin
 
-OUT, IN, R, STEPS = 6, 5, 2, 60
-
-
-def one(method: str, *, steps: int = STEPS, lr: float = 0.02, **fields):
-    """A single layer of doubles and its optimizer."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(IN, OUT, bias=False, dtype=torch.float64))
-    adapters = lorica.attach(
-        model, method, r=R, lora_alpha=3, dtype=torch.float64, verbose=False, **fields
-    )
-    return adapters, lorica.optimizer(adapters, lr=lr, total_steps=steps, seed=1)
-
-
-def gradient(effective: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x, target, ∂L/∂W') of a least-squares loss on the batch of this step."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(7, IN, generator=generator, dtype=torch.float64)
-    y = torch.randn(7, OUT, generator=generator, dtype=torch.float64)
-    return x, y, 2 * (x @ effective.T - y).T @ x / y.numel()
-
-
-def move(adapters, optimizer, step: int) -> None:
-    x, y, _ = gradient(torch.zeros(OUT, IN, dtype=torch.float64), step)
-    nn.functional.mse_loss(adapters.model(x), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+STEPS = 60
+one = functools.partial(chains.one, steps=STEPS)
 
 
 # -- the rate --------------------------------------------------------------------------------------

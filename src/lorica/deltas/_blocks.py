@@ -3,13 +3,15 @@ loop over them, and the type that PEFT has for all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.deltas import AbstractDelta, Factors, PeftForm, Site
+from lorica.deltas import AbstractDelta, DeltaChoice, Factors, PeftForm, Site
 from lorica.shards import read_full, zero_
 
 PEFT_TYPE = "MISS"
@@ -93,3 +95,13 @@ class BlockSum(AbstractDelta):
 
     def restart(self, link: int, generator: torch.Generator) -> None:
         zero_(self.D)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(DeltaChoice):
+    """What these deltas declare alike: no scale before ΔW, and the authors' rate on 7B."""
+
+    takes: ClassVar[frozenset[str]] = frozenset({"r", "lora_dropout", "rank_pattern"})
+    preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}
+    requires: ClassVar[frozenset[str]] = frozenset({"scales"})
+    default_learning_rate: ClassVar[float | None] = 2e-5

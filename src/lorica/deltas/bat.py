@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorica.deltas import AbstractDelta, DeltaChoice, PeftForm, Site
-from lorica.deltas._blocks import mode_of, peft_form
+from lorica.deltas import AbstractDelta, PeftForm, Site
+from lorica.deltas._blocks import Blocks, mode_of, peft_form
 from lorica.shards import read_full, zero_
 
 
@@ -87,7 +87,7 @@ class BlockAffine(AbstractDelta):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bat(DeltaChoice):
+class Bat(Blocks):
     """Block affine transformation: ΔW depends on W, so it may have full rank.
 
     ΔW_ij = (W_ij + I) D_i for the r × r blocks of W; r·out parameters a layer (out rounded up to
@@ -117,11 +117,6 @@ class Bat(DeltaChoice):
 
     needs: ClassVar[frozenset[str]] = frozenset({"base"})
     gives: ClassVar[frozenset[str]] = frozenset({"weight", "sharded", "wrapped"})
-    takes: ClassVar[frozenset[str]] = frozenset({"r", "lora_dropout", "rank_pattern"})
-    preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}
-    requires: ClassVar[frozenset[str]] = frozenset({"scales"})
-
-    default_learning_rate: ClassVar[float | None] = 2e-5
 
     def build(self, site: Site) -> BlockAffine:
         return BlockAffine(site)

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorica.deltas import DeltaChoice, PeftForm, Site
-from lorica.deltas._blocks import BlockSum, mode_of, peft_form
+from lorica.deltas import PeftForm, Site
+from lorica.deltas._blocks import Blocks, BlockSum, mode_of, peft_form
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bone(DeltaChoice):
+class Bone(Blocks):
     """Block sums: one matrix D (r, out) for every block of r inputs.
 
     ΔW repeats itself along the inputs with period r, so its rank is at most r; r·out parameters a
@@ -51,11 +51,6 @@ class Bone(DeltaChoice):
     gives: ClassVar[frozenset[str]] = frozenset(
         {"factors", "weight", "lookup", "sharded", "wrapped"}
     )
-    takes: ClassVar[frozenset[str]] = frozenset({"r", "lora_dropout", "rank_pattern"})
-    preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}
-    requires: ClassVar[frozenset[str]] = frozenset({"scales"})
-
-    default_learning_rate: ClassVar[float | None] = 2e-5
 
     def build(self, site: Site) -> BlockSum:
         return BlockSum(site, site.out_features)

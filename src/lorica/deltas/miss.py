@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.deltas import AbstractDelta, DeltaChoice, Factors, PeftForm, Site
-from lorica.deltas._blocks import BlockSum, mode_of, peft_form, spread
+from lorica.deltas import AbstractDelta, Factors, PeftForm, Site
+from lorica.deltas._blocks import Blocks, BlockSum, mode_of, peft_form, spread
 from lorica.shards import read_full, zero_
 
 
@@ -56,7 +56,7 @@ class Shards(AbstractDelta):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Miss(DeltaChoice):
+class Miss(Blocks):
     """Matrix shard sharing: the outputs of a shard share one row of D (r, in).
 
     ΔW has rank at most r and r·in parameters a layer; merging is exact. There is no scale before
@@ -89,11 +89,6 @@ class Miss(DeltaChoice):
     gives: ClassVar[frozenset[str]] = frozenset(
         {"factors", "weight", "lookup", "sharded", "wrapped"}
     )
-    takes: ClassVar[frozenset[str]] = frozenset({"r", "lora_dropout", "rank_pattern"})
-    preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}
-    requires: ClassVar[frozenset[str]] = frozenset({"scales"})
-
-    default_learning_rate: ClassVar[float | None] = 2e-5
 
     def __post_init__(self) -> None:
         q = self.mini_r

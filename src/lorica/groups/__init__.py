@@ -33,9 +33,10 @@ class AbstractGroup(Choice, abc.ABC):
     room: ClassVar[str] = "groups"
     freezes: ClassVar[frozenset[str]] = frozenset()  # roles that stay at their start
 
-    @abc.abstractmethod
     def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
-        """Options (`lr`, `weight_decay`) of this parameter's optimizer group."""
+        """Options (`lr`, `weight_decay`) of this parameter's optimizer group; default: as they
+        are."""
+        return options
 
 
 def options_of(

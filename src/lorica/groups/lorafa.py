@@ -8,9 +8,9 @@ preconditions B's gradient as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from lorica.groups import AbstractGroup, Trained
+from lorica.groups import AbstractGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,3 @@ class LoraFa(AbstractGroup):
 
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
     freezes: ClassVar[frozenset[str]] = frozenset({"A"})
-
-    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
-        return options

@@ -371,7 +371,7 @@ def _load_peft(model: nn.Module, folder: Path, *, verbose: bool) -> Adapters:
     try:
         for _, layer in adapters:
             if layer.store.lookup:  # PEFT starts embeddings at zero, whatever the start is
-                layer.update.carried_A = layer.update.carried_B = None
+                layer.update.drop_carried_()
         cuts = peft.places(adapters, dict.fromkeys(adapters.layers, 0))
         live = {n: t for n, t in adapters.state_dict().items() if n not in cuts}
         left = peft.spare(adapters, tensors, {place.key for place in cuts.values()})

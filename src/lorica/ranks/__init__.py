@@ -13,6 +13,13 @@ from typing import Any, ClassVar
 from lorica.rooms import Choice
 
 
+def block_of(path: str) -> str | None:
+    """The transformer block of a module: its path up to the first number; None in no block."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if first is None else ".".join(parts[: first + 1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbstractRank(Choice, abc.ABC):
     room: ClassVar[str] = "ranks"

@@ -10,19 +10,12 @@ blocks that were rounded furthest give way, one rank each.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from lorica.ranks import AbstractRank
-
-
-def block_of(path: str) -> str | None:
-    """The transformer block of a module: its path up to the first number; None in no block."""
-    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", path)
-    return found and found.group()
+from lorica.ranks import AbstractRank, block_of
 
 
 def spread(first: Fraction, last: Fraction, blocks: int, r: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from lorica.rooms import Choice
 from lorica.schedules import AbstractSchedule
+from lorica.schedules._ring import capacity
 
 INTERVAL, FREEZE = 40, 5  # the authors'
 TURNS = 2  # what a left-out interval is to give each position, where that can be
@@ -122,7 +123,7 @@ class Paced(AbstractSchedule):
         total = 0
         for _, layer in adapters:
             n, m = layer.in_features, layer.out_features
-            total += min(m, n) * (m + n) * layer.site.dtype.itemsize
+            total += capacity(layer) * (m + n) * layer.site.dtype.itemsize
         return total
 
     def plan(self, total_steps: int | None) -> str:

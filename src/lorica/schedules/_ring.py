@@ -26,7 +26,7 @@ def pool_size(word: str, layer: Any) -> int:
     Raises:
         ValueError: a rank at which nothing can be exchanged.
     """
-    size = _pool_size(layer)
+    size = capacity(layer)
     if not 1 < layer.site.r < size:
         raise ValueError(
             f"`{word}` on {layer.site.name!r} ({layer.out_features} x {layer.in_features}) at"
@@ -37,7 +37,7 @@ def pool_size(word: str, layer: Any) -> int:
     return size
 
 
-def _pool_size(layer: Any) -> int:
+def capacity(layer: Any) -> int:
     return min(layer.in_features, layer.out_features)
 
 
@@ -47,8 +47,8 @@ def start(layers: Sequence[Any], freeze: int) -> dict[str, Tensor]:
     slots = torch.full((2, len(layers), max(ranks)), -1)
     for i, (r, layer) in enumerate(zip(ranks, layers, strict=True)):
         place = torch.arange(r)
-        slots[0, i, :r] = _pool_size(layer) - r + place
-        slots[1, i, :r] = _pool_size(layer) - r + (place - r // 2) % r
+        slots[0, i, :r] = capacity(layer) - r + place
+        slots[1, i, :r] = capacity(layer) - r + (place - r // 2) % r
     return {
         "swaps": torch.zeros(len(layers), dtype=torch.int64),
         "recent": torch.zeros(len(layers), freeze, dtype=torch.int64),
@@ -62,7 +62,7 @@ def counts(
 ) -> Tensor:  # fmt: skip
     """How many vectors each layer exchanges, (L,), the same for A and B."""
     r = torch.tensor([layer.site.r for layer in layers])
-    spare = torch.tensor([_pool_size(layer) for layer in layers]) - r
+    spare = torch.tensor([capacity(layer) for layer in layers]) - r
     uniform = torch.rand(len(layers), generator=generator, dtype=torch.float64)
     k = (r * frequency + uniform).floor().long()
     recent = state["recent"]
@@ -81,7 +81,7 @@ def turn(
 ) -> tuple[list[int], Tensor]:  # fmt: skip
     """Positions whose turn it is, and the slots that come: the next in the ring, or drawn among
     those that no position holds."""
-    r, size = layer.site.r, _pool_size(layer)
+    r, size = layer.site.r, capacity(layer)
     first = int(state["swaps"][i]) + (r // 2 if side == "B" else 0)
     at = [(first + j) % r for j in range(count)]
     held = state["slots"][SIDES.index(side), i, :r]

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lorica.moves import outer_add_, reset_state
+from lorica.moves import reset_state
 from lorica.schedules._restart import Chain
 from lorica.shards import scale_
 
@@ -79,12 +79,7 @@ class Plora(Chain):
     @torch.no_grad()
     def _unload(self, layer: Any, optimizer: torch.optim.Optimizer) -> None:
         update, store = layer.update, layer.store
-        pair, factors = update.delta.pair(), update.delta.factors()
-        share = (1 - self.momentum) * factors.scale
-        if self.accumulate == "base":
-            where = {"alpha": share, "transposed": store.transposed}
-            outer_add_(store.parameter, factors.B, factors.A, **where)
-        else:
-            update.carry_(factors.A, factors.B * (share / update.delta.scale))
+        update.put_away_(store, self.accumulate, 1 - self.momentum)
+        pair = update.delta.pair()
         scale_(pair.B, self.momentum)  # ΔW is linear in B
         reset_state(optimizer, *(p for p in (pair.A, pair.B, pair.E) if p is not None))

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorica.groups import AbstractGroup, Trained
+from lorica.groups import AbstractGroup
 from lorica.inits import AbstractInit
 from lorica.moves import draw
 from lorica.schedules._restart import Chain, allow
@@ -68,9 +68,6 @@ class RacloraGroup(AbstractGroup):
     @property
     def freezes(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset("AB") - {self.side}
-
-    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
-        return options
 
 
 @dataclass(frozen=True, kw_only=True)

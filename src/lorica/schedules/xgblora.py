@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorica import ranks
 from lorica.moves import seeded
 from lorica.phases import wake
 from lorica.schedules._restart import Chain
@@ -26,10 +27,8 @@ SHARE = 11 / 32
 
 
 def block_of(path: str) -> str:
-    """The transformer block of a module: its path up to the first number, or all of it."""
-    parts = path.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else path
+    """The transformer block of a module; what lies in none is its own."""
+    return ranks.block_of(path) or path
 
 
 @dataclass(frozen=True, kw_only=True)
