@@ -25,6 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lorica import dropout
+
 VOCAB = 61
 LENGTH = 7
 
@@ -148,3 +150,11 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def masked(monkeypatch: Any, x: Tensor) -> Tensor:
+    """A mask of 0 and 1 like x, which every dropout takes from now on."""
+    keep = torch.randint(0, 2, x.shape, dtype=x.dtype)
+    gone = (keep == 0).flatten().nonzero().squeeze(1)
+    monkeypatch.setattr(dropout, "_positions", lambda count, p, seed: gone)
+    return keep

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from lorica import dropout
 from lorica.bases import AbstractBase
 from lorica.deltas import AbstractDelta, Factors, Site
 from lorica.shards import add_, outer_add_, zero_
@@ -158,7 +159,7 @@ class Update(nn.Module):
         if self.lookup:
             mask = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
             return x, F.dropout(mask, self.dropout)
-        return F.dropout(x, self.dropout), None
+        return dropout.drop(x, self.dropout), None
 
     def moving(self, x: Tensor, base: AbstractBase, keep: Tensor | None = None) -> Tensor:
         """The part that dropout falls on, of an input already dropped."""

@@ -11,11 +11,15 @@ from transformers.pytorch_utils import Conv1D
 from walk import KINDS, adapt, inputs, only, recipe, serves, wrapping
 
 import lorica
-from lorica import rooms
+from lorica import Recipe, rooms
 from lorica.kernels.reference import Reference
 from models import llama, logits, perturb
 
 KERNELS = rooms.words("kernels")
+VARIANTS = [
+    *KERNELS, "auto(saves='product')", "auto(saves='nothing')", "materialised(keep=True)",
+    "materialised(saves='product')", "factored(saves='product')", "factored(saves='nothing')",
+]  # fmt: skip
 PLAIN = Reference()
 
 
@@ -47,18 +51,27 @@ def calls(draw):
     return layer, x, grads, draw(st.booleans())
 
 
-@pytest.mark.parametrize("word", KERNELS)
-@given(call=calls())
-def test_it_equals_the_reference(word, call):
+@pytest.mark.parametrize("text", VARIANTS)
+@given(call=calls(), gained=st.sampled_from([None, False, True]), p=st.sampled_from([0, 0.4]),
+       all_dropped=st.booleans(), gw=st.booleans())  # fmt: skip
+def test_it_equals_the_reference(text, call, gained, p, all_dropped, gw):
+    """Values and gradients, whatever is wanted of them; `gained` says whether g has one."""
     layer, x, (gx, ga, gb), bias = call
-    delta = layer.update.delta
-    kernel, results = rooms.build(word, {}), []
+    layer.update.dropout, layer.update.drop_carried = p, all_dropped
+    layer.train()
+    delta, store = layer.update.delta, layer.store
+    gain = None if gained is None else torch.linspace(-2, 3, layer.out_features).double()
+    gain = gain if gained is None else gain.requires_grad_(gained)
+    store.parameter.requires_grad_(gw)
+    kernel, results = Recipe.parse(f"lora+{text}").kernel, []
     for k in (PLAIN, kernel):
         leaf = x.detach().requires_grad_(gx)
         delta.A.requires_grad_(ga)
         delta.B.requires_grad_(gb)
-        y = k.product(leaf, layer.store, layer.update, bias=bias)
-        wanted = [t for t, g in ((leaf, gx), (delta.A, ga), (delta.B, gb)) if g]
+        torch.manual_seed(7)
+        y = k.product(leaf, store, layer.update, bias=bias, gain=gain)
+        leaves = [(leaf, gx), (delta.A, ga), (delta.B, gb), (store.parameter, gw)]
+        wanted = [t for t, g in (*leaves, (gain, gained)) if g]
         assert y.requires_grad == bool(wanted)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
         grads = torch.autograd.grad((y * weight).sum(), wanted) if wanted else ()

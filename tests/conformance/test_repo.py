@@ -223,7 +223,7 @@ def test_every_choice_explains_itself(room, word):
 
 def test_every_published_method_cites_its_paper():
     """A word without a reference is one of the plain choices listed here."""
-    own = {"add", "auto", "constant", "full", "gaussian", "kaiming", "materialised", "orthogonal",
+    own = {"add", "auto", "constant", "factored", "full", "gaussian", "kaiming", "materialised", "orthogonal",
            "pattern", "reference", "uniform"}  # fmt: skip
     bare = {w for _, w in every() if not rooms.source(rooms.load(w)).bibtex}
     assert bare == own

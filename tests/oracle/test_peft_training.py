@@ -18,6 +18,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
 
 import lorica
+from lorica import dropout
 from lorica.adapters import Adapters
 from models import MODELS, batch, logits, perturb
 
@@ -225,14 +226,24 @@ class Masks:
     def __init__(self, monkeypatch) -> None:
         self.calls = 0
         monkeypatch.setattr(F, "dropout", self)
+        monkeypatch.setattr(dropout, "draw_seed", self.next)
+        monkeypatch.setattr(dropout, "_positions", self.gone)
+
+    def next(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def gone(self, count: int, p: float, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(count, generator=generator, dtype=torch.float64)
+        return (drawn < p).nonzero().squeeze(1)
 
     def __call__(self, x, p=0.5, training=True, inplace=False):
         if not training or p == 0:
             return x
-        self.calls += 1
-        generator = torch.Generator().manual_seed(self.calls)
-        keep = torch.rand(x.shape, generator=generator, dtype=torch.float64) >= p
-        return x * keep.to(x.dtype) / (1 - p)
+        keep = torch.ones(x.numel(), dtype=x.dtype)
+        keep[self.gone(x.numel(), p, self.next())] = 0
+        return x * keep.view(x.shape) / (1 - p)
 
 
 DROPPED = [

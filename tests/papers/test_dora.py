@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorica
-from models import MODELS, llama, logits, perturb, train
+from models import MODELS, llama, logits, masked, perturb, train
 from reference import dora as twin
 
 
@@ -88,8 +88,7 @@ def test_the_detached_and_the_exact_gradient_differ():
 def test_dropout_equals_the_twin(kind, monkeypatch):
     model, _, one = layer(f"dora(dropout='{kind}')", lora_dropout=0.5)
     x = torch.randn(6, 7, dtype=torch.float64)
-    dropped = x * torch.randint(0, 2, x.shape).double() * 2
-    monkeypatch.setattr(F, "dropout", lambda *a, **k: dropped)
+    dropped = x * masked(monkeypatch, x) * 2
     model.train()
     W, A, B, s, m = parts(one)
     expected = twin.with_dropout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers import TrainingArguments
 
 import lorica
 from lorica import Recipe
-from lorica.io.compressed import compress, load_compressed
+from lorica.io import export
+from lorica.io.compressed import compress, load_compressed, pack, unpack
 from lorica.objectives.distillation import Distillation, _features
 from lorica.schedules.pclora import PcLora
-from models import LENGTH, MODELS, VOCAB, batch, bert, llama, logits, perturb, train
+from models import LENGTH, MODELS, VOCAB, batch, bert, llama, logits, masked, perturb, train
 from reference import pclora as twin
 
 SHAPES = ("linear", "cosine", "one_minus_sine", "identity")
@@ -143,8 +145,7 @@ def test_dropout_falls_as_it_does_at_the_start(method, on, monkeypatch):
     """On the trained factors, and on an anchor where the start's own dropout does."""
     model, layer = one_layer(method, lora_dropout=0.5, lora_dropout_on=on)
     x = torch.randn(6, 7, dtype=torch.float64)
-    dropped = x * torch.randint(0, 2, x.shape).double() * 2
-    monkeypatch.setattr(F, "dropout", lambda *a, **k: dropped)
+    dropped = x * masked(monkeypatch, x) * 2
     model.train()
     W, b, A, B, s, c = parts(layer)
     carried = layer.update.carried
@@ -206,6 +207,7 @@ def test_the_compressed_model_is_the_faded_one(name, start):
     less = sum(m * n - 4 * (m + n) for m, n in sizes)
     assert done.parameters_before == parameters and done.parameters == parameters - less
     assert done.parameters == sum(p.numel() for p in model.parameters())
+    assert (done.bytes_before, done.bytes) == (4 * done.parameters_before, 4 * done.parameters)
     assert done.multiplies_before == sum(m * n for m, n in sizes)
     assert done.multiplies == sum(4 * (m + n) for m, n in sizes)
     again = load_compressed(MODELS[name](seed=1), model.state_dict())
@@ -238,6 +240,72 @@ def test_a_layer_that_reads_its_base_has_no_thin_form(method):
     with pytest.raises(ValueError, match=r"'model.layers.0.*' still reads its base.*lorica.merge"):
         compress(adapters)
     assert adapters.fingerprint() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "tied"), [("llama", False), ("qwen2", True), ("gpt2", True)])
+def test_a_compressed_folder_is_read_back_to_the_bit(name, tied, dtype, tmp_path):
+    model = MODELS[name](tie_word_embeddings=tied).to(dtype)
+    adapters = lorica.attach(model, "fade+pissa", r=4, verbose=False)
+    perturb(adapters)
+    fade_all(adapters, 0.0)
+    before = logits(model)
+    done: Any = export(adapters, tmp_path / "out", to="compressed")
+    assert json.loads(json.dumps(done.as_dict()))["ranks"] == dict(done.ranks) != {}
+    assert done.parameters < done.parameters_before and done.bytes < done.bytes_before
+    weights = (tmp_path / "out" / "compressed.safetensors").stat().st_size
+    assert done.bytes <= weights <= done.bytes + 20_000, "what is tied is written once"
+    again = unpack(tmp_path / "out")
+    assert not again.training and {p.dtype for p in again.parameters()} == {dtype}
+    assert torch.equal(logits(again), logits(model)), "the model in memory is the compressed one"
+    rough = 1e-5 if dtype is torch.float32 else 0.05
+    assert done.logits.relative_change < rough
+    assert float((logits(again) - before).norm() / before.norm()) < rough
+    if tied:
+        head: Any = again.get_output_embeddings()
+        assert head.weight is again.get_input_embeddings().weight
+    with pytest.raises((OSError, ValueError)):
+        type(model).from_pretrained(tmp_path / "out")  # finds no weights, rather than wrong ones
+
+
+def test_a_folder_that_cannot_be_vouched_for_is_refused(tmp_path):
+    def faded(family: str = "llama") -> Any:
+        adapters = lorica.attach(MODELS[family](), "fade", r=2, verbose=False)
+        perturb(adapters)
+        fade_all(adapters, 0.0)
+        return adapters
+
+    out = pack(faded(), tmp_path / "out").path
+    with pytest.raises(ValueError, match="overwrite=True"):
+        pack(faded(), out)
+    pack(faded(), out, overwrite=True)
+    with pytest.raises(ValueError, match="holds no compressed model"):
+        unpack(tmp_path)
+    file = out / "compressed.json"
+    told = json.loads(file.read_text())
+    for change, words in (
+        ({"reader": 99}, "Upgrade"),
+        ({"class": "Path"}, "does not have"),
+        ({"tied": None}, "must be given"),
+        ({"files": {}}, "is not the file"),
+    ):
+        file.write_text(json.dumps({**told, **change}))
+        with pytest.raises(ValueError, match=words):
+            unpack(out)
+    file.write_text(json.dumps(told))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
+    with pytest.raises(ValueError, match="does not fit LlamaForCausalLM"):
+        unpack(out)
+    with pytest.raises(ValueError, match="cannot run with two thin"):
+        pack(faded("t5"), tmp_path / "t5")
+    layers = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="no transformers model"):
+        pack(lorica.attach(layers, "fade", r=2, verbose=False), tmp_path / "plain")
+    adapters = lorica.attach(llama(), "fade", r=2, verbose=False)
+    with pytest.raises(ValueError, match=r"`fade` cannot be compressed.*`--to merged`"):
+        export(adapters, tmp_path / "early", to="compressed")
+    assert len(lorica.Adapters.of(adapters.model)) and not (tmp_path / "early").exists()
 
 
 # -- the schedule ----------------------------------------------------------------------------------

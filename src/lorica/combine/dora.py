@@ -50,10 +50,7 @@ class DoraCombine(AbstractCombine):
         g = self.gain(base, update)
         if self.drop_correction and update.dropping:
             return self._authors(x, base, update, g)
-        y = kernel.product(x, base, update, bias=False)
-        y = y * g.to(y.dtype)
-        bias = base.bias()
-        return y if bias is None else y + bias.to(y.dtype)
+        return kernel.product(x, base, update, bias=True, gain=g)
 
     def _authors(self, x: Tensor, base, update, g: Tensor) -> Tensor:
         dropped, keep = update.drop(x)

@@ -1,8 +1,8 @@
 """Kernels: in which order the products of one layer are computed.
 
-Every kernel computes x Wᵀ + update(x) (+ b) and differs from the others only in rounding, time and
-memory. The suite
-holds every file to: equal to `reference` in float64 within rounding, and gradcheck.
+Every kernel computes g ∘ (x Wᵀ + update(x)) + b and differs from the others only in rounding, time
+and memory. The suite holds every file to: equal to `reference` in float64 within rounding, and
+gradcheck.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lorica.kernels._orders import Call, Order, choose
 from lorica.rooms import Choice
+
+__all__ = ["AbstractKernel", "Call", "Order", "choose", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +25,23 @@ class AbstractKernel(Choice, abc.ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
 
     @abc.abstractmethod
-    def product(self, x: Tensor, base, update, *, bias: bool) -> Tensor:
-        """(..., in) -> (..., out): x Wᵀ + update(x), with the base's bias where `bias`."""
+    def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out): gain ∘ (x Wᵀ + update(x)), with the base's bias where `bias`.
+
+        Args:
+            gain: g (out,), in at least float32; None: 1.
+        """
 
     def threshold(self, in_features: int, out_features: int) -> int | None:
         """Tokens in a call from which on W + ΔW is materialised; None: never."""
         return None
+
+
+def plain(x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
+    """The products one after the other, under ordinary autograd."""
+    if gain is None:
+        return (base.linear(x) if bias else base.product(x)) + update(x, base)
+    y = base.product(x) + update(x, base)
+    y = y * gain.to(y.dtype)
+    offset = base.bias() if bias else None
+    return y if offset is None else y + offset.to(y.dtype)

@@ -1,28 +1,27 @@
 """The order with the fewest multiplies for the call's actual shapes.
 
-The factors' order costs Nr(m + n) beside the frozen product, the materialised one mnr: the latter
-from N > mn/(m + n) tokens on, whatever the rank. Not in half precision, where W + ΔW would lose
-small updates to rounding, and not with dropout on the update, where no one weight exists.
+The candidates are those of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; which one is chosen is
+decided by their shapes at each call, so short batches get the order that suits them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lorica.kernels import AbstractKernel
-from lorica.kernels.materialised import Materialised
-from lorica.kernels.reference import Reference
-
-_FACTORS, _SUM = Reference(), Materialised()
-_WIDE = (torch.float32, torch.float64)
+from lorica.kernels import _orders as orders
+from lorica.kernels._linear import Fused
+from lorica.kernels._orders import Call, Order
 
 
 @dataclass(frozen=True, kw_only=True)
-class Auto(AbstractKernel):
+class Auto(Fused):
     """Chooses per call by arithmetic.
+
+    Args:
+        saves: `output` (default), `product` or `nothing`: what is kept of a layer whose rows are
+            scaled (`dora`) for the scales' gradient. The output is often kept anyway by the
+            activation after it; a product is a tensor of the same size, which no model can change
+            in place; nothing costs one more product.
 
     Example:
         >>> from lorica.kernels.auto import Auto
@@ -30,16 +29,8 @@ class Auto(AbstractKernel):
         257
     """
 
-    def product(self, x: Tensor, base, update, *, bias: bool) -> Tensor:
-        return self.choose(x, base, update).product(x, base, update, bias=bias)
-
-    def choose(self, x: Tensor, base, update) -> AbstractKernel:
-        if base.lookup or update.dropping or x.dtype not in _WIDE:
-            return _FACTORS
-        if torch.is_autocast_enabled(x.device.type):
-            return _FACTORS
-        tokens = x.numel() // max(x.shape[-1], 1)
-        return _SUM if tokens >= self.threshold(base.in_features, base.out_features) else _FACTORS
+    def order(self, call: Call) -> Order:
+        return orders.choose(call)
 
     def threshold(self, in_features: int, out_features: int) -> int:
-        return in_features * out_features // (in_features + out_features) + 1
+        return orders.threshold(in_features, out_features)

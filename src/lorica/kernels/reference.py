@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorica.kernels import AbstractKernel
+from lorica.kernels import AbstractKernel, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,5 @@ class Reference(AbstractKernel):
         'reference'
     """
 
-    def product(self, x: Tensor, base, update, *, bias: bool) -> Tensor:
-        y = base.linear(x) if bias else base.product(x)
-        return y + update(x, base)
+    def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
+        return plain(x, base, update, bias=bias, gain=gain)

@@ -1,0 +1,78 @@
+"""Dropout that keeps a seed, not a mask: what was dropped is drawn again in backward.
+
+On a CPU the dropped positions themselves are drawn, as gaps of a geometric distribution (Bernoulli
+trials say nothing but how many successes lie between two failures), so the cost falls with p: at p
+= 0.05 a tenth of drawing a number for every element. The seed comes from torch's own generator on
+the CPU, one number a call: so runs resume and checkpointed segments recompute with the same masks,
+and no device waits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def draw_seed() -> int:
+    """One number from torch's generator on the CPU."""
+    return int(torch.randint(2**62, (), dtype=torch.int64))
+
+
+def blank_(x: Tensor, p: float, seed: int) -> Tensor:
+    """Zero each element of x, contiguous, with probability p, in place; what stays is not
+    scaled. The same seed and number of elements drop the same positions."""
+    if x.device.type == "cpu":
+        x.view(-1).index_fill_(0, _positions(x.numel(), p, seed), 0.0)
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return x.mul_(keep.bernoulli_(1 - p, generator=generator))
+
+
+def _positions(count: int, p: float, seed: int) -> Tensor:
+    """Where Bernoulli(p) falls among so many trials, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    found, last = [], -1
+    while last < count:
+        left = (count - 1 - last) * p
+        more = torch.rand(int(left + 6 * math.sqrt(left)) + 8, generator=generator)
+        gaps = more.neg_().log1p_().div_(math.log1p(-p)).to(torch.int64) + 1
+        found.append(gaps.cumsum_(0).add_(last))
+        last = int(found[-1][-1])
+    at = found[0] if len(found) == 1 else torch.cat(found)
+    return at[: int(torch.searchsorted(at, count))]
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return blank_(x.contiguous().clone(), p, seed).div_(1 - p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        dy = grads[0].contiguous().clone()
+        return blank_(dy, ctx.p, ctx.seed).div_(1 - ctx.p), None, None
+
+
+def drop(x: Tensor, p: float, seed: int | None = None) -> Tensor:
+    """x ∘ mask / (1 − p), of which no mask is saved.
+
+    Args:
+        x: (...), floating.
+        p: probability in [0, 1) of an element to be dropped.
+        seed: of the mask; default: drawn. A compiler draws and keeps masks its own way.
+
+    Example:
+        >>> import torch
+        >>> from lorica.dropout import drop
+        >>> drop(torch.ones(4), 0.5, seed=1).unique().tolist()
+        [0.0, 2.0]
+    """
+    if torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return _Dropped.apply(x, p, draw_seed() if seed is None else seed)  # type: ignore[return-value]

@@ -1,0 +1,301 @@
+"""One layer's product with its update as one autograd function, in any order that can be best.
+
+    y = g ∘ (x Wᵀ + s·drop(x) Aᵀ Bᵀ + s·x A₂ᵀ B₂ᵀ) + b     g (out,), and A₂ B₂, frozen: optional
+
+x (N, in), W (out, in), A (k, in), B (out, k); N tokens, m = in, n = out. Multiplies beside Nmn:
+
+    forward    factors  x Wᵀ; (x Aᵀ) Bᵀ added in place                 Nk(m + n)
+               sum      V = W + s·BA; x Vᵀ                             mnk
+    for x      factors  dY W; (dY B) A added in place                  Nk(m + n)
+               sum      V again; dY V                                  mnk
+    for A, B   small    (dY B)ᵀ X, dYᵀ (X Aᵀ)                          2Nk(m + n)
+               outer    G = dYᵀ X; Bᵀ G, G Aᵀ                          Nmn + 2mnk
+
+These are f1, f2, b1, b3, b4, b5 of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; no other
+order of theirs is ever cheapest. Saved for backward is x alone (and y for g): V and x Aᵀ are formed
+again, a dropout mask is drawn again from its seed, and under autocast x is cast again, since the x
+that layers share costs less than a copy for each.
+
+Products with g are folded into V or B where that is smaller than an activation. From the saved
+output of a layer without bias, ∂L/∂g = (Σ dY ∘ y) / g.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorica import dropout
+from lorica.kernels import AbstractKernel, plain
+from lorica.kernels._orders import Call, Order
+
+SAVES = ("output", "product", "nothing")
+TINY = 2.0**-60  # |g| is at least this, so that y / g gives back what g scaled
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        gain: Tensor | None, a2: Tensor | None, b2: Tensor | None, scale: float,
+        forward_sum: bool, input_sum: bool, outer: bool, keep_sum: bool, p: float, seed: int,
+        drop_all: bool, saves: str, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        need_x, need_w, _, need_a, need_b, need_gain, *_ = ctx.needs_input_grad
+        call = _Call(x, w, bias, a, b, gain, a2, b2, scale, p, seed, drop_all, dtype)
+        keep = need_gain and saves == "product"
+        again = need_gain and saves == "nothing"
+        output = need_gain and saves == "output"
+        # A frozen A needs no x in backward, only the small x Aᵀ; evaluation needs neither.
+        slim = need_b and not (need_a or need_w or again)
+        y, h, u = call.forward(forward_sum, keep)
+        if slim and h is None:
+            h = call.small()
+        if output and not torch.compiler.is_compiling():
+            ctx.version = _marked(y)
+        ctx.save_for_backward(
+            x if need_a or need_w or again else None, w, bias, a, b, gain, a2, b2,
+            h if slim else None, u, call.formed if keep_sum and need_x and input_sum else None,
+            y if output else None,
+        )  # fmt: skip
+        ctx.rest = scale, p, seed, drop_all, dtype
+        ctx.order = input_sum, outer and not slim
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, bias, a, b, gain, a2, b2, h, u, formed, y = _unpack(ctx)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            call = _Call(x, w, bias, a, b, gain, a2, b2, *ctx.rest)
+            call.formed = formed
+            out = call.backward(grads[0], h, u, y, ctx.needs_input_grad, *ctx.order)
+        return *out, *[None] * 12
+
+
+def _marked(y: Tensor) -> int:
+    """y's version, well above that of a copy which a hook on saved tensors may hand back."""
+    for _ in range(3):
+        y[:0].zero_()
+    return y._version
+
+
+def _unpack(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, of which the model may not have changed the output.
+
+    Torch checks that by itself but where a hook keeps the tensors, as in checkpointed segments.
+    """
+    try:
+        saved = ctx.saved_tensors
+        changed = False
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        changed = True
+    y = None if changed else saved[-1]
+    if changed or (y is not None and not _compiling() and y._version > ctx.version):
+        raise RuntimeError(
+            "the model changes the output of an adapted layer in place, and backward reads that"
+            " output for the gradient of its magnitude; let it keep a copy of its own with"
+            " `+auto(saves='product')` in the method, or nothing, for one more product, with"
+            " `+auto(saves='nothing')`"
+        )
+    return saved
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+class _Call:
+    """The tensors of one call, in the dtype that it computes in."""
+
+    def __init__(
+        self, x: Any, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor | None,
+        a2: Tensor | None, b2: Tensor | None, scale: float, p: float, seed: int, drop_all: bool,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        def cast(t: Any) -> Any:
+            return None if t is None else t.to(dtype)
+
+        self.w, self.a, self.b = cast(w), cast(a), cast(b)
+        self.x: Any = cast(x)
+        self.a2: Any = cast(a2)
+        self.b2: Any = cast(b2)
+        self.bias: Any = cast(bias)
+        self.k, self.p, self.seed, self.still = a.shape[0], p, seed, scale
+        self.formed: Tensor | None = None
+        self.scale = scale / (1 - p)  # with what dropout owes to the features that stay
+        if drop_all and a2 is not None:  # one pair of all that dropout falls on
+            self.a, self.b = torch.cat([self.a, self.a2]), torch.cat([self.b, self.b2], 1)
+            self.a2 = self.b2 = None
+        self.g: Any = None
+        if gain is not None:
+            g = gain.to(torch.promote_types(dtype, torch.float32))
+            self.g = torch.where(g.abs() < TINY, TINY, g).to(dtype)
+
+    def dropped(self) -> Tensor:
+        """x after dropout, but for the scale."""
+        if not self.p:
+            return self.x
+        whole = self.x.clone(memory_format=torch.contiguous_format)
+        return dropout.blank_(whole, self.p, self.seed)
+
+    def small(self) -> Tensor:
+        return self.dropped() @ self.a.T
+
+    def sum(self, gained: bool = True) -> Tensor:
+        """g ∘ (W + ΔW) (out, in), of both pairs."""
+        if self.formed is not None and gained:
+            return self.formed
+        v = torch.addmm(self.w, self.b, self.a, alpha=self.scale)
+        if self.a2 is not None:
+            v.addmm_(self.b2, self.a2, alpha=self.still)
+        v = v if self.g is None or not gained else v.mul_(self.g[:, None])
+        self.formed = v if gained else None
+        return v
+
+    def forward(self, as_sum: bool, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y (N, out); x Aᵀ where it was formed; y without gain and bias where it is to be kept."""
+        h = None
+        late = self.g is not None and (keep or not as_sum)  # y is scaled, not V
+        bias = None if late else self.bias
+        if as_sum:
+            y = F.linear(self.x, self.sum(not late), bias)
+        else:
+            h = self.small()
+            y = F.linear(self.x, self.w, bias).addmm_(h, self.b.T, alpha=self.scale)
+            if self.a2 is not None:
+                y.addmm_(self.x @ self.a2.T, self.b2.T, alpha=self.still)
+        if not late:
+            return y, h, None
+        u = y if keep else None
+        y = y * self.g if keep else y.mul_(self.g)
+        return y if self.bias is None else y.add_(self.bias), h, u
+
+    def backward(
+        self, dy: Tensor, h: Tensor | None, u: Tensor | None, y: Tensor | None, needs: Any,
+        as_sum: bool, outer: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        need_x, need_w, need_bias, need_a, need_b, need_gain, *_ = needs
+        k, row = self.k, None if self.g is None else self.g[:, None]
+        b = self.b if row is None else self.b * row
+        z: Any = None
+        G: Any = None
+        dx = dw = da = db = None
+        if (need_a and not outer) or (need_x and not as_sum):
+            z = (dy @ b).mul_(self.scale)  # (N, k)
+        if need_w or (outer and (need_a or need_b)):
+            G = dy.T @ self.x  # (out, in)
+        if need_x:
+            dx = dy @ self.sum() if as_sum else self._for_x(dy, z)
+        if outer:
+            da = (b[:, :k].T @ G).mul_(self.scale) if need_a else None
+            db = G @ self.a[:k].T if need_b else None
+        elif need_a or need_b:
+            x: Any = None if h is not None else self.dropped()
+            da = z[:, :k].T @ x if need_a else None
+            db = dy.T @ (x @ self.a[:k].T if h is None else h[:, :k]) if need_b else None
+        if db is not None:
+            db.mul_(self.scale if row is None else row * self.scale)
+        if need_w:
+            dw = G if row is None else G * row
+        dbias = dy.sum(0) if need_bias else None
+        dgain = self._for_gain(dy, u, y) if need_gain else None
+        return dx, dw, dbias, da, db, dgain
+
+    def _for_x(self, dy: Tensor, z: Tensor) -> Tensor:
+        """dY W + (dY B) A, without their sum."""
+        dx = z @ self.a
+        dx = dropout.blank_(dx, self.p, self.seed) if self.p else dx
+        w, b2 = self.w, self.b2
+        if self.g is not None and dy.shape[0] <= w.shape[1]:  # on the smaller of the two
+            dy = dy * self.g
+        elif self.g is not None:
+            w = w * self.g[:, None]
+            b2 = None if b2 is None else b2 * self.g[:, None]
+        dx.addmm_(dy, w)
+        return dx if b2 is None else dx.addmm_(dy @ b2, self.a2, alpha=self.still)
+
+    def _for_gain(self, dy: Tensor, u: Tensor | None, y: Tensor | None) -> Tensor:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        if y is not None:
+            return (dy * y).sum(0, dtype=wide) / self.g
+        if u is None:
+            u = self._before_gain()
+        return (dy * u).sum(0, dtype=wide)
+
+    def _before_gain(self) -> Tensor:
+        u = self.x @ (self.w.T if self.p else self.sum(False).T)
+        if self.p:
+            u.addmm_(self.small(), self.b.T, alpha=self.scale)
+            if self.a2 is not None:
+                u.addmm_(self.x @ self.a2.T, self.b2.T, alpha=self.still)
+        return u
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused(AbstractKernel):
+    """A kernel that computes by the function above; a file says in which order.
+
+    Args:
+        saves: what is kept of a layer whose rows are scaled (`dora`) for the scales' gradient:
+            `output` (default), which the activation after it often keeps anyway; `product`, a
+            tensor of the same size that no model can change, also taken in place of the output
+            where there is a bias; or `nothing`, for one more product.
+    """
+
+    saves: str = "output"
+
+    def __post_init__(self) -> None:
+        if self.saves not in SAVES:
+            raise ValueError(
+                f"`{self.word}(saves={self.saves!r})`; allowed: {', '.join(map(repr, SAVES))}"
+            )
+
+    @abc.abstractmethod
+    def order(self, call: Call) -> Order:
+        """In which order to compute this call."""
+
+    def keeps_sum(self) -> bool:
+        """Whether W + ΔW is saved for backward."""
+        return False
+
+    def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out). What has no pair of factors knows its own order, and under a
+        compiler dropout is the compiler's."""
+        dropping = update.dropping
+        pair = update.delta.pair()
+        if pair is None or base.lookup or (dropping and torch.compiler.is_compiling()):
+            return plain(x, base, update, bias=bias, gain=gain)
+        own, carried = update.delta.factors(), update.carried
+        w, offset = base.weight(), base.bias() if bias else None
+        a2, b2 = (None, None) if carried is None else (carried.A, carried.B)
+        if carried is not None and carried.scale != own.scale:
+            b2 = carried.B * (carried.scale / own.scale)
+        device = x.device.type
+        auto = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if auto else x.dtype
+        grad = torch.is_grad_enabled()
+        order = self.order(Call(
+            tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
+            out_features=w.shape[0], r=own.A.shape[0],
+            carried=0 if a2 is None else a2.shape[0], dtype=dtype, device=device,
+            dropping=dropping, needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
+            needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
+        ))  # fmt: skip
+        saves = self.saves
+        if saves == "output" and offset is not None:
+            saves = "product"  # a small g would be lost in the bias' rounding
+        with torch.autocast(device, enabled=False):
+            y = _Linear.apply(
+                x.reshape(-1, x.shape[-1]), w, offset, own.A, own.B, gain, a2, b2, own.scale,
+                order.forward_sum, order.input_sum, order.outer, self.keeps_sum(),
+                update.dropout if dropping else 0.0, dropout.draw_seed() if dropping else 0,
+                update.drop_carried, saves, dtype,
+            )  # fmt: skip
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
