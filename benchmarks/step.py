@@ -1,111 +1,310 @@
 """What a training step costs with each method, beside PEFT in the same run.
 
-    python benchmarks/step.py [--width 512 --layers 4 --tokens 1024 --r 16] [--rounds 15] [--out
-    FILE]
+    python benchmarks/step.py [PART ...] [--rounds 15] [--threads 2] [--only NAME ...] [--out DIR]
 
-One step is forward and backward of a random Llama over `tokens` tokens, without the optimizer
-(which `benchmarks/optimizers.py` times). The unit is the *frozen step*: the same model, every
-weight frozen, gradients flowing through activations only. No low-rank method can be faster than
-that plus its own small products. Runs are interleaved in rotating order, so that a change of the
-machine's speed meets all of them; a round's ratio is taken against the same round's frozen step.
-Bytes saved for backward are counted by torch's saved-tensor hooks, parameters aside, each storage
-once.
+Parts (default: all but `gpu`), each a random Llama with all linear layers adapted:
+
+    systems   512 wide, 4 layers, 1,024 tokens, r = 16, float32: every published method
+    wide      1,024 wide, 8 layers, 2,048 tokens, r = 16: LoRA and DoRA, with and without dropout
+    ranks     the first shape at r = 8 and r = 64: LoRA and DoRA
+    half      the same under bfloat16 autocast
+    gpu       2,048 wide, 16 layers (1.0 B parameters), 2,048 tokens, bfloat16, on a GPU
+
+One step is forward and backward over one batch, without the optimizer. The unit is the *frozen
+step*: the same model, every weight frozen, gradients flowing through activations only. No low-rank
+method can be faster than that plus its own small products: `products` is the number of multiplies
+in the matrix products of a step, attention's among them, as counted in one, over the frozen step's.
+Runs are interleaved in rotating order, so that a change of the machine's speed meets all of them; a
+round's ratio is taken against the same round's frozen step, or PEFT's.
+
+Bytes saved for backward are counted by torch's hooks on saved tensors, parameters aside, each
+storage once. Peak memory is what a step adds at most to what the process holds between steps. The
+optimizer's step, schedules and their events included, is the mean over a run of 60 steps, as a
+share of the frozen step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import os
-import platform
+import pickle
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from optimizers import processor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
 from lorica import rooms
 
-Step = Callable[[], None]
+RUN = 60  # steps over which the optimizer's step is averaged
+ROOMS = ("combine", "scales", "inits", "deltas", "ranks", "groups", "optim", "objectives",
+         "schedules")  # fmt: skip
 
 
-def model(width: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=8, vocab_size=2048, max_position_embeddings=4096,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+@dataclass(frozen=True)
+class Part:
+    """One table: a shape, and what is compared at it.
+
+    Attributes:
+        ranks: a row of each method for every one.
+        systems: every published method, not only LoRA and DoRA.
+    """
+
+    width: int
+    layers: int
+    tokens: int
+    ranks: tuple[int, ...] = (16,)
+    systems: bool = False
+    dropout: bool = True
+    autocast: bool = False
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def model(self) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=self.width, intermediate_size=self.width * 8 // 3 // 8 * 8,
+            num_hidden_layers=self.layers, num_attention_heads=max(8, self.width // 64),
+            num_key_value_heads=max(8, self.width // 64), vocab_size=2048,
+            max_position_embeddings=4096,
+        )  # fmt: skip
+        with torch.device(self.device):
+            model: Any = LlamaForCausalLM(config)
+        return model.to(self.dtype)
+
+    def __str__(self) -> str:
+        kind = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        kind += ", bfloat16 autocast" if self.autocast else ""
+        ranks = " and ".join(map(str, self.ranks))
+        return (
+            f"{self.width} wide, {self.layers} layers, {self.tokens:,} tokens, r = {ranks}, {kind}"
+        )
 
 
-def step_of(net: Any, ids: torch.Tensor, *, frozen: bool = False) -> Step:
-    net.train()
+PARTS = {
+    "systems": Part(512, 4, 1024, systems=True),
+    "wide": Part(1024, 8, 2048),
+    "ranks": Part(512, 4, 1024, ranks=(8, 64), dropout=False),
+    "half": Part(512, 4, 1024, ranks=(8, 64), dropout=False, autocast=True),
+    "gpu": Part(2048, 16, 2048, device="cuda"),
+}
 
-    def step() -> None:
-        if frozen:
-            # Gradients flow through activations only: the input embeddings are the leaf.
-            x = net.get_input_embeddings()(ids).detach().requires_grad_(True)
-            net(inputs_embeds=x, labels=ids, use_cache=False).loss.backward()
-            return
-        net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        for p in net.parameters():
+
+@dataclass
+class Runner:
+    """A model that takes steps."""
+
+    net: Any
+    part: Part
+    frozen: bool = False
+    adapters: Any = None
+    optimizer: Any = None
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.net.train()
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, 2048, (1, self.part.tokens), generator=generator)
+        self.ids = ids.to(self.part.device)
+
+    def step(self) -> None:
+        self.gradients()
+        for p in self.net.parameters():
             p.grad = None
 
-    return step
+    def gradients(self) -> None:
+        batch: dict[str, Any] = {"labels": self.ids, "use_cache": False}
+        if self.frozen:  # gradients flow through activations only: the embeddings' are the leaf
+            x = self.net.get_input_embeddings()(self.ids).detach().requires_grad_(True)
+            batch["inputs_embeds"] = x
+        else:
+            batch["input_ids"] = self.ids
+        with self._autocast():
+            outputs = self.net(**batch)
+            loss = outputs.loss
+            if self.adapters is not None and self.adapters.recipe.objectives:
+                loss = self.adapters.loss(outputs, batch)
+        loss.backward()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.part.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.part.device, dtype=torch.bfloat16)
+
+    def timed(self) -> float:
+        self._wait()
+        began = time.perf_counter()
+        self.step()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.part.device == "cuda":
+            torch.cuda.synchronize()
+
+    # -- what it takes
+
+    def saved_bytes(self) -> int:
+        own = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self.step()
+        return sum(seen.values())
+
+    def products(self) -> int:
+        with Multiplies() as counter:
+            self.step()
+        return counter.total
+
+    def peak_bytes(self) -> int:
+        if self.part.device == "cuda":
+            self.step()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step()
+            return torch.cuda.max_memory_allocated() - before
+        return in_child(self._peak)
+
+    def _peak(self) -> int:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed leaves the process at once
+        self.step()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+        before = status("VmRSS")
+        self.step()
+        return status("VmHWM") - before
+
+    def optimizer_step(self) -> float | None:
+        """Mean seconds of the optimizer's step over a run, events included."""
+        if self.optimizer is None:
+            return None
+        taken = []
+        for _ in range(RUN):
+            self.gradients() if not taken else None
+            kept = [(p, p.grad) for p in self.net.parameters() if p.grad is not None]
+            copies = [g.clone() for _, g in kept if g is not None]
+            self._wait()
+            began = time.perf_counter()
+            self.optimizer.step()
+            self._wait()
+            taken.append(time.perf_counter() - began)
+            for (p, _), g in zip(kept, copies, strict=True):
+                p.grad = g  # the same again: the time does not depend on the values
+        return statistics.mean(taken)
 
 
-def candidates(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[Any, Step]]:
-    def net() -> LlamaForCausalLM:
-        return model(options.width, options.layers)
+class Multiplies(TorchDispatchMode):
+    """Counts those of matrix products, in place or not, and of attention."""
 
-    out: dict[str, tuple[Any, Step]] = {}
-    frozen = net().requires_grad_(False)
-    out["frozen"] = frozen, step_of(frozen, ids, frozen=True)
+    total = 0
 
-    def ours(name: str, method: str, **fields: Any) -> None:
-        adapted = net()
-        if "r" in lorica.Recipe.parse(method).takes:
-            fields["r"] = options.r
-        adapters = lorica.attach(adapted, method, verbose=False, **fields)
-        stir(adapters)
-        out[name] = adapted, step_of(adapted, ids)
-
-    def peft(name: str, **fields: Any) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", **fields
-        )
-        adapted = get_peft_model(net(), config)
-        out[name] = adapted, step_of(adapted, ids)
-
-    ours("full", "full")
-    ours("lora", "lora")
-    peft("PEFT lora")
-    ours("lora, dropout", "lora", lora_dropout=0.05)
-    peft("PEFT lora, dropout", lora_dropout=0.05)
-    ours("dora", "dora")
-    peft("PEFT dora", use_dora=True)
-    ours("dora, dropout", "dora", lora_dropout=0.05)
-    peft("PEFT dora, dropout", use_dora=True, lora_dropout=0.05)
-    for method in ("dora+olora", *others()):
-        ours(method, method)
-    return out
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.total += out.numel() * args[0].shape[-1]
+        elif name in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
+            self.total += out.numel() * args[1].shape[-1]
+        elif name.startswith("_scaled_dot_product"):
+            q, k = args[1 if "backward" in name else 0], args[2 if "backward" in name else 1]
+            # Forward: two products of (tokens, tokens, width); backward: five.
+            self.total += q.numel() * k.shape[-2] * (5 if "backward" in name else 2)
+        return out
 
 
-def others() -> list[str]:
-    """Every further word that changes what a step computes."""
-    seen = {"full", "lora", "dora", "lowrank", "add", "kaiming", "uniform", "pattern"}
-    return [
-        w
-        for room in ("deltas", "combine", "inits", "groups")
-        for w in rooms.words(room)
-        if w not in seen
-    ]
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def in_child(call: Callable[[], int]) -> int:
+    """What the call gives in a process of its own, which shares this one's memory unwritten."""
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.write(write, pickle.dumps(call()))
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(pid, 0)
+    return pickle.loads(told)
+
+
+# -- who is compared -------------------------------------------------------------------------------
+
+
+def makers(part: Part) -> Iterator[tuple[str, Callable[[], Runner]]]:
+    """(name, what makes it) of every row."""
+    yield "frozen", lambda: Runner(part.model().requires_grad_(False), part, frozen=True)
+    if part.systems:
+        yield "full", lambda: ours(part, "full", None)
+    for r in part.ranks:
+        more = f", r = {r}" if len(part.ranks) > 1 else ""
+        for name, method, fields in (
+            ("lora", "lora", {}),
+            ("lora, dropout", "lora", {"lora_dropout": 0.05}),
+            ("dora", "dora", {"use_dora": True}),
+            ("dora, dropout", "dora", {"use_dora": True, "lora_dropout": 0.05}),
+        ):
+            if "dropout" in name and not part.dropout:
+                continue
+            mine = {k: v for k, v in fields.items() if k != "use_dora"}
+            yield name + more, lambda m=method, f=mine, r=r: ours(part, m, r, **f)
+            yield f"PEFT {name}{more}", lambda f=fields, r=r: peft(part, r, **f)
+    for method in systems() if part.systems else ():
+        yield method, lambda m=method: ours(part, m, 16)
+
+
+def systems() -> list[str]:
+    """Every word that carries a paper, but those that have rows of their own."""
+    every = [word for room in ROOMS for word in rooms.words(room)]
+    return [w for w in every if rooms.source(rooms.load(w)).bibtex and w not in _OWN]
+
+
+_OWN = ("lora", "dora", "lowrank", "lorafa+dora")
+
+
+def ours(part: Part, method: str, r: int | None, **fields: Any) -> Runner:
+    net = part.model()
+    recipe = lorica.Recipe.parse(method)
+    fixed = any(c.only_r is not None for c in recipe.choices)
+    if r is not None and "r" in recipe.takes and not fixed:
+        fields["r"] = r
+    adapters = lorica.attach(net, method, verbose=False, **fields)
+    optimizer = lorica.optimizer(adapters, lr=1e-4, total_steps=RUN)
+    stir(adapters)
+    return Runner(net, part, adapters=adapters, optimizer=optimizer)
+
+
+def peft(part: Part, r: int, **fields: Any) -> Runner:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", **fields)
+    return Runner(get_peft_model(part.model(), config), part)
 
 
 @torch.no_grad()
@@ -115,85 +314,88 @@ def stir(adapters: Any) -> None:
         pair.B.add_(torch.randn_like(pair.B) * 1e-3)
 
 
-def saved_bytes(net: Any, step: Step) -> int:
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    seen: dict[int, int] = {}
+# -- the table -------------------------------------------------------------------------------------
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step()
-    return sum(seen.values())
+def measure(part: Part, options: argparse.Namespace) -> list[str]:
+    chosen = [
+        (name, make) for name, make in makers(part)
+        if not options.only or name in {"frozen", *options.only}
+    ]  # fmt: skip
+    torch.set_num_threads(1)  # a forked child has no pool of threads
+    runs = {name: make() for name, make in chosen}
+    facts = {n: (run.saved_bytes(), run.products(), run.peak_bytes()) for n, run in runs.items()}
+    torch.set_num_threads(options.threads)
+    names = list(runs)
+    for i in range(-2, options.rounds):
+        k = i % len(names)
+        for name in names[k:] + names[:k]:
+            taken = runs[name].timed()
+            if i >= 0:
+                runs[name].seconds.append(taken)
+    frozen = statistics.median(runs["frozen"].seconds)
+    steps = {name: run.optimizer_step() for name, run in runs.items()}
+    lines = [
+        "| | step / frozen: median (quartiles) | fastest | products | step / PEFT's | saved MiB |"
+        " peak MiB | optimizer and schedule |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        saved, products, peak = facts[name]
+        ratios = over(run, runs["frozen"])
+        low, _, high = statistics.quantiles(ratios, n=4)
+        best = min(run.seconds) / min(runs["frozen"].seconds)
+        peer = runs.get(f"PEFT {name}")
+        beside = f"{statistics.median(over(run, peer)):.3f}" if peer else ""
+        own = steps[name]
+        lines.append(
+            f"| {name} | {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) | {best:.3f} |"
+            f" {products / facts['frozen'][1]:.3f} | {beside} | {saved / 2**20:.0f} |"
+            f" {peak / 2**20:.0f} | {'' if own is None else f'{own / frozen:.3f}'} |"
+        )
+    multiplies = facts["frozen"][1]
+    return [
+        f"## {part}",
+        "",
+        f"The frozen step took {frozen * 1e3:.0f} ms (median) for {multiplies / 1e9:.1f}e9"
+        f" multiplies, {2 * multiplies / frozen / 1e9:.0f} GFLOP/s.",
+        "",
+        *lines,
+        "",
+    ]
+
+
+def over(run: Runner, other: Runner) -> list[float]:
+    return [a / b for a, b in zip(run.seconds, other.seconds, strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, help="write the table there as Markdown")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="rows, beside the frozen step")
+    parser.add_argument("--out", type=Path, help="folder; write the tables there")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    ids = torch.randint(0, 2048, (1, options.tokens), generator=torch.Generator().manual_seed(1))
-    runs = candidates(options, ids)
-    saved = {name: saved_bytes(*pair) for name, pair in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for step in range(-2, options.rounds):
-        for i in range(len(names)):
-            name = names[(i + step) % len(names)]
-            began = time.perf_counter()
-            runs[name][1]()
-            if step >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    table = report(options, seconds, saved)
-    print(table)
+    if unknown := sorted(set(options.parts) - set(PARTS)):
+        parser.error(f"no part {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
+    parts = options.parts or [name for name in PARTS if name != "gpu"]
+    text = [
+        "# One training step",
+        "",
+        f"{datetime.date.today()}, {processor()}, {options.threads} thread(s), torch"
+        f" {torch.__version__}, transformers {transformers.__version__}, {options.rounds}"
+        f" interleaved rounds. `python benchmarks/step.py {' '.join(parts)}`",
+        "",
+    ]
+    for name in parts:
+        text += measure(PARTS[name], options)
+    text.append(f"Load at the end: {os.getloadavg()[0]:.1f}.")
+    print("\n".join(text))
     if options.out is not None:
-        options.out.write_text(table + "\n")
-
-
-def report(options: Any, seconds: dict[str, list[float]], saved: dict[str, int]) -> str:
-    def ratio(name: str, to: str) -> list[float]:
-        return sorted(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
-
-    shape = f"{options.width} wide, {options.layers} layers, {options.tokens} tokens, r={options.r}"
-    lines = [
-        f"# One step, {datetime.date.today()}",
-        "",
-        (
-            f"Random Llama, {shape}, all linear layers, fp32, CPU ({options.threads} threads),"
-            f" torch {torch.__version__}, Python {platform.python_version()}, {options.rounds}"
-            " interleaved rounds. Made by `python benchmarks/step.py`."
-        ),
-        "",
-        (
-            "| | step / frozen, median | quartiles | fastest / fastest | step / PEFT's | saved for"
-            " backward |"
-        ),
-        "|---|---|---|---|---|---|",
-    ]
-    for name in seconds:
-        r = ratio(name, "frozen")
-        q = statistics.quantiles(r, n=4)
-        best = min(seconds[name]) / min(seconds["frozen"])
-        peer = f"PEFT {name}"
-        beside = f"{statistics.median(ratio(name, peer)):.2f}" if peer in seconds else ""
-        lines.append(
-            f"| {name} | {statistics.median(r):.2f} | {q[0]:.2f} to {q[2]:.2f} | {best:.2f} |"
-            f" {beside} | {saved[name] / 2**20:.0f} MiB |"
-        )
-    lines += [
-        "",
-        f"The frozen step took {statistics.median(seconds['frozen']) * 1e3:.0f} ms (median).",
-    ]
-    return "\n".join(lines)
+        options.out.mkdir(parents=True, exist_ok=True)
+        page = options.out / f"step-{datetime.date.today()}.md"
+        page.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

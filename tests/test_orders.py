@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lorica
-from lorica.kernels import Call, Order, choose
+from lorica.kernels import Call, Order, Table, choose, measured
+from lorica.kernels import _measured as measuring
 from lorica.kernels import _orders as orders
 from lorica.kernels._linear import Fused
 
@@ -122,6 +123,64 @@ def test_half_precision_and_dropout_form_no_sum():
     assert choose(big) == Order(True, True, True)
     assert choose(dataclasses.replace(big, dtype=torch.bfloat16)) == Order()
     assert choose(dataclasses.replace(big, dropping=True)) == Order()
+
+
+# -- measured orders -------------------------------------------------------------------------------
+
+CALL = Call(tokens=64, in_features=8, out_features=8, r=2)
+ODD = Order(False, False, True)  # which arithmetic never takes here
+
+
+def test_a_measured_table_decides_near_its_entries(tmp_path):
+    Table(((CALL, ODD),)).write(tmp_path / "orders.json")
+    table = Table.read(tmp_path / "orders.json")
+    assert table == Table(((CALL, ODD),))
+    assert table.order(dataclasses.replace(CALL, tokens=128, in_features=5)) == ODD
+    assert table.order(dataclasses.replace(CALL, tokens=129)) is None, "over a factor of two away"
+    assert table.order(dataclasses.replace(CALL, needs_x=False)) is None, "of another kind"
+    assert table.order(dataclasses.replace(CALL, dtype=torch.bfloat16)) is None
+    kernel = lorica.Recipe.parse("lora").kernel
+    assert kernel.order(CALL) == choose(CALL) != ODD
+    with measured(tmp_path / "orders.json"):
+        assert kernel.order(CALL) == ODD
+        assert kernel.order(dataclasses.replace(CALL, r=64)) == choose(
+            dataclasses.replace(CALL, r=64)
+        )
+        with measured(None):
+            assert kernel.order(CALL) == choose(CALL)
+        assert kernel.order(CALL) == ODD
+    assert kernel.order(CALL) == choose(CALL)
+
+
+def test_the_environment_names_a_table_for_the_command_line(tmp_path, monkeypatch):
+    Table(((CALL, ODD),)).write(tmp_path / "orders.json")
+    monkeypatch.setenv(measuring.VARIABLE, str(tmp_path / "orders.json"))
+    monkeypatch.setattr(measuring, "_known", None)
+    monkeypatch.setattr(measuring, "_table", None)
+    assert lorica.Recipe.parse("lora").kernel.order(CALL) == ODD
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"orders": [{}]}', '{"orders": 3}', '{"orders": [{"call": {"tokens": 1}}]}'],
+)
+def test_what_is_no_table_is_refused(tmp_path, text):
+    path = tmp_path / "orders.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"is no table of orders .*python -m lorica\.kernels"):
+        Table.read(path)
+    with pytest.raises(ValueError, match="no table of orders"), measured(tmp_path / "absent"):
+        pass
+
+
+def test_measuring_times_every_lawful_order():
+    call = Call(tokens=8, in_features=4, out_features=4, r=2)
+    times = measuring.seconds(call, rounds=1)
+    assert set(times) == set(EVERY) and all(f > 0 and b > 0 for f, b in times.values())
+    table = measuring.tabulate([call, dataclasses.replace(call, dropping=True)], rounds=1)
+    assert table.entries[1][1] == Order(), "under dropout only one is lawful"
+    best = {Order(True, False, True): (1.0, 9.0), Order(False, True, False): (2.0, 3.0)}
+    assert measuring.fastest(best) == Order(True, True, False)
 
 
 # -- what is saved ---------------------------------------------------------------------------------

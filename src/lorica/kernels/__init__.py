@@ -13,10 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lorica.kernels._measured import Table, measured
 from lorica.kernels._orders import Call, Order, choose
 from lorica.rooms import Choice
 
-__all__ = ["AbstractKernel", "Call", "Order", "choose", "plain"]
+__all__ = ["AbstractKernel", "Call", "Order", "Table", "choose", "measured", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,8 +173,9 @@ class _Call:
                 y.addmm_(self.x @ self.a2.T, self.b2.T, alpha=self.still)
         if not late:
             return y, h, None
+        g: Any = self.g
         u = y if keep else None
-        y = y * self.g if keep else y.mul_(self.g)
+        y = y * g if keep else y.mul_(g)
         return y if self.bias is None else y.add_(self.bias), h, u
 
     def backward(
@@ -199,9 +200,12 @@ class _Call:
         elif need_a or need_b:
             x: Any = None if h is not None else self.dropped()
             da = z[:, :k].T @ x if need_a else None
-            db = dy.T @ (x @ self.a[:k].T if h is None else h[:, :k]) if need_b else None
+            if need_b:
+                small = x @ self.a[:k].T if h is None else h[:, :k]
+                db = (small.T @ dy).T  # faster than dYᵀ h, whose result is tall
         if db is not None:
-            db.mul_(self.scale if row is None else row * self.scale)
+            s: Any = self.scale if row is None else row * self.scale
+            db.mul_(s)
         if need_w:
             dw = G if row is None else G * row
         dbias = dy.sum(0) if need_bias else None
