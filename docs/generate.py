@@ -164,6 +164,7 @@ def _entry(row: dict[str, Any]) -> str:
     cls = rooms.load(row["word"])
     module = inspect.getmodule(cls)
     body, arguments = _sections(inspect.cleandoc(cls.__doc__ or ""))
+    body = re.sub(r"\n(Cost|When): ", r"\n\n**\1:** ", body).replace("\n\n\n", "\n\n")
     lines = [f"### {row['word']}\n", body + "\n"]
     if equations := inspect.cleandoc((module.__doc__ or "") if module else ""):
         lines.append(f"```text\n{equations}\n```\n")

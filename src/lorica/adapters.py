@@ -38,6 +38,8 @@ class Adapters:
         layers: {module path: AdaptedLinear}, in model order.
         saved: {module path: TrainedModule}, what trains in full beside its frozen original.
         direct: {name: role} of parameters that train in place.
+        signals: {word: what a schedule tells an objective of the same word}; mirrors the
+            schedule's state, so it is not saved.
         contract: see `lorica.contract.Contract`.
     """
 
@@ -52,6 +54,7 @@ class Adapters:
         self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
         self.pristine = "pristine" in recipe.given()
         self.base_hash: str | None = None  # of the published weights, set on first use
+        self.signals: dict[str, Any] = {}
         self.taps: Taps
         self.contract: Contract
 
@@ -170,9 +173,15 @@ class Adapters:
         ValueError, and nothing is written then."""
         state.load(self, saved)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of all of `state_dict`: equal on every process, or training has drifted apart."""
-        return state.hash_exactly(self.state_dict())
+    def fingerprint(self, *, buffers: bool = True) -> str:
+        """SHA-256 of all of `state_dict` and of the persistent buffers (running statistics, say) of
+        modules that train in full: equal on every process, or training has drifted apart.
+
+        Args:
+            buffers: False leaves them out: under DDP each process has its own between two forwards.
+        """
+        own = state.buffers(self) if buffers else {}
+        return state.hash_exactly({**own, **self.state_dict()})
 
     def hash_base(self) -> str:
         """SHA-256 of the frozen base, independent of the dtype it is held in; see `lorica.state`.

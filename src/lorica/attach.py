@@ -15,6 +15,7 @@ from lorica.bases import AbstractBase
 from lorica.contract import Contract, fill, say
 from lorica.deltas import Site
 from lorica.layer import AdaptedLinear
+from lorica.proof import expect
 from lorica.recipe import Recipe
 from lorica.shards import reshard, seeded
 from lorica.taps import Taps
@@ -118,6 +119,7 @@ def attach(
             layer.update.drop_carried_()
     adapters.taps = Taps(adapters)
     adapters.contract = fill(contract, adapters, targets)
+    expect(adapters)
     if verbose:
         say(str(adapters.contract))
     return adapters

@@ -51,8 +51,8 @@ class _Binding:
                 "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
                 " schedule reads would be stale; call `loss.backward()` and then `optimizer.step()`"
             )
-        self.proof.check_held(optimizer)
         own = optimizer.param_groups[0][KEY]
+        self.proof.check_held(optimizer, own["total_steps"])
         self.proof.check(own["seen"], own["step"])
         training = Training(optimizer, self.adapters, own)
         self.rates = [group["lr"] for group in optimizer.param_groups]

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from lorica.data.collate import IGNORED, PackedCollator
 from lorica.data.pack import check_isolation
 from lorica.generate import Decoding, Prompt, generate, room
+from lorica.proof import attached, loaded_for_use, no_effect
 from lorica.train.metrics import Scores, f1
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def evaluate(
 
     Raises:
         ValueError: a model without a head for these labels, or that lets packed examples see each
-            other; a loss that is no number.
+            other; a loss that is no number; no row has a label; an adapter loaded for use
+            (`trainable=False`) that changes no logit.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}: it must be at least 1")
@@ -85,15 +87,38 @@ def evaluate(
     with _evaluating(model):
         if isinstance(collate, PackedCollator):
             check_isolation(model, collate)
+        effect = _Effect(model)
         for at in range(0, len(order), batch_size):
             chosen = [rows[i] for i in order[at : at + batch_size]]
             batch = {k: v.to(model.device) for k, v in collate(chosen).items()}
             labels = batch["labels"]
             given = work.inputs(batch)
-            work.add(model(**given).logits, labels)
+            logits = model(**given).logits
+            effect.look(given, logits)
+            work.add(logits, labels)
             if on_batch is not None:
                 on_batch(min(at + batch_size, len(order)), len(order))
+    effect.check()
     return work.result()
+
+
+class _Effect:
+    """Whether an adapter that was loaded for use changes any logit: batches are run without it,
+    too, until one differs, which is the first where the adapter does anything."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.adapters = attached(model)
+        self.missing = self.adapters is not None and loaded_for_use(self.adapters)
+
+    def look(self, given: dict[str, Tensor], logits: Tensor) -> None:
+        if self.missing and self.adapters is not None:
+            with self.adapters.disabled():
+                base = self.adapters.model(**given).logits
+            self.missing = torch.equal(base, logits)
+
+    def check(self) -> None:
+        if self.missing and self.adapters is not None:
+            raise ValueError(no_effect(self.adapters, "the evaluation"))
 
 
 @contextlib.contextmanager
@@ -147,6 +172,11 @@ class _AbstractTask(ABC):
             )
 
     def result(self) -> dict[str, float]:
+        if self.count == 0:
+            raise ValueError(
+                "no label counts in these rows, all of them are -100 (masked), so there is nothing"
+                " to measure; look at how they are masked and cut"
+            )
         loss = self.total / self.count
         if not math.isfinite(loss):
             raise ValueError(

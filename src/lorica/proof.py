@@ -1,8 +1,14 @@
-"""The start-up proof: within ten steps every adapter has had a gradient, or the run stops."""
+"""Proofs that what was asked for takes place, or the run stops.
+
+At the start: within ten steps (or in all of a shorter run) every adapter has had a gradient. Before
+it: schedules ride on the optimizer that steps. After it: an adapter that is loaded for use changes
+something.
+"""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -10,27 +16,132 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorica.adapters import Adapters
-from lorica.moves import reduce_scalar
+from lorica.moves import read_full, reduce_scalar
 from lorica.targets import head_names
 
 WATCHED_STEPS = 10
 logger = logging.getLogger("lorica")
+_unbound: weakref.WeakSet[Adapters] = weakref.WeakSet()  # whose schedules ride on no optimizer yet
+_watching = False
+
+
+def expect(adapters: Adapters) -> None:
+    """From now on an optimizer that holds parameters of these adapters must be bound to them if
+    the recipe has schedules: its step is an error until then."""
+    if adapters.recipe.schedules:
+        if not _watching:
+            _watch()
+        _unbound.add(adapters)
+
+
+def _watch() -> None:
+    """One look before the steps of all optimizers; next to nothing while nobody is waited for."""
+    global _watching
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not _unbound:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for adapters in list(_unbound):
+            if any(id(t.parameter) in held for t in adapters.trained()):
+                schedules: Any = adapters.recipe.schedules
+                words = ", ".join(f"`{schedule.word}`" for schedule in schedules)
+                raise ValueError(
+                    f"this {type(optimizer).__name__} trains adapters of"
+                    f" `{adapters.recipe.text()}`, but {words} does not ride on it and would never"
+                    " act: make it with `lorica.optimizer(adapters, ...)`, train with"
+                    " `lorica.train.Trainer` (or `TrainerMixin` before a Trainer of your own), or"
+                    " hand it to `lorica.bind.bind`"
+                )
+
+    register_optimizer_step_pre_hook(refuse)
+    _watching = True
+
+
+@torch.no_grad()
+def changes_nothing(adapters: Adapters) -> bool:
+    """Whether the adapted model is the base, bit for bit in every effective weight and bias; ends
+    at the first that differs. Updates that are no matrix count as a change."""
+    for module in adapters.saved.values():
+        old = dict(module.base.named_parameters())
+        new = dict(module.copy.named_parameters())
+        if any(not torch.equal(new[n], p.to(new[n].dtype)) for n, p in old.items() if n in new):
+            return False
+    if adapters.layers and "weight" not in adapters.recipe.given():
+        return False
+    for _, layer in adapters:
+        weight, bias = layer.effective()
+        base = layer.store.weight()
+        if not torch.equal(read_full(weight), read_full(base).to(weight.dtype)):
+            return False
+        was = layer.store.bias()
+        if (bias is None) != (was is None):
+            return False
+        if bias is not None and was is not None:
+            if not torch.equal(read_full(bias), read_full(was).to(bias.dtype)):
+                return False
+    return not adapters.direct
+
+
+def attached(model: Any) -> Adapters | None:
+    """The handle of an adapted model; None: it is plain."""
+    try:
+        return Adapters.of(model)
+    except ValueError:
+        return None
+
+
+def loaded_for_use(adapters: Adapters) -> bool:
+    """Whether they were loaded to be used as they are (`trainable=False`), and act: nothing of them
+    trains, and they are not disabled. What still trains may be fresh and change nothing."""
+    modules = [*adapters.layers.values(), *adapters.saved.values()]
+    trains = any(t.parameter.requires_grad for t in adapters.trained())
+    return adapters.pristine and not trains and not any(m.disabled for m in modules)
+
+
+def check_effect(adapters: Adapters, where: str) -> None:
+    """Of adapters loaded for use, that they change something.
+
+    Args:
+        adapters: others are let pass, see `loaded_for_use`.
+        where: what is about to be made with them, for the message.
+
+    Raises:
+        ValueError: they change nothing.
+    """
+    if loaded_for_use(adapters) and changes_nothing(adapters):
+        raise ValueError(no_effect(adapters, where))
+
+
+def no_effect(adapters: Adapters, where: str) -> str:
+    """What an adapter without effect is told."""
+    return (
+        f"the adapter `{adapters.recipe.text()}` ({len(adapters.layers)} layers,"
+        f" {len(adapters.saved)} modules in full) changes no logit, so {where} would be that of the"
+        " base alone: it was saved before its first step, or its values were lost. `lorica inspect"
+        " FOLDER` shows the norm of each layer's update; train it, or load the right folder"
+    )
 
 
 class Proof:
     """Looks at gradients before each of the first steps; costs nothing once all were seen."""
 
     def __init__(self, adapters: Adapters) -> None:
+        _unbound.discard(adapters)
         self.adapters = adapters
+        self.watched = WATCHED_STEPS
         self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
         self.hooks: list[Any] = []
         self.held = False
 
-    def check_held(self, optimizer: torch.optim.Optimizer) -> None:
+    def check_held(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
         """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
         engine that flattens parameters, they are not, and steps would move nothing."""
         if self.held:
             return
+        # A run's first step alone does not tell an idle layer from one that no token reached.
+        self.watched = max(2, min(WATCHED_STEPS, total_steps or WATCHED_STEPS))
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [t.name for t in self.adapters.trained() if id(t.parameter) not in held]
         if lost:
@@ -50,7 +161,7 @@ class Proof:
         Raises:
             ValueError: at the last watched step, some had none although tokens reached them.
         """
-        if step >= WATCHED_STEPS or bool(seen.all()):
+        if step >= self.watched or bool(seen.all()):
             while self.hooks:
                 self.hooks.pop().remove()
             return
@@ -68,7 +179,7 @@ class Proof:
         missing = [sites[i] for i in waiting if not bool(seen[i]) and sites[i] not in resting]
         for site in missing:
             self._look(site)
-        if missing and step == WATCHED_STEPS - 1:
+        if missing and step == self.watched - 1:
             self._report(missing, len(sites))
 
     def _look(self, site: str) -> None:
@@ -98,11 +209,11 @@ class Proof:
         if resting:
             logger.warning(
                 "no token reached %d adapted layer(s) in the first %d steps: %s",
-                len(resting), WATCHED_STEPS, ", ".join(resting),
+                len(resting), self.watched, ", ".join(resting),
             )  # fmt: skip
         if silent:
             raise ValueError(
-                f"{len(silent)} adapter(s) had no gradient in {WATCHED_STEPS} steps, so nothing"
+                f"{len(silent)} adapter(s) had no gradient in {self.watched} steps, so nothing"
                 f" there is being trained: {', '.join(silent)}. Does the loss depend on these"
                 " layers, and does gradient checkpointing keep gradients (use_reentrant=False, or"
                 " model.enable_input_require_grads())?"

@@ -136,6 +136,8 @@ class Recipe:
             own = self._own(lambda c: c.only_r) or self._own(lambda c: c.default_r)
             self._fill("r", own or (16, "Lorica"))
         check_values(self)
+        if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
+            put(self, "lora_alpha", int(self.lora_alpha))  # one way to write it
         if "lora_alpha" in self.takes:
             self._fill("lora_alpha", self._own(lambda c: c.default_lora_alpha(self)))
         self.check()

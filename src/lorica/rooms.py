@@ -38,6 +38,7 @@ BASES = "bases"  # found at attach from the modules themselves, never named in a
 # What a choice can give or need. The text ends the sentence "... needs <capability>: <text>".
 CAPABILITIES: dict[str, str] = {
     "pair": "two trained factors A (r, in) and B (out, r)",
+    "sides": "trained parameters A that read the input, and others, B, that write the output",
     "factors": "an exact low-rank view of ΔW",
     "weight": "a matrix ΔW (out, in) that is added to W",
     "pristine": "the published bytes of the base stay as they are",

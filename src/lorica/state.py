@@ -27,6 +27,17 @@ def tensors(adapters: Any) -> dict[str, nn.Parameter]:
     return out | {n: parameters[n] for n in adapters.direct}
 
 
+def buffers(adapters: Any) -> dict[str, Tensor]:
+    """{path: persistent buffer} of the modules that train in full (running statistics, say)."""
+    out: dict[str, Tensor] = {}
+    for site, module in adapters.saved.items():
+        own = {n for n, _ in module.copy.named_parameters(remove_duplicate=False)}
+        if module.only is None:
+            state = module.copy.state_dict()
+            out |= {f"{site}.copy.{n}": t for n, t in state.items() if n not in own}
+    return out
+
+
 def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
     reshard(adapters.model)
@@ -64,6 +75,9 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
         )
     for name, p in own.items():
         copy_(p, saved[name])
+    for layer in adapters.layers.values():
+        layer.update.delta.loaded()
+        layer.combine.loaded()
 
 
 def base_parameters(adapters: Any) -> dict[str, nn.Parameter]:

@@ -58,7 +58,7 @@ def _word(part: str, method: str) -> tuple[str, dict[str, Any]]:
         if call.args:
             raise ValueError("arguments have names")
         return word, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"`{part.strip()}`: the arguments are not of the form name=value ({error}); "
             "write e.g. `pissa(niter=16)`"

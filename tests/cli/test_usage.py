@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lorica.train.folder import RunFolder
+
 
 def refused(ran, tmp_path: Path, status: int, *parts: str) -> None:
     """Exit status, one message, no traceback, nothing left behind."""
@@ -39,7 +41,7 @@ METHODS = [
     ("no evaluation", ["--early-stopping-patience", "2"], "something to evaluate on"),
     ("their evaluation", ["--eval-steps", "2"], "something to evaluate on"),
     ("warmup", ["--warmup-ratio", "2"], "fraction of the steps"),
-    ("resume", ["--resume"], "no complete checkpoint"),
+    ("resume", ["--resume"], "there is no run in"),
     ("hash", ["--ignore-base-hash"], "no effect without `--adapter`"),
     ("scheduler", ["--lr-scheduler-type", "cosin"], "cosin"),
     ("too long", ["--max-length", "500"], "ends at 64 tokens"),
@@ -134,16 +136,12 @@ def test_a_folder_in_use_is_left_alone(train, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(train, tmp_path):
-    import socket
-
     out = tmp_path / "out"
-    out.mkdir()
-    (out / ".lock").write_text(f"{os.getppid()} {socket.gethostname()}")
-    ran = train("--r", 2, steps=1)
-    assert ran.status == 1 and "in use by process" in ran.err
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (out / ".lock").write_text(f"{gone.pid} {socket.gethostname()}")
+    with RunFolder(out).held():
+        ran = train("--r", 2, steps=1)
+        assert ran.status == 1 and "in use by process" in ran.err
+    out.mkdir(exist_ok=True)
+    (out / ".lock").write_text("12 elsewhere")  # left by a process that was killed
     ran = train("--r", 2, steps=1)
     assert ran.status == 0, ran.err
     assert not (out / ".lock").exists()
@@ -176,7 +174,7 @@ def yaml_run(lorica, tmp_path, text: str, *words: object):
         ("seed: 1\nr: many", "line 2: `r`: a whole number is wanted"),
         ("bf16: maybe", "line 1: `bf16`: true or false is wanted"),
         ("r: {a: 1}", "line 1: `r`: INT is wanted, not a mapping"),
-        ("method: {dora: 3}", "line 1: `method`: `dora` takes a mapping"),
+        ("method: {dora: 3}", "line 1: `method`: 'dora' takes a mapping"),
         ("- a\n- b", "line 1: a mapping"),
         ("a: [1,", "this is no YAML"),
         ("save_steps: often", "line 1"),

@@ -100,6 +100,92 @@ def test_inspect_merge_and_export(lorica, adapter, llama, tmp_path):
     assert wrong.status == 2 and not (tmp_path / "x").exists()
 
 
+def test_an_approximation_says_what_is_lost(lorica, train, llama, tmp_path):
+    """By layer and of the logits; of an update without factors, and of one that is no matrix."""
+    for i, method in enumerate(("mora", "reslora(shortcut='input')")):
+        assert train("--method", method, "--learning-rate", "1e-2", out=str(i)).status == 0
+        adapter, cut = tmp_path / str(i) / "adapter", tmp_path / f"cut{i}"
+        words = ("export", "--adapter", adapter, "--output-dir", cut, "--r", 1)
+        told = lorica(*words)
+        assert told.status == 0, told.err
+        ran = lorica(*words, "--overwrite", "--json")
+        assert ran.status == 0, ran.err
+        assert len(ran.json["errors"]) == 14 and 0 < ran.json["error"] <= 1
+        for name, error in ran.json["errors"].items():
+            assert f"  {error:.2e}  {name}\n" in told.out
+        logits = ran.json["logits"]
+        assert 0 < logits["relative_change"] and 0 < logits["max_change"]
+        assert f"changed by {logits['max_change']:.2e} at most" in told.out
+        assert f"{logits['relative_change']:.2e} of their size" in told.out
+        assert ("by a matrix:" in told.out) == (len(ran.json["approximated"]) == 14) == (i == 1)
+
+    words = ("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
+    plain = lorica(*words)
+    assert plain.status == 1 and "lorica merge --approximate" in plain.err
+    ran = lorica(*words, "--approximate", "--json")
+    assert ran.status == 0, ran.err
+    assert len(ran.json["approximated"]) == 14 and max(ran.json["approximated"].values()) > 0
+    told = lorica(*words, "--approximate", "--overwrite")
+    assert told.status == 0 and "an approximation, which loses up to" in told.out
+    assert told.out.count("model.layers.") == 14
+    exact = lorica("merge", "--adapter", tmp_path / "0" / "adapter", "--output-dir", tmp_path / "m",
+                   "--approximate")  # fmt: skip
+    assert exact.status == 1 and "leave it out (`--approximate`)" in exact.err
+
+
+def test_a_compressed_model_is_written_told_and_asked(lorica, train, llama, text, tmp_path):
+    """Of a run whose base has faded out; one that has not is refused."""
+    from safetensors.torch import load_file
+
+    faded, early = tmp_path / "faded" / "adapter", tmp_path / "early" / "adapter"
+    assert train("--method", "pclora(alpha=1)", "--r", 2, out="faded").status == 0
+    assert train("--method", "fade", "--r", 2, out="early").status == 0
+    out = tmp_path / "small"
+    words = ("export", "--adapter", faded, "--output-dir", out, "--to", "compressed")
+    ran = lorica(*words, "--json")
+    assert ran.status == 0, ran.err
+    small, told = ran.json, json.loads((out / "compressed.json").read_text())
+    assert len(small["ranks"]) == 14 and set(small["ranks"].values()) == {2}
+    weights = load_file(out / "compressed.safetensors")
+    assert small["parameters"] == sum(
+        t.numel() for n, t in weights.items() if n not in told["computed"]
+    )
+    whole = load_file(llama / "model.safetensors")
+    assert small["parameters_before"] == sum(t.numel() for t in whole.values())
+    assert told["class"] == "LlamaForCausalLM" and told["method"] == "pclora(alpha=1)"
+    assert (out / "tokenizer.json").exists()
+    seen = lorica("inspect", out, "--json").json
+    assert seen["type"] == "compressed" and seen["ranks"] == small["ranks"]
+    shown = lorica("inspect", out)
+    assert "compressed LlamaForCausalLM" in shown.out and "q_proj" in shown.out
+    again = lorica(*words)
+    assert again.status == 1 and "--overwrite" in again.err
+    said = lorica(*words, "--overwrite")
+    assert said.status == 0 and "read back, they are the same" in said.out
+    sizes = f"{small['parameters_before']:,} to {small['parameters']:,} parameters"
+    assert sizes in said.out and "logits changed by" in said.out
+
+    assert lorica("merge", "--adapter", faded, "--output-dir", tmp_path / "dense").status == 0
+    asked = [
+        lorica("eval", "--model", m, "--data", text, "--json").json["metrics"]
+        for m in (out, tmp_path / "dense")
+    ]
+    assert asked[0]["loss"] == pytest.approx(asked[1]["loss"], rel=1e-5)
+    prompt = ("--prompt", "the cat", "--max-new-tokens", 4, "--json")
+    answers = [lorica("generate", "--model", m, *prompt).json for m in (out, tmp_path / "dense")]
+    said = [[a["completion"] for a in answer["answers"]] for answer in answers]
+    assert said[0] == said[1] and said[0][0]
+    wrong = lorica("eval", "--model", out, "--data", text, "--task", "seq2seq-lm")
+    assert wrong.status != 0 and "is a LlamaForCausalLM and none for seq2seq-lm" in wrong.err
+
+    no = lorica("export", "--adapter", early, "--output-dir", tmp_path / "no", "--to", "compressed")
+    assert no.status == 1 and not (tmp_path / "no").exists()
+    for part in ("`fade` cannot be compressed", "'model.layers.0.", "Allowed are", "--to merged"):
+        assert part in no.err
+    wrong = lorica(*words, "--portable")
+    assert wrong.status == 2 and "`--to compressed` writes a model" in wrong.err
+
+
 def test_a_classifier_merges_with_its_classes(lorica, bert, classes, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

@@ -74,6 +74,7 @@ def test_declared_capabilities_are_there_and_no_others(word):
     delta = layer.update.delta
     assert ("factors" in gives) == (delta.factors() is not None)
     assert ("pair" in gives) == (delta.pair() is not None)
+    assert ("sides" in gives) == ({"A", "B"} <= set(delta.roles.values()))
     assert "wrapped" in gives
     if (factors := delta.factors()) is not None:
         torch.testing.assert_close(factors.weight(), delta.weight(layer.store))

@@ -610,6 +610,55 @@ def events_on_shards_follow_one_process() -> None:
     assert tried >= 2
 
 
+def _with_objectives(
+    adapters: lorica.Adapters, optimizer: torch.optim.Optimizer, steps: range, *, divided: bool
+) -> list[float]:
+    """As `_train`, the recipe's objectives applied; the task's loss in the model's own dtype."""
+    losses = []
+    for step in steps:
+        ids = _tokens(step)
+        ids = ids.chunk(dist.get_world_size())[dist.get_rank()] if divided else ids
+        outputs = adapters.model(input_ids=ids)
+        task = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        outputs["loss"] = task
+        loss = adapters.loss(outputs, {"input_ids": ids})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        whole = loss.detach().clone()
+        if divided:
+            dist.all_reduce(whole)
+            whole /= dist.get_world_size()
+        losses.append(whole.item())
+    return losses
+
+
+@_on(2, 4)
+def fading_on_shards_follows_one_process() -> None:
+    """Distillation, the fade to 0, steps without the base; λ read where it is gathered and where
+    it is not, and again after it was loaded."""
+    for method in ("pclora(fade=0.5)", "pclora(fade=0.5, shape='identity')+pissa"):
+        one, many = (_adapted(method, schedules=None, bias="all") for _ in "12")
+        _shard(many)
+        held = [_optimizer(a, total_steps=6) for a in (one, many)]
+        start, seen = copy.deepcopy(one.state_dict()), []
+        for steps in (range(2), range(2, 6)):
+            want = _with_objectives(one, held[0], steps, divided=False)
+            got = _with_objectives(many, held[1], steps, divided=True)
+            assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= 1e-9, (got, want)
+            _equal_states(many.state_dict(), one.state_dict(), 1e-9)
+            torch.testing.assert_close(_logits(many), _logits(one), atol=1e-9, rtol=0)
+            shares = {layer.combine.number for _, layer in many}  # type: ignore[operator]
+            assert len(shares) == 1 and len(set(map(str, _on_every_process(shares)))) == 1
+            seen += [*shares]
+        assert seen[1] == 0 < seen[0] <= 1
+        _logits(many)  # what a forward knew of λ is forgotten by loading
+        many.load_state_dict(start)
+        one.load_state_dict(start)
+        torch.testing.assert_close(_logits(many), _logits(one), atol=1e-9, rtol=0)
+        assert {layer.combine.number for _, layer in many} == {1.0}  # type: ignore[operator]
+
+
 @_on(2)
 def drift_is_seen() -> None:
     adapters = _adapted("dora+olora")

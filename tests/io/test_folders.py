@@ -104,6 +104,8 @@ def test_a_swap_that_fails_puts_the_old_folder_back(own, monkeypatch):
             raise OSError("gone")
         replace(a, b)
 
+    # Where the file system cannot exchange two folders at once.
+    monkeypatch.setattr("lorica.io.folder._exchange", lambda one, other: False)
     monkeypatch.setattr(os, "replace", fail_second)
     with pytest.raises(OSError, match="gone"), writing(own, overwrite=True) as fresh:
         (fresh / "lorica.json").write_text("{}")

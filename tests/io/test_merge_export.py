@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def test_rounding_explains_a_merge_and_nothing_more(family, dtype, tmp_path, mon
             model.get_submodule(name).weight.mul_(-1)
 
     monkeypatch.setattr("lorica.io.merged.merge", off)
-    report = merge_to(wrong, tmp_path / "wrong")
-    assert report.suspicious and "MORE" in str(report), report
+    with pytest.raises(ValueError, match="rounding to .* explains .* would not be the trained one"):
+        merge_to(wrong, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_merge_writes_the_tokenizer_in_shards_and_atomically(tmp_path):
@@ -127,7 +129,7 @@ def test_portable_is_exact_with_one_rank_and_alpha(method, tmp_path):
         target_modules=["q_proj", "embed_tokens", "down_proj"],
     )  # fmt: skip
     perturb(adapters)
-    done = export(adapters, tmp_path / "out", portable=True)
+    done: Any = export(adapters, tmp_path / "out", portable=True)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == done.r and done.error == 0
     assert config["rank_pattern"] == config["alpha_pattern"] == {} and not config["use_rslora"]
@@ -188,9 +190,88 @@ def test_cutting_the_rank_is_the_best_approximation(tmp_path):
     assert exact.error == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("method", ["mora(type=1)", "bat", "dora+olora", "svd"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_no_thin_product_is_cut_to_one(method, family, tmp_path):
+    """The best approximation, whose logits are what PEFT computes from the file."""
+    model = models.MODELS[family]()
+    base = copy.deepcopy(model)
+    adapters = lorica.attach(model, method, r=4, verbose=False)
+    perturb(adapters)
+    sample = {"input_ids": models.batch(model)["input_ids"]}
+    before = logits(model)
+    done: Any = export(adapters, tmp_path / "out", r=3, sample=sample)
+    assert torch.equal(logits(model), before), "measuring leaves the model as it was"
+    assert set(done.errors) == set(adapters.layers) and not done.approximated
+    for name, layer in adapters:
+        moved = (layer.effective()[0] - layer.store.weight()).detach().double()
+        s = torch.linalg.svdvals(moved)
+        assert done.errors[name] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-3)
+    assert done.error == max(done.errors.values()) > 0.05
+    theirs = peft_logits(base, tmp_path / "out")
+    far = (theirs - before).abs()
+    assert done.logits.max_change == pytest.approx(float(far.max()), rel=1e-3)
+    relative = float(far.norm() / before.norm())
+    assert done.logits.relative_change == pytest.approx(relative, rel=1e-3)
+    assert json.loads(json.dumps(done.as_dict()))["logits"]["rms"] > 0
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_what_is_no_matrix_is_made_one_first(shortcut, tmp_path):
+    word = f"reslora(shortcut={shortcut!r})"
+    model = models.llama(num_hidden_layers=3)
+    base, sample = copy.deepcopy(model), {"input_ids": models.batch(model)["input_ids"]}
+    perturb(lorica.attach(model, word, r=4, verbose=False), 0.3)
+    before, twin = logits(model), copy.deepcopy(model)
+    with pytest.raises(ValueError, match="has no low-rank form; give a rank"):
+        export(model, tmp_path / "out", portable=True)
+    whole: Any = export(model, tmp_path / "whole", r=4, sample=sample)
+    cut: Any = export(model, tmp_path / "cut", r=2, sample=sample)
+    assert whole.error == 0 < cut.error and torch.equal(logits(model), before)
+    first = [n for n in whole.approximated if ".0." in n]
+    assert max(whole.approximated[n] for n in first) < 1e-6, "nothing comes before the first"
+    assert max(whole.approximated.values()) > 0.05 and whole.approximated == cut.approximated
+    theirs = peft_logits(base, tmp_path / "whole")
+    far = float((theirs - before).norm() / before.norm())
+    assert whole.logits.relative_change == pytest.approx(far, rel=1e-3)
+    assert whole.logits.relative_change > 0 and cut.logits != whole.logits
+
+    from lorica.deltas.reslora import merge_approximately
+
+    lost = merge_approximately(twin, [sample])
+    assert lost == pytest.approx(whole.approximated)
+    close(logits(twin), theirs)
+    with pytest.raises(ValueError, match="no ΔW to merge"):
+        merge_to(model, tmp_path / "merged", sample=sample)
+    report = merge_to(model, tmp_path / "merged", sample=sample, approximate=True)
+    assert report.approximated == pytest.approx(lost) and "an approximation" in str(report)
+    assert report.relative_change == pytest.approx(whole.logits.relative_change, rel=1e-3)
+    assert json.loads(json.dumps(report.as_dict()))["approximated"].keys() == lost.keys()
+    close(logits(model), theirs)
+
+
+def test_where_no_input_can_be_made_up_it_says_so(tmp_path):
+    def made(word: str):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(6, 6) for _ in range(2)]
+        return lorica.attach(torch.nn.Sequential(*layers), word, r=3, verbose=False)
+
+    adapters = made("mora")
+    perturb(adapters)
+    done: Any = export(adapters, tmp_path / "a", r=2)
+    assert done.logits is None and "no transformers model" in done.not_measured
+    told: Any = export(adapters, tmp_path / "b", r=2, sample={"input": torch.ones(1, 6)})
+    assert told.logits.max_change > 0 and told.not_measured is None
+    with pytest.raises(ValueError, match="Sequential is no transformers model.*sample="):
+        export(made("reslora(shortcut='input')"), tmp_path / "c", r=2)
+
+
 @pytest.mark.parametrize(
     ("method", "fields", "options", "words"),
     [
+        ("lora", {}, {"sample": {}}, "without `r` nothing is cut"),
+        ("lora", {}, {"to": "merged", "approximate": True}, "merging is exact"),
+        ("fade", {}, {"r": 2}, "`fade` is no plain sum"),
         ("lora", {}, {"to": "gguf"}, "allowed: 'peft', 'merged'"),
         ("lora", {}, {"dtype": "int4"}, "allowed: float32"),
         ("lora", {}, {"to": "merged", "r": 4}, "base's dtype"),

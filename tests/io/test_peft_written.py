@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -287,6 +288,12 @@ def test_buffers_of_saved_modules(tmp_path):
     base.eval()
     lorica.load(base, out)
     assert torch.equal(base(x), model(x))
+    again = lorica.Adapters.of(base)
+    assert again.fingerprint() == adapters.fingerprint()
+    norm: Any = again.saved["1"].copy
+    norm.running_mean += 1
+    assert again.fingerprint() != adapters.fingerprint(), "what the forward reads is in it"
+    assert again.fingerprint(buffers=False) == adapters.fingerprint(buffers=False)
 
 
 def test_names_are_regular_expressions_for_peft():

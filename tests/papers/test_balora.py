@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -504,3 +505,18 @@ def test_who_counts_the_steps():
     adapters = lorica.attach(gpt2(n_layer=1), "pissa+schedules.balora", r=2, verbose=False)
     with pytest.raises(ValueError, match="no effect without `balora`"):
         lorica.optimizer(adapters, lr=1e-3, total_steps=9)
+
+
+def test_a_copy_has_the_weights_of_its_moment():
+    """They belong to the handle: a copy keeps its own while the original goes on."""
+    adapters = lorica.attach(llama(), "balora", r=4, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-3, total_steps=10)
+    train(adapters, optimizer, 3)
+    twin_of = lorica.Adapters.of(copy.deepcopy(adapters.model))
+    then = dict(adapters.signals)
+    inputs = batch(adapters.model)
+    with torch.no_grad():
+        losses = [a.loss(a.model(**inputs), inputs) for a in (adapters, twin_of)]
+    assert torch.equal(*losses)
+    train(adapters, optimizer, 1, first=3)
+    assert twin_of.signals == then != adapters.signals

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import lorica
 from models import llama, train
 from reference import lorafa as twin
+from reference import melora
 
 
 def test_only_b_trains_and_the_update_stays_in_as_row_space():
@@ -36,6 +39,46 @@ def test_a_step_of_descent_equals_the_twin():
     torch.optim.SGD([t.parameter for t in adapters.trained()], lr=0.1).step()
     torch.testing.assert_close(pair.B.detach(), B)
     assert pair.A.grad is None
+
+
+LINKED = [f"reslora(shortcut={shortcut!r})" for shortcut in ("block", "input", "middle")]
+
+
+@pytest.mark.parametrize("delta", ["melora", *LINKED])
+def test_a_stays_to_the_bit_where_it_is_no_half_of_a_pair(delta):
+    """It has no optimizer state either, and B learns what the same gradient without it says."""
+    adapters = lorica.attach(llama(), f"{delta}+lorafa", r=4, verbose=False)
+    start = {n: p.clone() for n, p in adapters.state_dict().items()}
+    optimizer = lorica.optimizer(adapters, lr=1e-2)
+    train(adapters, optimizer, 3)
+    assert {t.role for t in adapters.trained()} == {"B"}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in adapters:
+        A, B = layer.update.delta.A, layer.update.delta.B
+        assert isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)
+        assert torch.equal(A, start[f"{name}.update.delta.A"]) and A.any()
+        assert not A.requires_grad and A.grad is None and id(A) not in held
+        assert not torch.equal(B, start[f"{name}.update.delta.B"]) and id(B) in held
+
+
+def test_a_step_of_descent_over_minis_equals_the_twin():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5, dtype=torch.float64))
+    adapters = lorica.attach(
+        model, "melora(n=2)+lorafa+sgd", r=2, dtype=torch.float64, verbose=False
+    )
+    delta: Any = adapters.layers["0"].update.delta
+    A, B = delta.A.detach().clone(), delta.B.detach().clone()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    optimizer, y = lorica.optimizer(adapters, lr=0.1), model(x)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    optimizer.step()
+    for columns, rows in zip(melora.cut(7, 2), melora.cut(5, 2), strict=True):
+        G = weight[:, rows].T @ x[:, columns]  # each mini is a LoRA-FA of its own
+        _, b = twin.descent(A[:, columns], B[rows], G, delta.scale, 0.1)
+        torch.testing.assert_close(delta.B.detach()[rows], b)
+    assert torch.equal(delta.A.detach(), A)
 
 
 def test_half_the_optimizers_state():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 import lorica
-from models import llama, train
+from models import llama, perturb, train
 from reference import loraplus as twin
+from reference import melora, reslora
 
 
 def attached(method="loraplus(loraplus_lr_ratio=4)", **fields):
@@ -65,6 +69,51 @@ def test_equal_gradients_move_b_further_by_the_ratio():
         moved = before[t.name] - t.parameter.detach()
         expected = 4e-3 if t.role == "B" else 1e-3
         torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-3, atol=1e-7)
+
+
+def test_a_step_over_minis_moves_each_role_at_its_rate():
+    """Side by side, A and B are no pair, but roles they have."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5, bias=False, dtype=torch.float64))
+    method = "melora(n=2)+loraplus(loraplus_lr_ratio=4)+sgd"
+    adapters = lorica.attach(model, method, r=2, dtype=torch.float64, verbose=False)
+    perturb(adapters)
+    delta: Any = adapters.layers["0"].update.delta
+    x = torch.randn(3, 7, dtype=torch.float64)
+    optimizer, y = lorica.optimizer(adapters, lr=0.1), model(x)
+    weight, A, B = torch.randn_like(y), delta.A.detach().clone(), delta.B.detach().clone()
+    dA, dB = melora.gradients(weight.T @ x, A, B, 2, delta.scale)
+    (y * weight).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(delta.A.detach(), A - 0.1 * dA)
+    torch.testing.assert_close(delta.B.detach(), B - 0.4 * dB)
+
+
+@pytest.mark.parametrize("shortcut", ["block", "input", "middle"])
+def test_a_step_over_linked_layers_moves_each_role_at_its_rate(shortcut):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=False, dtype=torch.float64) for _ in range(3)))
+    method = f"reslora(shortcut={shortcut!r})+loraplus(loraplus_lr_ratio=4)+sgd"
+    adapters = lorica.attach(model, method, r=2, dtype=torch.float64, verbose=False)
+    perturb(adapters)
+    deltas: Any = [layer.update.delta for _, layer in adapters]
+    A, B = ([p.detach().clone().requires_grad_() for p in ps] for ps in
+            ([d.A for d in deltas], [d.B for d in deltas]))  # fmt: skip
+    W = [layer.store.weight().detach() for _, layer in adapters]
+    x, weight = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    run = reslora.chain(x, W, A, B, deltas[0].scale, shortcut, 4, between=lambda y: y)
+    (run[-1][1] * weight).sum().backward()
+    optimizer = lorica.optimizer(adapters, lr=0.1)
+    (model(x) * weight).sum().backward()
+    optimizer.step()
+    for delta, a, b in zip(deltas, A, B, strict=True):
+        torch.testing.assert_close(delta.A.detach(), (a - 0.1 * a.grad).detach())
+        torch.testing.assert_close(delta.B.detach(), (b - 0.4 * b.grad).detach())
+
+
+def test_what_has_no_sides_is_refused():
+    with pytest.raises(ValueError, match="`loraplus` cannot stand beside `mora`.*`sides`"):
+        lorica.Recipe.parse("loraplus+mora")
 
 
 def test_an_embeddings_factors_have_their_own_rate():

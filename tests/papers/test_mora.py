@@ -14,6 +14,7 @@ import lorica
 from capacity import best_of_rank, recall, targets
 from lorica import Recipe
 from lorica.deltas import _square, _turned
+from lorica.io import restore
 from models import llama, logits, perturb, train
 from reference import mora as twin
 
@@ -326,6 +327,37 @@ def test_a_compiled_forward_follows_a_restart(method):
         delta.restart(link, torch.Generator())
         nn.init.normal_(delta.M)
         torch.testing.assert_close(compiled(x), adapters.model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")  # inductor
+@pytest.mark.parametrize("by", ["adapters", "torch", "folder"])
+@pytest.mark.parametrize("method", ["mora(type=1)", "mora"])
+@pytest.mark.parametrize(
+    "backend", [None, "eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_what_was_loaded_after_a_restart_is_computed_with(method, by, backend, tmp_path):
+    """A forward compiled for the first pattern does not go on with it."""
+    torch._dynamo.reset()
+    x = torch.randn(3, chains.IN, dtype=torch.float64)
+    saved, _ = chains.one(method, lora_alpha=None)
+    delta: Any = saved.layers["0"].update.delta
+    delta.restart(1, torch.Generator())
+    nn.init.normal_(delta.M)
+    expected = saved.model(x).detach()
+
+    adapters, _ = chains.one(method, lora_alpha=None)
+    run = adapters.model
+    if backend is not None:
+        run = torch.compile(adapters.model, backend=backend, fullgraph=True)
+    assert not torch.allclose(run(x).detach(), expected)
+    if by == "adapters":
+        adapters.load_state_dict(saved.state_dict())
+    elif by == "torch":
+        adapters.model.load_state_dict(saved.model.state_dict())
+    else:
+        out = lorica.save(saved, tmp_path / "out")
+        restore(adapters, out)
+    torch.testing.assert_close(run(x).detach(), expected)
 
 
 # -- company ---------------------------------------------------------------------------------------

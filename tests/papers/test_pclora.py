@@ -297,6 +297,9 @@ def test_a_folder_that_cannot_be_vouched_for_is_refused(tmp_path):
     (out / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
     with pytest.raises(ValueError, match="does not fit LlamaForCausalLM"):
         unpack(out)
+    (out / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        unpack(out)
     with pytest.raises(ValueError, match="cannot run with two thin"):
         pack(faded("t5"), tmp_path / "t5")
     layers = nn.Sequential(nn.Linear(8, 8))

@@ -4,8 +4,9 @@ A verb's file holds `Options` (a dataclass that inherits `VerbOptions`) and `run
 Outcome`; the first line of its docstring is its line in `lorica --help`. Nothing heavy is imported
 before `run`: `--help` and a misspelt flag answer at once.
 
-Exit status: 0 done, 1 failed, 2 wrong usage. With `--json` standard output holds one JSON object
-and nothing else, `{"error": ...}` where the verb failed; progress and logs go to standard error.
+Exit status: 0 done, 1 failed, 2 wrong usage, 128 + its number where a signal stopped it (130 after
+Ctrl-C, 143 after SIGTERM). With `--json` standard output holds one JSON object and nothing else,
+`{"error": ...}` where the verb failed; progress and logs go to standard error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import logging
 import os
 import pkgutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from lorica import __version__
 from lorica.cli._outcome import as_json, write
 from lorica.cli._parse import parse
 from lorica.train.options import UsageError, nearest
+from lorica.train.stopping import Stopped, terminable
 
 __all__ = ["main", "verbs"]
 
@@ -72,15 +75,17 @@ def _verb(words: list[str]) -> int:
             )
         verb: Any = importlib.import_module(f"{__name__}.{words[0]}")
         options = parse(verb.Options, words[1:], prog=f"lorica {words[0]}")
-        with _logging(), _clean_stdout():
+        with _logging(), _clean_stdout(), terminable():
             outcome = verb.run(options)
+    except Stopped as stop:
+        return _failed(str(stop), 128 + stop.number, wants_json)
     except SystemExit as stop:  # the parser's own answers: help (0) or an error it has printed (2)
         status = stop.code if isinstance(stop.code, int) else 2
         if status and wants_json:
             print(as_json({"error": "wrong usage, see standard error", "status": status}))
         return status
     except KeyboardInterrupt:
-        return _failed("interrupted", 1, wants_json)
+        return _failed("interrupted", 128 + signal.SIGINT, wants_json)
     except Exception as error:
         if os.environ.get("LORICA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

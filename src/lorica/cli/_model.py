@@ -98,17 +98,19 @@ class Source:
 
         import lorica
         from lorica import io
+        from lorica.io.compressed import is_packed
+        from lorica.proof import check_effect
         from lorica.targets import fresh_modules
         from lorica.train.load import load_model
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = load_model(
-            self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu"
-        )
+        make = _unpacked if is_packed(self.model) else load_model
+        model: Any = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
         fresh = fresh_modules(model)
         adapters = None
         if self.adapter is not None:
             adapters = io.load(model, self.adapter, check_base=check_base, trainable=False)
+            check_effect(adapters, "every answer")
         trained = () if adapters is None else adapters.saved
         bare = [name for name in fresh if name not in trained]
         if bare:
@@ -126,6 +128,24 @@ class Source:
             model = lorica.merge(model)
             adapters = None
         return Loaded(model.to(device), adapters, tuple(fresh))
+
+
+def _unpacked(name: str, task: str, *, labels: Labels | None, dtype: str, widen: bool) -> Any:
+    """A compressed model, as `load_model` gives others; its head and its classes are its own."""
+    import torch
+
+    from lorica.io.compressed import unpack
+    from lorica.train.load import AUTO
+
+    model: Any = unpack(name)
+    if not type(model).__name__.endswith(AUTO[task][1]):
+        raise ValueError(
+            f"the compressed model `{name}` is a {type(model).__name__} and none for {task}; ask it"
+            " for what it was trained for"
+        )
+    if dtype == "auto":
+        return model.float() if widen and model.dtype is torch.float16 else model
+    return model.to(getattr(torch, dtype))
 
 
 def chosen_data(data: str | None, split: str | None) -> tuple[str, str | None]:

@@ -129,14 +129,16 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
         raise UsageError(
             f"cannot read {file}: {reason}. A YAML file may stand first; options begin with `--`"
         ) from None
-    loader = yaml.SafeLoader(text)
+    loader, place = None, ""
+    out: dict[str, tuple[Any, str]] = {}
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return {}
         if not isinstance(root, yaml.MappingNode):
-            raise UsageError(f"{file}, line 1: a mapping `key: value` is wanted")
-        out: dict[str, tuple[Any, str]] = {}
+            raise UsageError(f"{file}, line 1: a mapping `key: value` is wanted, one option a line")
+        _written_out(root, {})
         for key_node, value_node in root.value:
             place = f"{file}, line {key_node.start_mark.line + 1}"
             key = loader.construct_object(key_node, deep=True)
@@ -146,10 +148,43 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
                 raise UsageError(f"{place}: `{key}` stands there twice; leave one out")
             out[key] = (loader.construct_object(value_node, deep=True), place)
         return out
+    except UsageError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or str(error)
-        raise UsageError(f"{file}{line}: this is no YAML: {problem}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UsageError(
+            f"{file}{line}: this is no YAML: {problem}. Each line is `key: value`"
+        ) from None
+    except RecursionError:
+        raise UsageError(
+            f"{file}: lists or mappings are nested too deeply; each line is `key: value`"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # PyYAML on `!!int x`, ...
+        raise UsageError(
+            f"{place or file}: a value is not of the type that it claims or looks like"
+            f" ({error}); write it in quotes, or mend it"
+        ) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes this is with every alias written out; a few lines can mean millions.
+
+    Raises:
+        YAMLError: more than a run's options could need.
+    """
+    if id(node) not in known:
+        known[id(node)] = 1  # an alias within itself: the constructor refuses it
+        held: list[yaml.Node] = []
+        for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+            held += part if isinstance(part, tuple) else [part]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in held)
+        if known[id(node)] > 100_000:
+            raise yaml.composer.ComposerError(
+                None, None, "aliases stand for more than 100,000 values", node.start_mark
+            )
+    return known[id(node)]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorica.cli._outcome import Others
 from lorica.train.options import RunOptions, UsageError
+from lorica.train.stopping import Stopped
 
 
 class TrainingFields(Others):
@@ -84,6 +86,27 @@ def _listed(value: Any) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # transformers' enumerations, as their text
+
+
+def resumable(verb: str, options: RunOptions, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Run, and where a signal ends it, say how to go on.
+
+    Args:
+        run: takes the options and `callbacks` of the Trainer's kind.
+    """
+    from lorica.train import checkpoints
+    from lorica.train.signals import SaveOnSignal
+
+    try:
+        return run(options, callbacks=[SaveOnSignal()])
+    except Stopped as stop:
+        folder = Path(options.output_dir).expanduser()
+        if (folder / "config.yaml").is_file():
+            there = checkpoints.found(folder)
+            last = f" from {there[-1].name}" if there else ", from its first step"
+            words = ["lorica", verb, "--output-dir", options.output_dir, "--resume"]
+            stop.how = f". To go on{last}: {shlex.join(words)}"
+        raise
 
 
 def resumed_file(options: RunOptions) -> Path | None:

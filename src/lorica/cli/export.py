@@ -1,7 +1,8 @@
-"""Write an adapter for another program: PEFT's files, or merged weights."""
+"""Write an adapter for another program: PEFT's files, merged weights, or a compressed model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +18,12 @@ class Options(VerbOptions):
     Args:
         adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote.
         output_dir: where it goes.
-        to: `peft` (an adapter), or `merged` (a whole model, as `lorica merge` writes it).
+        to: `peft` (an adapter), `merged` (a whole model, as `lorica merge` writes it), or
+            `compressed` (a smaller model, of a method that takes the base out: two thin layers in
+            the place of each; `lorica generate` and `lorica eval` read it).
         model: the base. Default: the one that the adapter names.
-        r: cut every layer to this rank, to the best approximation; its error is printed.
+        r: cut every layer to this rank, to the best approximation; its error by layer, and what it
+            does to the logits, is printed.
         portable: for servers that read one rank and one alpha and nothing else. Exact.
         dtype: of the adapter's tensors. Default: the one it was trained in.
         ignore_base_hash: take a base that is not the one it was trained on.
@@ -28,7 +32,7 @@ class Options(VerbOptions):
 
     adapter: Annotated[str, PATH, HINT]
     output_dir: Annotated[str, PATH, HINT]
-    to: Annotated[str, choice("peft", "merged"), HINT] = "peft"
+    to: Annotated[str, choice("peft", "merged", "compressed"), HINT] = "peft"
     model: Annotated[str | None, PATH, HINT] = None
     r: Annotated[int | None, WHOLE, HINT] = None
     portable: bool = False
@@ -40,24 +44,24 @@ class Options(VerbOptions):
 def run(options: Options) -> Outcome:
     from lorica import io
     from lorica.cli._model import quieten
-    from lorica.io.folder import ADAPTER_MARKS, check_free
-    from lorica.io.merged import MARKS
+    from lorica.io.export import marks
+    from lorica.io.folder import check_free
     from lorica.train.load import load_base
 
-    merged = options.to == "merged"
+    whole = options.to != "peft"
     given = {"--r": options.r, "--dtype": options.dtype, "--portable": options.portable or None}
-    if merged and (names := [name for name, value in given.items() if value is not None]):
+    if whole and (names := [name for name, value in given.items() if value is not None]):
         raise UsageError(
-            f"`{names[0]}` is about an adapter's files, and `--to merged` writes a model; leave one"
-            " of the two out"
+            f"`{names[0]}` is about an adapter's files, and `--to {options.to}` writes a model;"
+            " leave one of the two out"
         )
     if options.r is not None and options.r < 1:
         raise UsageError(f"`--r {options.r}`: the rank is a whole number of at least 1")
     out = Path(options.output_dir).expanduser()
-    check_free(out, overwrite=options.overwrite, marks=MARKS if merged else ADAPTER_MARKS)
+    check_free(out, overwrite=options.overwrite, marks=marks(options.to))
     quieten()
     model, tokenizer = load_base(options.adapter, options.model)
-    more: dict[str, Any] = {"tokenizer": tokenizer} if merged else {}
+    more: dict[str, Any] = {"tokenizer": tokenizer} if whole else {}
     done: Any = io.export(
         options.adapter,
         out,
@@ -70,11 +74,25 @@ def run(options: Options) -> Outcome:
         overwrite=options.overwrite,
         **more,
     )
-    if merged:
+    if whole:
         return Outcome({"to": options.to, **done.as_dict()}, (str(done),))
+    return Outcome({"to": options.to, **done.as_dict()}, tuple(_lost(done)))
+
+
+def _lost(done: Any) -> Iterator[str]:
+    """What was written, and what is lost: by layer, and of the logits."""
     loss = "nothing is lost" if done.error == 0 else f"largest relative error {done.error:.2e}"
-    each = [f"  {error:.2e}  {name}" for name, error in done.errors.items() if error]
-    return Outcome(
-        {"to": options.to, **done.as_dict()},
-        (f"PEFT adapter of rank {done.r} in {done.path}; {loss}", *each),
-    )
+    yield f"PEFT adapter of rank {done.r} in {done.path}; {loss}"
+    if done.errors:
+        yield f"of each layer's ΔW, ‖ΔW − ΔW'‖/‖ΔW‖ by cutting to rank {done.r}:"
+        yield from (f"  {error:.2e}  {name}" for name, error in done.errors.items())
+    if done.approximated:
+        yield "before that, of each update's output, which depends on other layers, by a matrix:"
+        yield from (f"  {error:.2e}  {name}" for name, error in done.approximated.items())
+    if (logits := done.logits) is not None:
+        yield (
+            f"logits on a sample of token ids changed by {logits.max_change:.2e} at most,"
+            f" {logits.relative_change:.2e} of their size"
+        )
+    elif done.not_measured is not None:
+        yield f"the change of the logits was not measured: {done.not_measured}"

@@ -16,7 +16,7 @@ class Options(VerbOptions):
     """Say what an adapter's folder holds, without loading its base.
 
     Args:
-        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote.
+        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote, or a compressed model.
     """
 
     adapter: tyro.conf.Positional[Annotated[str, PATH, HINT]]
@@ -24,7 +24,12 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     from lorica import io
+    from lorica.io.compressed import is_packed, read_info
 
+    if is_packed(options.adapter):
+        info = read_info(options.adapter)
+        data = {"path": options.adapter, "type": "compressed", **info}
+        return Outcome(data, (*_small(data), _ranks(info["ranks"])))
     data = io.inspect(options.adapter)
     return Outcome(data, (*_head(data), _table(data), *_problems(data)))
 
@@ -59,6 +64,30 @@ def _table(data: dict[str, Any]) -> Any:
         norm = "" if layer["norm"] is None else f"{layer['norm']:.4g}"
         out, of = layer["shape"]
         table.add_row(path, f"{out} x {of}", str(layer["r"]), f"{layer['scale']:g}", norm)
+    return table
+
+
+def _small(data: dict[str, Any]) -> list[str]:
+    from lorica.contract import human
+
+    whole, parts = human(data["bytes_before"]), data["parameters_before"]
+    return [
+        f"{data['path']} (compressed {data['class']})",
+        f"  method      {data['method']}",
+        f"  parameters  {data['parameters']:,} of {parts:,}, {human(data['bytes'])} of {whole}",
+        f"  base        {data['base'] or 'not named'}",
+        f"  written by  lorica {data['lorica']}",
+    ]
+
+
+def _ranks(ranks: dict[str, int]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("r", justify="right")
+    for path, r in ranks.items():
+        table.add_row(path, str(r))
     return table
 
 

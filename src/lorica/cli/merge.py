@@ -22,6 +22,8 @@ class Options(VerbOptions):
         output_dir: where the model goes.
         model: the base. Default: the one that the adapter names.
         max_shard_size: of one file, e.g. `5GB`.
+        approximate: merge updates that depend on what other layers see into one matrix each, fitted
+            to a sample of token ids; what is lost of each is printed.
         ignore_base_hash: merge into a base that is not the one it was trained on.
         overwrite: replace a model that is in `output_dir`.
     """
@@ -30,6 +32,7 @@ class Options(VerbOptions):
     output_dir: Annotated[str, PATH, HINT]
     model: Annotated[str | None, PATH, HINT] = None
     max_shard_size: Annotated[str, TEXT, HINT] = "5GB"
+    approximate: bool = False
     ignore_base_hash: bool = False
     overwrite: bool = False
 
@@ -52,6 +55,8 @@ def run(options: Options) -> Outcome:
         options.output_dir,
         tokenizer=tokenizer,
         max_shard_size=options.max_shard_size,
+        approximate=options.approximate,
         overwrite=options.overwrite,
     )
-    return Outcome(merged.as_dict(), (str(merged),))
+    each = [f"  {error:.2e}  {name}" for name, error in merged.approximated.items()]
+    return Outcome(merged.as_dict(), (str(merged), *each))

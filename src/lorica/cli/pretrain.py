@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.cli._training import TrainingFields, resumed_file
+from lorica.cli._training import TrainingFields, resumable, resumed_file
 from lorica.train.options import PretrainOptions
 
 
@@ -28,7 +28,7 @@ def run(options: Options) -> Outcome:
     if options.dry_run:
         found = dry_run(options)
         return Outcome(found.as_dict(), (str(found),))
-    result = pretrain(options)
+    result = resumable("pretrain", options, pretrain)
     lines = [
         f"{result['method']}: {result['steps']} steps, {result['tokens']:,} tokens, loss"
         f" {result['loss']:.4f}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,10 @@ class AbstractCombine(nn.Module, abc.ABC):
     """Owns what trains beside ΔW (a magnitude, say)."""
 
     roles: ClassVar[dict[str, str]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_tell)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, base, update, kernel) -> Tensor:
@@ -40,6 +44,14 @@ class AbstractCombine(nn.Module, abc.ABC):
     def start(self, base, update) -> None:  # noqa: B027
         """Called once the delta is initialised and its anchor carried: set what depends on W +
         ΔW."""
+
+    def loaded(self) -> None:  # noqa: B027
+        """Called once the parameters were loaded, by `Adapters.load_state_dict` or by torch's: the
+        place to forget what is derived from them. On every process."""
+
+
+def _tell(combine: AbstractCombine, _keys: Any) -> None:
+    combine.loaded()
 
 
 @dataclass(frozen=True, kw_only=True)

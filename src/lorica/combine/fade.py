@@ -15,7 +15,8 @@ c stands where the layer has a bias, so that what is merged stays a model that i
 
 λ is a parameter of one element, so that it is saved and sharded with the rest. Its number is
 remembered with the parameter's version: reading it costs one copy from the device after a change,
-none in between.
+none in between. A gathered copy of a shard keeps its version whatever is written to the shard, so
+who writes or loads λ says so (`fade_`, `loaded`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FadeCombine(AbstractCombine):
         self.share = nn.Parameter(torch.ones(1, **like), requires_grad=False)  # λ
         c = nn.Parameter(torch.zeros(site.out_features, **like)) if site.biased else None
         self.register_parameter("c", c)
-        self.known: tuple[Tensor, int, float] | None = None  # λ, its version, its number
+        self.known: tuple[Tensor, int | None, float] | None = None  # λ, its version, its number
 
     # -- λ
 
@@ -50,14 +51,18 @@ class FadeCombine(AbstractCombine):
     def number(self) -> float:
         """λ, rounded to the dtype it is held in."""
         p = self.share
-        if self.known is None or self.known[0] is not p or self.known[1] != p._version:
-            self.known = p, p._version, float(read_full(p.detach()))
+        version = None if p.is_inference() else p._version  # under inference nobody counts
+        if self.known is None or self.known[0] is not p or self.known[1] != version:
+            self.known = p, version, float(read_full(p.detach()))
         return self.known[2]
 
     def fade_(self, number: float) -> None:
         """λ ← number, plain or sharded."""
         copy_(self.share, torch.full((1,), number, dtype=torch.float64, device=self.share.device))
-        self.known = None  # a sharded parameter's plain copies keep their version
+        self.loaded()
+
+    def loaded(self) -> None:
+        self.known = None
 
     # -- the layer
 
@@ -102,6 +107,9 @@ class Fade(CombineChoice):
     Embeddings, which have no product to save, are refused. Weight
     decay pulls on what is to replace W: leave it at 0.
 
+    Cost: LoRA's in training; at λ = 0 the product with W falls away.
+    When: as the part of a compression: a schedule has to move λ.
+
     Example:
         >>> import torch, lorica
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
@@ -121,6 +129,7 @@ class Fade(CombineChoice):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
     withdraws: ClassVar[frozenset[str]] = frozenset({"lookup"})  # a table has no product to save
 
     def build(self, site) -> FadeCombine:

@@ -13,17 +13,24 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.words import WHERE, excerpt, keep_as_json, kind_of, listing
+from lorica.data.words import WHERE, excerpt, keep_as_json, keep_as_text, kind_of, listing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TXT_SPLITS = ("paragraph", "line", "file")
+# Texts shrink to a third or a tenth, a log of one line repeated to a hundredth.
+RATIO = 200  # a packed file's size times this is what it may unpack to, ...
+PLAIN = 1 << 26  # ... or so many bytes, where that is more
+CHUNK = 1 << 16
+PARQUET_ROWS = 1 << 12  # decoded at a time
+DICTIONARY = 1 << 28  # bytes of memory for .xz; `xz -9` needs 65 MiB
 
 
 @dataclass(frozen=True)
@@ -62,14 +69,64 @@ def read_file(path: Path, options: Options) -> pa.Table:
 def _bytes_of(path: Path) -> bytes:
     """The file's bytes, unpacked in memory."""
     _, packed = suffix_of(path)
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is no ordinary file (a folder, a pipe, a device, or a link that leads "
+            "nowhere): data is read from files. Name a file, or a folder of files."
+        )
     try:
         data = path.read_bytes()
-        return OPENERS[packed](data) if packed else data
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        most = max(PLAIN, RATIO * len(data))
+        plain = OPENERS[packed](data, most + 1) if packed else data
+    except (OSError, EOFError, ValueError, MemoryError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
-            f"{path} can't be read{f' as a {packed} file' if packed else ''}: {error}. It must be "
-            "whole and readable: copy or download it again."
+            f"{path} can't be read{f' as a {packed} file' if packed else ''}: "
+            f"{error or type(error).__name__}. It must be whole and readable: copy or download it "
+            "again."
         ) from error
+    if packed and len(plain) > most:
+        raise ValueError(
+            f"{path} has {len(data):,} bytes and unpacks to more than {most:,}, which no text "
+            f"does: at most {RATIO} times its size is allowed. If it is what you want, unpack it "
+            "yourself and name the unpacked file."
+        )
+    return plain
+
+
+def _streams(data: bytes, most: int, make: Callable[[], Any]) -> bytes:
+    """At most so many bytes of the streams that stand one behind the other; zeros may pad them, and
+    anything else there is an error: Python's own readers would end without a word."""
+    packed, parts, size = io.BytesIO(data), [], 0
+    stream = make()
+    fed = packed.read(CHUNK)
+    while size < most:
+        part = stream.decompress(fed, most - size)
+        parts.append(part)
+        size += len(part)
+        fed = b""
+        if stream.eof:
+            fed = (stream.unused_data or packed.read(CHUNK)).lstrip(b"\0")
+            while not fed and packed.tell() < len(data):
+                fed = packed.read(CHUNK).lstrip(b"\0")
+            if not fed:
+                break
+            stream = make()
+        elif stream.needs_input and not (fed := packed.read(CHUNK)):
+            raise EOFError("the file ends before its end mark")
+    return b"".join(parts)
+
+
+def _unxz(data: bytes, most: int) -> bytes:
+    """A header that asks for a dictionary beyond reason gets none."""
+    return _streams(data, most, lambda: lzma.LZMADecompressor(memlimit=DICTIONARY))
+
+
+def _unbzip(data: bytes, most: int) -> bytes:
+    return _streams(data, most, bz2.BZ2Decompressor)
+
+
+def _ungzip(data: bytes, most: int) -> bytes:
+    return gzip.GzipFile(fileobj=io.BytesIO(data)).read(most)
 
 
 def _text_of(path: Path, data: bytes) -> str:
@@ -104,13 +161,15 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(_broken(path, number, error.colno, error.msg, line, text)) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(_too_much(path, number, line)) from error
         yield number, _object(path, number, value)
 
 
 def _broken(path: Path, line: int, column: int, reason: str, found: str, text: str) -> str:
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return (
             f"{path}, line {line}, column {column}: not valid JSON: {reason}, in "
             f"{excerpt(found)}. Each line must hold one whole object; mend or remove that line."
@@ -119,6 +178,13 @@ def _broken(path: Path, line: int, column: int, reason: str, found: str, text: s
     return (
         f"{path} holds a single JSON {kind_of(whole).split()[-1]}{keys}: an array of objects, or "
         "one object a line, is needed. Write out the list of rows alone."
+    )
+
+
+def _too_much(path: Path, line: int, found: str) -> str:
+    return (
+        f"{path}, line {line}: a number of thousands of digits, or lists within lists beyond any "
+        f"need, in {excerpt(found)}. Write such a number as a text, and rows plainly."
     )
 
 
@@ -145,6 +211,8 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise expected(error.msg, error.pos) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(_too_much(path, line, text[at : at + 80])) from error
         line += text.count("\n", counted, at)
         counted = at
         yield line, _object(path, line, value)
@@ -163,13 +231,27 @@ def _object(path: Path, line: int, value: Any) -> dict[str, Any]:
             f"{path}, line {line}: {excerpt(value)} is {kind_of(value)}: each row must be an "
             'object such as {"text": "..."}. Wrap it in one.'
         )
-    hidden = [key for key in value if key.startswith("__")]
-    if hidden:
-        raise ValueError(
-            f"{path}, line {line}: the key `{hidden[0]}` starts with two underscores, which is "
-            "kept for this reader's own columns. Rename it."
-        )
+    check_names(f"{path}, line {line}", value)
     return value
+
+
+def check_names(place: str, names: Iterable[str]) -> None:
+    """Names of columns that can be shown, and that this reader does not use itself.
+
+    Raises:
+        ValueError: naming the place and the first that is not.
+    """
+    for name in names:
+        if name.startswith("__"):
+            raise ValueError(
+                f"{place}: the key `{name}` starts with two underscores, which is kept for this "
+                "reader's own columns. Rename it."
+            )
+        if len(name) > 200 or not name.isprintable():
+            raise ValueError(
+                f"{place}: the key {excerpt(name)} is no name: a column's name is at most 200 "
+                "printable characters. Rename it."
+            )
 
 
 def _table_of(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> pa.Table:
@@ -208,7 +290,7 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
         )
     if "nested" not in seen:
         try:
-            return pa.array(values)
+            return pa.array([keep_as_text(value) for value in values])
         except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError) as error:
             line = next(n for n, value in zip(lines, values, strict=True) if not _fits(value))
             raise ValueError(
@@ -297,6 +379,7 @@ def _field_table(
                 + f"`header={['text', 'label', *'_' * len(header)][: len(header)]}`."
             )
         )
+    check_names(f"{path}, {'`header`' if given else 'line 1'}", named)
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(
@@ -305,7 +388,9 @@ def _field_table(
                 + ("." if not given else ", or give `header` one name for each field.")
             )
     keep = [(i, name) for i, name in enumerate(header) if not (given and name == "_")]
-    arrays = [pa.array([row[i] for _, row in rows], type=pa.string()) for i, _ in keep]
+    arrays = [
+        pa.array([keep_as_text(row[i]) for _, row in rows], type=pa.string()) for i, _ in keep
+    ]
     places = pa.array([f"{path}, line {line}" for line, _ in rows], type=pa.string())
     return pa.table([*arrays, places], names=[*(name for _, name in keep), WHERE])
 
@@ -314,26 +399,60 @@ def _parquet(path: Path, data: bytes, options: Options) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    most = max(PLAIN, RATIO * len(data))
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowInvalid, OSError) as error:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        batches, size = [], 0
+        for batch in file.iter_batches(PARQUET_ROWS):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > most:
+                break
+        table = pa.Table.from_batches(batches, schema=file.schema_arrow)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(
-            f"{path} is not a whole parquet file: {error}. Write or download it again."
+            f"{path} is not a whole parquet file: {_first_line(error)}. Write or download it again."
         ) from error
-    places = pa.array([f"{path}, row {i}" for i in range(table.num_rows)], type=pa.string())
-    # Of the metadata only the features of `datasets` are wanted, and they don't know our column.
-    table = _with_features(table)
-    metadata = table.schema.metadata
-    return table.append_column(WHERE, places).replace_schema_metadata(metadata)
-
-
-def _with_features(table: pa.Table) -> pa.Table:
+    if size > most:
+        raise ValueError(
+            f"{path} has {len(data):,} bytes and unpacks to more than {most:,}, which no text "
+            f"does: at most {RATIO} times its size is allowed. If it is what you want, write it as "
+            "JSON lines and name that file."
+        )
+    check_names(f"{path}, its columns", table.column_names)
+    if len(set(table.column_names)) < table.num_columns:
+        raise ValueError(
+            f"{path} has the columns {listing(table.column_names)}: names must differ. Write the "
+            "file again with one name for each."
+        )
     raw = (table.schema.metadata or {}).get(b"huggingface")
-    if raw is None:
-        return table.replace_schema_metadata(None)
-    info = json.loads(raw)
-    info["info"]["features"][WHERE] = {"dtype": "string", "_type": "Value"}
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": info["info"]})})
+    places = pa.array([f"{path}, row {i}" for i in range(table.num_rows)], type=pa.string())
+    table = table.replace_schema_metadata(None).append_column(WHERE, places)
+    return table if raw is None else _with_features(path, table, raw)
+
+
+def _with_features(path: Path, table: pa.Table, raw: bytes) -> pa.Table:
+    """Of the metadata the features of `datasets`, which don't know our column."""
+    import datasets
+
+    try:
+        told = json.loads(raw)["info"]["features"]
+        told[WHERE] = {"dtype": "string", "_type": "Value"}
+        noted = json.dumps({"info": {"features": told}})
+        table = table.replace_schema_metadata({"huggingface": noted})
+        datasets.Dataset(table)
+    except Exception as error:  # whatever `datasets` makes of what it didn't write
+        raise ValueError(
+            f"{path}: what the file says of its own columns (the note `huggingface` of its schema) "
+            f"can't be read: {type(error).__name__}: {_first_line(error)}. Write the file again, "
+            "without that note."
+        ) from error
+    return table
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _txt(path: Path, data: bytes, options: Options) -> pa.Table:
@@ -343,7 +462,7 @@ def _txt(path: Path, data: bytes, options: Options) -> pa.Table:
     documents = list(_DOCUMENTS[options.txt_split or "paragraph"](text))
     return pa.table(
         [
-            pa.array([document for _, document in documents], type=pa.string()),
+            pa.array([keep_as_text(document) for _, document in documents], type=pa.string()),
             pa.array([f"{path}, line {line}" for line, _ in documents], type=pa.string()),
         ],
         names=["text", WHERE],
@@ -376,10 +495,10 @@ _DOCUMENTS: dict[str, Callable[[str], Iterator[tuple[int, str]]]] = {
     "file": _whole,
 }
 
-OPENERS: dict[str, Callable[[bytes], bytes]] = {
-    ".xz": lzma.decompress,
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
+OPENERS: dict[str, Callable[[bytes, int], bytes]] = {
+    ".xz": _unxz,
+    ".gz": _ungzip,
+    ".bz2": _unbzip,
 }
 
 READERS: dict[str, Callable[[Path, bytes, Options], Any]] = {

@@ -9,6 +9,8 @@ from typing import Any
 
 from lorica.data.words import excerpt, nearest
 
+MOST = 100_000  # classes that numbers alone may mean, however few rows there are
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -89,10 +91,17 @@ class Labels:
         if isinstance(values[0], bool):
             return cls(("false", "true"))
         if isinstance(values[0], int):
+            if (most := max(values)) >= max(MOST, 10 * len(values)):
+                raise ValueError(
+                    f"{places[values.index(most)]}: the label is {most}, and whole numbers are "
+                    f"classes from 0 to the largest: {len(values)} rows can't teach so many. "
+                    "Number the classes from 0, write their names, or, for a regression, write "
+                    "figures with a point."
+                )
             names = tuple(map(str, range(max(values) + 1)))
         else:
             distinct = set(values)
-            digits = all(value.strip().isdigit() for value in distinct)
+            digits = all(_is_whole(value) for value in distinct)
             names = tuple(
                 sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct)
             )
@@ -156,13 +165,15 @@ def _check_class(value: Any, place: str) -> None:
         )
 
 
+def _is_whole(text: str) -> bool:
+    """Digits that make a number of 64 bits: longer ones are a name."""
+    return text.strip().isdecimal() and len(text.strip()) < 19
+
+
 def _are_figures(values: Sequence[Any]) -> bool:
     """Texts that are all finite numbers, at least one of them not whole."""
 
-    def whole(text: str) -> bool:
-        return text.strip().lstrip("-").isdigit()
-
-    if not isinstance(values[0], str) or all(map(whole, values)):
+    if not isinstance(values[0], str) or all(_is_whole(v.strip().lstrip("-")) for v in values):
         return False
     try:
         return all(math.isfinite(float(value)) for value in values)

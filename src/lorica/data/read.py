@@ -88,6 +88,11 @@ def read(
             f"`txt_split` is {txt_split!r} for {source}: it must be one of {listing(TXT_SPLITS)}."
             + nearest(txt_split, TXT_SPLITS)
         )
+    if not str(source).isprintable():
+        raise ValueError(
+            f"{ascii(str(source))} was given as data: a path or a hub id is of printable "
+            "characters. Check the name, or rename the file."
+        )
     options = Options(tuple(header) if header is not None else None, txt_split)
     if is_embedded(source):
         _check_options([Path(source)], options)

@@ -121,6 +121,12 @@ class Encoded(AbstractCausalSample):
                 '`train_on="all"` was given for data that has its own `labels`: those decide. '
                 "Leave it out, or drop the column."
             )
+        known = len(form.tokenizer)
+        if (wrong := next((i for i in self.input_ids if not 0 <= i < known), None)) is not None:
+            raise ValueError(
+                f"`input_ids` holds {wrong}, and the ids of this tokenizer are 0 to {known - 1}: "
+                "the data was made with another one. Name that model, or make the ids anew."
+            )
         labels = self.input_ids if self.labels is None else self.labels
         mask = tuple(label != -100 for label in labels)
         return [Piece(True, ids=tuple(self.input_ids), mask=mask)]

@@ -61,5 +61,13 @@ def keep_as_json(value: Any) -> str | None:
 def revive(value: Any) -> Any:
     """The nested value of a cell made by `keep_as_json`; any other value as it is."""
     if isinstance(value, str) and value.startswith(_MARK):
-        return json.loads(value[1:])
+        try:
+            return json.loads(value[1:])
+        except (ValueError, RecursionError):  # a text of a hub's that begins so
+            return value
     return value
+
+
+def keep_as_text(value: Any) -> Any:
+    """A text that could be taken for such a cell as one; any other value as it is."""
+    return keep_as_json(value) if isinstance(value, str) and value.startswith(_MARK) else value

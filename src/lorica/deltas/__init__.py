@@ -11,7 +11,8 @@ To add one: copy `lowrank.py`, change the equations, add the paper's claims as a
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,6 +75,10 @@ class AbstractDelta(nn.Module, abc.ABC):
     roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
     scale: float = 1.0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_tell)
+
     @abc.abstractmethod
     def forward(self, x: Tensor, base) -> Tensor:
         """(..., in) -> (..., out): x ΔWᵀ."""
@@ -100,6 +105,14 @@ class AbstractDelta(nn.Module, abc.ABC):
             generator: on the CPU; the same on every process.
         """
 
+    def loaded(self) -> None:
+        """Called once the parameters were loaded, by `Adapters.load_state_dict` or by torch's: the
+        place to forget or form anew what is derived from them. On every process."""
+
+
+def _tell(delta: AbstractDelta, _keys: Any) -> None:
+    delta.loaded()
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeftForm:
@@ -122,6 +135,10 @@ class DeltaChoice(Choice):
         {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
     )
 
+    def __init_subclass__(cls) -> None:
+        if "pair" in cls.gives:
+            cls.gives = cls.gives | {"sides"}  # a pair has both
+
     def built_rank(self, site: Site, recipe: Any) -> int:
         """Rank that a layer is built with, and that s is made of; `site.r` is what shall remain.
 
@@ -143,6 +160,21 @@ class DeltaChoice(Choice):
         Args:
             deltas: {module path: what `build` made there}, in model order.
         """
+
+    def stand_in(
+        self, adapters: Any, batches: Sequence[Mapping[str, Any]]
+    ) -> AbstractContextManager[dict[str, float]]:
+        """For a delta without a ΔW: within, each layer has one that nearly computes its update.
+
+        Args:
+            adapters: the handle.
+            batches: keyword arguments of the model, to fit it to.
+
+        Returns:
+            A context of {module path: ‖y − y'‖ / ‖y‖}, y the update's output over the batches and
+            y' the matrix's.
+        """
+        raise AssertionError(f"{self.word} has a ΔW")
 
     def peft_form(self) -> PeftForm | None:
         """PEFT's own type for this delta, or None."""

@@ -16,14 +16,16 @@ consecutive layers are not parallel, no α is right.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorica.deltas import Factors
 from lorica.deltas._passing import PassingDelta
 
 logger = logging.getLogger("lorica")
@@ -54,32 +56,58 @@ def merge_approximately(
     from lorica.attach import merge
 
     adapters = Adapters.of(model)
-    deltas: dict[str, Any] = {name: layer.update.delta for name, layer in adapters}
-    if not all(isinstance(d, PassingDelta) for d in deltas.values()):
+    if not all(isinstance(d, PassingDelta) for d in _deltas(adapters).values()):
         raise ValueError(
             f"`{adapters.recipe.text()}` has a ΔW in every layer, or none at all; nothing needs an"
             " approximation. Type `lorica.merge(model)`"
         )
+    with standing_in(adapters, batches, by=by) as errors:
+        merge(model)
+    return errors
+
+
+@contextlib.contextmanager
+def standing_in(
+    adapters: Any, batches: Iterable[Any], *, by: str = "inputs"
+) -> Iterator[dict[str, float]]:
+    """Within, the update of every layer has a matrix, for a merge or a cut; yields what that loses,
+    see `merge_approximately`."""
+    deltas = _deltas(adapters)
+    stand, errors = _stand(adapters, deltas, [*batches], by)
+    lines = "\n".join(f"  {name:<50} {error:8.2%}" for name, error in errors.items())
+    logger.info("one matrix by %s; lost of each update's output:\n%s", by, lines)
+    try:
+        for name, delta in deltas.items():
+            delta.merging = stand[name]
+        yield errors
+    finally:
+        for delta in deltas.values():
+            delta.merging = None
+
+
+def _deltas(adapters: Any) -> dict[str, Any]:
+    return {name: layer.update.delta for name, layer in adapters}
+
+
+@torch.no_grad()
+def _stand(
+    adapters: Any, deltas: dict[str, Any], batches: list[Any], by: str
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """What stands for each update, and its error."""
     allowed = ("inputs", "projections" if next(iter(deltas.values())).middle else "weights")
     if by not in allowed:
         raise ValueError(
             f"`by={by!r}` under `{adapters.recipe.text()}`; allowed: {allowed[0]!r}, {allowed[1]!r}"
         )
-    batches = list(batches)
-    means = _sizes(adapters) if by == "weights" else _norms(model, deltas, batches, by)
-    whole = {n: _alphas(d, means, by) for n, d in deltas.items()}
-    stand = {n: d.approximation(whole[n], collapsed=by == "projections") for n, d in deltas.items()}
-    errors = _errors(model, deltas, batches, stand)
-    try:
-        for name, delta in deltas.items():
-            delta.merging = stand[name]
-        merge(model)
-    finally:
-        for delta in deltas.values():
-            delta.merging = None
-    lines = "\n".join(f"  {name:<50} {error:8.2%}" for name, error in errors.items())
-    logger.info("merged by %s; lost of each update's output:\n%s", by, lines)
-    return errors
+    if by == "weights":
+        means = _sizes(adapters)
+    else:
+        means = _norms(adapters.model, deltas, batches, by)
+    alphas = {n: _alphas(d, means, by) for n, d in deltas.items()}
+    stand = {
+        n: d.approximation(alphas[n], collapsed=by == "projections") for n, d in deltas.items()
+    }
+    return stand, _errors(adapters.model, deltas, batches, stand)
 
 
 def _alphas(delta: PassingDelta, means: dict[str, float], by: str) -> tuple[float, ...]:

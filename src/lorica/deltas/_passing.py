@@ -101,9 +101,9 @@ class PassingDelta(AbstractDelta):
         if self.merging is None:
             raise ValueError(
                 f"the update of {self.site.name!r} depends on the inputs of other layers, so there"
-                " is no ΔW to merge or to cut. Save the adapters as they are, or type"
-                f" `lorica.deltas.{self.word}.merge_approximately(model, batches)`, which says what"
-                " is lost"
+                " is no ΔW to merge. Save the adapters as they are; or type"
+                f" `lorica.deltas.{self.word}.merge_approximately(model, batches)`, on the command"
+                " line `lorica merge --approximate`, which say what is lost"
             )
         return self.merging.weight()
 

@@ -39,7 +39,7 @@ class Square(AbstractDelta):
         Read off the device only after somebody wrote to it: a read makes a GPU wait, and in a
         forward it would do so for every layer. A copy that stands in for the parameter (a gathered
         shard) is read each time, for nothing tells when it is written to; a compiled forward takes
-        what is known, and is compiled anew when that changes.
+        what is known, and is compiled anew when that changes: at a restart, or by `loaded`.
         """
         own, writes, number = self._known
         if torch.compiler.is_compiling():
@@ -55,6 +55,11 @@ class Square(AbstractDelta):
         copy_(self.pattern, torch.tensor([number], device=self.pattern.device))
         zero_(self.M)
         self._known = (self.pattern, _writes(self.pattern), number)
+
+    def loaded(self) -> None:
+        if not self.pattern.is_meta:
+            number = int(read_full(self.pattern))
+            self._known = (self.pattern, _writes(self.pattern), number)
 
 
 def _writes(p: Tensor) -> int | None:

@@ -99,6 +99,9 @@ class Bat(Blocks):
 
     Default rate 2e-5, the authors' on 7B.
 
+    Cost: r·out numbers a layer, in·out·r multiplies a step to form ΔW: slow where r is large.
+    When: few parameters must reach a full-rank change, and time is no matter.
+
     Example:
         >>> import torch, lorica
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))

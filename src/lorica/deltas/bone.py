@@ -32,6 +32,9 @@ class Bone(Blocks):
 
     Default rate 2e-5, the authors' on 7B; a gain of √(in/r) sits in the sum.
 
+    Cost: r·out numbers a layer; the first product is a sum, so a step is cheaper than LoRA's.
+    When: speed counts more than the last tenth of a point.
+
     Example:
         >>> import torch, lorica
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))

@@ -79,6 +79,10 @@ class GatedInit(AbstractInit):
 class Gated(DeltaChoice):
     """Two factors with a trained gate between them for every rank, so that ranks can be shut.
 
+    Cost: LoRA's, and r numbers a layer.
+    When: as the part of a method that shuts ranks (`sora`), or to read off which ranks
+    matter.
+
     Example:
         >>> from lorica import Recipe
         >>> Recipe.parse("gated+olora").init.word

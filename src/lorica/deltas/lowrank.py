@@ -56,6 +56,9 @@ class LowRank(DeltaChoice):
     `r·(in + out)` parameters a layer; merging is exact. Not to be confused with the choice of the
     start (`inits`) or of s (`scales`).
 
+    Cost: r·(in + out) numbers a layer.
+    When: the default.
+
     Example:
         >>> from lorica import Recipe
         >>> Recipe.parse("lora").delta.word

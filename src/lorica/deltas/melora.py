@@ -100,6 +100,9 @@ class Melora(DeltaChoice):
     spectrum, and loses where few directions matter or much has to be memorised. Written for PEFT it
     is a plain LoRA of rank n·r.
 
+    Cost: LoRA's of rank r, for a rank of n·r.
+    When: the wanted change has a flat spectrum.
+
     Args:
         n: minis. Default 2, the authors' GLUE script (r = 8); their Llama-2 runs: n = 8, r = 1.
 
@@ -124,7 +127,9 @@ class Melora(DeltaChoice):
 
     n: int = 2
 
-    gives: ClassVar[frozenset[str]] = frozenset({"factors", "weight", "sharded", "wrapped"})
+    gives: ClassVar[frozenset[str]] = frozenset(
+        {"sides", "factors", "weight", "sharded", "wrapped"}
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:

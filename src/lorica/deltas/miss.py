@@ -64,6 +64,9 @@ class Miss(Blocks):
     dimensions. Not PEFT's default `MISS`, which shares along the inputs: that is `bone`. Default
     rate 2e-5, the authors' on 7B; a gain of √(out/r) sits in the shards.
 
+    Cost: r·in numbers a layer; the second product is a copy, so a step is cheaper than LoRA's.
+    When: as `bone`, where the outputs are what is alike.
+
     Args:
         mini_r: q, PEFT's name and its `mini` form: D (r, q) for every block of r inputs and every q
             outputs, r·q parameters, rank at most min(r, q). Default None: the paper's form.

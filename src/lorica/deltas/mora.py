@@ -75,6 +75,9 @@ class Mora(DeltaChoice):
     about r̂²/(in·out) of any wanted change, so it wins where the change has a flat spectrum, and
     loses by far to LoRA where few directions matter. `mora(type=1)+relora` is the authors' ReMoRA.
 
+    Cost: LoRA's parameters; turning and summing blocks costs some 10 % of a step.
+    When: much is to be memorised: new facts, continued pre-training.
+
     Args:
         type: 6 (default, as in the authors' runs at r = 8) turns each block of inputs; 1 to 4 share
             rows and columns and are for a large r (the authors': 1 at r = 128 and 256).

@@ -23,9 +23,10 @@ The authors apply dropout to the sum of the inputs; here each layer's input has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lorica.deltas import AbstractDelta, DeltaChoice, Factors, Site
-from lorica.deltas._merging import merge_approximately  # noqa: F401
+from lorica.deltas._merging import merge_approximately as merge_approximately
+from lorica.deltas._merging import standing_in
 from lorica.deltas._passing import PassingDelta, chains
 from lorica.shards import draw_, zero_
 
@@ -98,6 +100,10 @@ class Reslora(DeltaChoice):
 
     Not to be confused with an adapter's own residual path: x_n W_nᵀ is untouched.
 
+    Cost: `block`: up to P + 1 times LoRA's products; the others: activations of earlier layers.
+    When: deep models, where LoRA learns slowly in early layers; `block` unless you can do
+    without merging.
+
     Args:
         shortcut: `block` (default, the one with an exact merge), `input` or `middle`.
         pre_num: P, how many earlier layers are linked; −1: all; 0: LoRA. Default 4, the authors'
@@ -127,7 +133,7 @@ class Reslora(DeltaChoice):
     shortcut: str = "block"
     pre_num: int = 4
 
-    gives: ClassVar[frozenset[str]] = frozenset({"factors", "weight", "lookup", "wrapped"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sides", "factors", "weight", "lookup", "wrapped"})
     withdraws: ClassVar[frozenset[str]] = frozenset({"separate"})
 
     def __post_init__(self) -> None:
@@ -147,7 +153,7 @@ class Reslora(DeltaChoice):
                 " links one layer; leave it out"
             )
         if self.shortcut != "block":
-            object.__setattr__(self, "gives", frozenset({"wrapped"}))
+            object.__setattr__(self, "gives", frozenset({"sides", "wrapped"}))
 
     def build(self, site: Site) -> AbstractDelta:
         if self.shortcut == "block":
@@ -167,3 +173,8 @@ class Reslora(DeltaChoice):
                     )
                 other.shared = True
             delta.earlier = earlier
+
+    def stand_in(
+        self, adapters: Any, batches: Sequence[Mapping[str, Any]]
+    ) -> AbstractContextManager[dict[str, float]]:
+        return standing_in(adapters, batches)

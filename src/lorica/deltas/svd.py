@@ -86,6 +86,9 @@ class Svd(DeltaChoice):
     A layer is built with `init_r` ranks, of which r are to remain; by itself this file takes none
     away. Where that is more than r, the default α gives s = 2 at `init_r`.
 
+    Cost: LoRA's of rank `init_r`, and as many numbers.
+    When: as the part of a method that moves ranks (`adalora`).
+
     Args:
         init_r: ranks that a layer of rank r is built with, at least r; others (`rank_pattern`) get
             theirs in proportion. Default: `ratio`·r.

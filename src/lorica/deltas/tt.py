@@ -112,6 +112,10 @@ class Tt(DeltaChoice):
     not with in + out, and so does what it can express. Merging and PEFT's form are exact, the
     latter of rank 2r (`zero`: r). Leave weight decay at 0: it falls on each of D factors.
 
+    Cost: a few hundred numbers a layer, LoRA's products, and chains of small ones to form A and
+    B.
+    When: adapters have to be tiny: many users, one model.
+
     Args:
         shape: mode sizes, the inputs' first, the outputs' in reverse, as the authors write them
             (`[16, 8, 4, 4, 4, 4, 8, 16]` for 2048 x 2048); one for all targets, which then have to

@@ -1,7 +1,7 @@
 """Groups: who trains, and at which rate.
 
 A group sees every trained parameter with its declared role, and adjusts the options of its
-optimizer group.
+optimizer group. One that speaks of A and B needs `sides`, not a `pair`: roles are enough for it.
 To add one: copy `loraplus.py`.
 """
 

@@ -17,6 +17,9 @@ from lorica.groups import AbstractGroup
 class LoraFa(AbstractGroup):
     """Frozen A: half the optimizer's state and less activation memory, for somewhat less accuracy.
 
+    Cost: half of LoRA's optimizer state; activations of the adapted layers are not saved.
+    When: memory decides; it usually ends somewhat worse than LoRA.
+
     Example:
         >>> from lorica import Recipe
         >>> sorted(Recipe.parse("lorafa").groups[0].freezes)
@@ -30,5 +33,5 @@ class LoraFa(AbstractGroup):
         }
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+    needs: ClassVar[frozenset[str]] = frozenset({"sides"})
     freezes: ClassVar[frozenset[str]] = frozenset({"A"})

@@ -19,6 +19,9 @@ from lorica.groups import AbstractGroup, Trained
 class LoraPlus(AbstractGroup):
     """B learns `loraplus_lr_ratio` times faster than A.
 
+    Cost: nothing but a number to tune.
+    When: hard tasks, where features have to change; with a lower rate than LoRA's.
+
     Args:
         loraplus_lr_ratio: λ; default 16, the authors' advice together with a lower η (default here
         5e-5).
@@ -41,7 +44,7 @@ class LoraPlus(AbstractGroup):
     loraplus_lr_ratio: float = 16
     loraplus_lr_embedding: float = 1e-6
 
-    needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+    needs: ClassVar[frozenset[str]] = frozenset({"sides"})
 
     def __post_init__(self) -> None:
         for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):

@@ -27,6 +27,9 @@ class Olora(AbstractInit):
     Both factors get a gradient from the first step on. Not to be confused with O-LoRA (orthogonal
     subspaces for continual learning).
 
+    Cost: a QR a layer at the start, and frozen factors as large as the trained ones.
+    When: short runs: the loss falls from the first step.
+
     Example:
         >>> from lorica import Recipe
         >>> Recipe.parse("olora", r=8).lora_alpha

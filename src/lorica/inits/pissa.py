@@ -22,6 +22,10 @@ from lorica.inits import AbstractInit
 class Pissa(AbstractInit):
     """Principal singular values and vectors as the start, anchored so that the function is kept.
 
+    Cost: an SVD a layer at the start (`niter=16`: a sketch), and frozen factors as large as the
+    trained ones.
+    When: short runs, and low ranks.
+
     Args:
         niter: 0 (default) is the exact SVD; N > 0 the randomised one with N power iterations
             (PEFT's `pissa_niter_N`; 16 is the usual N), faster on wide layers and deterministic

@@ -2,38 +2,82 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+import lorica
 from lorica.adapters import Adapters
 from lorica.attach import merge
+from lorica.contract import human
+from lorica.io.folder import check_free, first, together, writing
+from lorica.io.merged import Change, make_sample, outputs
+from lorica.io.native import write_tensors
+from lorica.io.strict import check_types, read_json, read_tensors, sha256
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full, reshard
 from lorica.whole import replace
+
+PACKED_CONFIG, PACKED_TENSORS = "compressed.json", "compressed.safetensors"
+PACKED_MARKS = (PACKED_CONFIG,)
+READER = 1  # raised when an older reader would misread what is written
+_TYPES: dict[str, tuple[type, ...]] = {
+    "lorica": (str,), "reader": (int,), "class": (str,), "method": (str,),
+    "ranks": (dict,), "parameters_before": (int,), "parameters": (int,), "bytes_before": (int,),
+    "bytes": (int,), "tied": (dict,), "computed": (list,), "files": (dict,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
     """What compressing did; `as_dict` is JSON-ready.
 
-    `ranks` are those of the layers that became thin, {module path: rank}. Parameters are counted
-    over the whole model (the base without its adapters before), multiplies for one token over the
-    layers that were adapted.
+    `ranks` are those of the layers that became thin, {module path: rank}. Parameters and their
+    bytes are counted over the whole model (the base without its adapters before), multiplies for
+    one token over the layers that were adapted.
     """
 
     ranks: Mapping[str, int]
     parameters_before: int
     parameters: int
+    bytes_before: int
+    bytes: int
     multiplies_before: int
     multiplies: int
 
     def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "ranks": dict(self.ranks)}
+        return {**vars(self), "ranks": dict(self.ranks)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(Compressed):
+    """A compressed model that was written, read back and found to compute the same logits.
+
+    `logits`: how far they are from those of the adapted model; rounding, where its layers had a
+    wider dtype than the base.
+    """
+
+    path: Path
+    logits: Change
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "path": str(self.path), "logits": vars(self.logits)}
+
+    def __str__(self) -> str:
+        part = self.bytes / max(self.bytes_before, 1)
+        return (
+            f"compressed {len(self.ranks)} layers into {self.path}: {self.parameters_before:,} to"
+            f" {self.parameters:,} parameters, {human(self.bytes_before)} to {human(self.bytes)}"
+            f" ({part:.1%}), {self.multiplies_before:,} to {self.multiplies:,} multiplies a token"
+            f" in these layers; logits changed by {self.logits.max_change:.2e} at most,"
+            f" {self.logits.relative_change:.2e} of their size; read back, they are the same"
+        )
 
 
 @torch.no_grad()
@@ -65,8 +109,9 @@ def compress(model: nn.Module | Adapters) -> Compressed:
     adapters = model if isinstance(model, Adapters) else Adapters.of(model)
     model = adapters.model
     reshard(model)
-    before = sum(p.numel() for p in adapters.base_parameters().values())
-    before += sum(p.numel() for m in adapters.saved.values() for p in m.base.parameters())
+    held = [*adapters.base_parameters().values()]
+    held += [p for m in adapters.saved.values() for p in m.base.parameters()]
+    before, bytes_before = _size(held)
     made: dict[str, nn.Sequential] = {}
     ranks, whole, thin = {}, 0, 0
     for name, layer in adapters:
@@ -79,10 +124,13 @@ def compress(model: nn.Module | Adapters) -> Compressed:
             made[name], ranks[name] = pair, narrow
     merge(model)
     replace(model, made)
+    after, bytes_after = _size(model.parameters())
     return Compressed(
         ranks=ranks,
         parameters_before=before,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=after,
+        bytes_before=bytes_before,
+        bytes=bytes_after,
         multiplies_before=whole,
         multiplies=thin,
     )
@@ -105,17 +153,214 @@ def load_compressed(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             continue
         made[name] = _sequence(down, up, state.get(f"{name}.1.bias")).train(module.training)
     replace(model, made)
+    for name, own in [*model.named_parameters(), *model.named_buffers()]:
+        if name in state:
+            own.data = own.data.to(state[name].dtype)
     model.load_state_dict(state)
     return model
+
+
+def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
+    """Elements and bytes."""
+    sizes = [(p.numel(), p.numel() * p.element_size()) for p in parameters]
+    return sum(n for n, _ in sizes), sum(b for _, b in sizes)
+
+
+# -- as a folder -----------------------------------------------------------------------------------
+
+
+def pack(
+    model: nn.Module | Adapters,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    sample: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+) -> Packed:
+    """`compress` a transformers model, write it, read it back and compare the logits.
+
+    The folder holds `config.json`, `compressed.safetensors` and `compressed.json` (class, ranks, a
+    hash of the weights). No `from_pretrained` knows thin layers, so none finds weights there;
+    `unpack` does. It is complete or absent. The model in memory is compressed, too.
+
+    Args:
+        model: an adapted transformers model whose layers no longer read their base, or its handle.
+        out: the folder.
+        tokenizer: anything with `save_pretrained`, written beside the model.
+        sample: keyword arguments of a forward pass, for the logits. Default: 32 tokens drawn from
+            the vocabulary, always the same.
+        overwrite: replace a compressed model that is there.
+
+    Raises:
+        ValueError: as `compress`; not a transformers model, the folder is taken, no sample can be
+            made up, or the model's own code cannot run with thin layers.
+
+    Example:
+        >>> import tempfile, lorica
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=16, n_positions=32,
+        ...                     bos_token_id=0, eos_token_id=0)
+        >>> adapters = lorica.attach(GPT2LMHeadModel(config), "fade", r=2, verbose=False)
+        >>> for _, layer in adapters:
+        ...     layer.combine.fade_(0.0)
+        >>> done = pack(adapters, tempfile.mkdtemp() + "/out")
+        >>> type(unpack(done.path)).__name__, done.logits.max_change
+        ('GPT2LMHeadModel', 0.0)
+    """
+    adapters = model if isinstance(model, Adapters) else Adapters.of(model)
+    model, out = adapters.model, Path(out)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"this {type(model).__name__} is no transformers model, so no folder says how to build"
+            " it; allowed are transformers' models. Type `lorica.io.compressed.compress(model)` and"
+            " save its `state_dict()`"
+        )
+    if first():
+        check_free(out, overwrite=overwrite, marks=PACKED_MARKS)
+    sample = dict(sample) if sample is not None else make_sample(model)
+    method, before = adapters.recipe.text(), outputs(model, sample)
+    done = compress(adapters)
+    try:
+        after = outputs(model, sample)
+    except AttributeError as error:
+        raise ValueError(
+            f"the code of {type(model).__name__} looks into a layer and cannot run with two thin"
+            f" ones in its place ({error}); load base and adapter anew and write merged weights"
+            " (`--to merged`, in Python `lorica.io.merge_to`)"
+        ) from None
+    if first():
+        with writing(out, overwrite=overwrite, marks=PACKED_MARKS) as folder:
+            _write(model, folder, method, done)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            again = unpack(folder, attn_implementation=model.config._attn_implementation)
+            read = outputs(again.to(model.device), sample)  # type: ignore[arg-type]
+            if not torch.allclose(read, after, rtol=0, atol=0, equal_nan=True):
+                raise RuntimeError(f"{type(model).__name__} computes other logits once read back")
+    together()
+    return Packed(**vars(done), path=out, logits=Change.of(before, after))
+
+
+def _write(model: PreTrainedModel, folder: Path, method: str, done: Compressed) -> None:
+    state, one, alias = model.state_dict(), {}, {}
+    # Also what is computed at the start (rotary frequencies): a cast of the model rounds it.
+    computed = {n: b for n, b in model.named_buffers() if n not in state}
+    state |= computed
+    for name, value in state.items():  # tied weights are written once
+        key = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
+        alias[name] = one.setdefault(key, name)
+    kept = {name: state[name] for name in dict.fromkeys(alias.values())}
+    write_tensors(kept, folder / PACKED_TENSORS, {"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    info = {
+        "lorica": lorica.__version__,
+        "reader": READER,
+        "class": type(model).__name__,
+        "method": method,
+        "base": model.config.name_or_path,
+        **done.as_dict(),
+        "tied": {name: other for name, other in alias.items() if name != other},
+        "computed": list(computed),
+        "files": {PACKED_TENSORS: sha256(folder / PACKED_TENSORS)},
+    }
+    text = json.dumps(info, indent=2, ensure_ascii=False)
+    (folder / PACKED_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether this is what `pack` wrote."""
+    return (Path(folder) / PACKED_CONFIG).is_file()
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """A checked `compressed.json`: class, method, base, ranks, sizes.
+
+    Raises:
+        ValueError: no such folder, a newer format, a value that is missing or of the wrong type.
+    """
+    folder = Path(folder)
+    if not is_packed(folder):
+        raise ValueError(
+            f"{str(folder)!r} holds no compressed model: it has no {PACKED_CONFIG}. Name the folder"
+            " that `lorica export --to compressed` wrote"
+        )
+    info = read_json(folder / PACKED_CONFIG)
+    check_types(info, _TYPES, folder / PACKED_CONFIG)
+    if missing := sorted(k for k in _TYPES if info.get(k) is None):
+        raise ValueError(
+            f"{folder / PACKED_CONFIG}: {missing} must be given; the file was cut. Copy the folder"
+            " again"
+        )
+    if info["reader"] > READER:
+        raise ValueError(
+            f"{folder / PACKED_CONFIG} was written by Lorica {info['lorica']} and needs a reader of"
+            f" format {info['reader']}; this one reads up to {READER}. Upgrade: `pip install -U"
+            " lorica`"
+        )
+    return info
+
+
+def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model that `pack` wrote, in the dtypes it had, on the CPU, in evaluation mode.
+
+    Args:
+        attn_implementation: transformers'; None: its own choice.
+
+    Raises:
+        ValueError: no such folder, a newer format, a class that transformers does not have, or
+            weights that are missing, changed or of another shape.
+    """
+    import transformers
+
+    folder, info = Path(folder), read_info(folder)
+    tensors = read_tensors(folder / PACKED_TENSORS)
+    if sha256(folder / PACKED_TENSORS) != info["files"].get(PACKED_TENSORS):
+        raise ValueError(
+            f"{folder / PACKED_TENSORS} is not the file that {PACKED_CONFIG} describes: truncated,"
+            " or changed since it was written. Copy the folder again from where it came"
+        )
+    cls: Any = getattr(transformers, info["class"], None)
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        raise ValueError(
+            f"{folder / PACKED_CONFIG} is of the class {info['class']!r}, which transformers"
+            f" {transformers.__version__} does not have; install the one it was written with"
+        )
+    state = {**tensors, **{n: tensors[o] for n, o in info["tied"].items() if o in tensors}}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{str(folder)!r} has no config.json that tells its model ({error}); copy the whole"
+            " folder again from where it came"
+        ) from None
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and written over
+        model = cls._from_config(config, attn_implementation=attn_implementation)
+    computed = {name: state.pop(name) for name in info["computed"] if name in state}
+    for name, buffer in model.named_buffers():
+        buffer.data = computed.get(name, buffer.data)
+    try:
+        load_compressed(model, state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder / PACKED_TENSORS} does not fit {info['class']}: {error}. Copy the folder"
+            " again, or install the transformers it was written with"
+        ) from None
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
 
 
 def _pair(name: str, layer: AdaptedLinear, method: str) -> nn.Sequential:
     left = layer.combine.remains(layer.update)
     if left is None:
         raise ValueError(
-            f"{name!r} still reads its base, or its update is no product of two factors, so"
-            f" `{method}` leaves no thin layers there; use `lorica.merge(model)`, or train to the"
-            " end of a method that takes the base out"
+            f"`{method}` cannot be compressed: {name!r} still reads its base, or its update is no"
+            " product of two factors. Allowed are layers whose frozen weight has faded to nothing"
+            " over an update that is such a product. Train to the end of a method that takes the"
+            " base out, or merge (`lorica.merge(model)`, on the command line `--to merged`)"
         )
     factors, bias = left
     A, B = read_full(factors.A), read_full(factors.B) * factors.scale

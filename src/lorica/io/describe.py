@@ -16,6 +16,9 @@ from lorica.io.strict import (
     OWN_CONFIG,
     PEFT_CONFIG,
     PEFT_TENSORS,
+    check_items,
+    check_patterns,
+    check_types,
     locate,
     read_json,
     read_tensors,
@@ -56,13 +59,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
     out: dict[str, Any] = {"path": str(folder), "problems": []}
     info: dict[str, Any] = {}
     if (folder / OWN_CONFIG).exists():
+        info = native.read_info(folder)
         try:
-            info = native.read_own(folder)
+            native.check_files(folder, info)
         except ValueError as error:
             out["problems"].append(str(error))
-            info = read_json(folder / OWN_CONFIG)
     form = info.get("form", "peft")
     data = read_json(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).exists() else {}
+    check_types(data, peft.TYPES, folder / PEFT_CONFIG)
+    check_items(data, peft.ITEMS, folder / PEFT_CONFIG)
     recipe = info.get("recipe", {})
     out |= {
         "type": form,
@@ -82,6 +87,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
         tensors |= read_tensors(file)
     plain, shown = peft.as_plain(data, tensors, folder / PEFT_CONFIG)
     told = form == "peft" and plain.get("peft_type") == peft.LORA
+    if told:
+        peft.check_config(plain, folder / PEFT_CONFIG)
+        check_patterns(peft.patterns_of(plain), shown, folder / PEFT_CONFIG)
     layers = _layers(shown, plain, out["problems"]) if told else _own_layers(info)
     out["layers"] = layers
     out["saved"] = info.get("saved") or list(data.get("modules_to_save") or [])
@@ -121,7 +129,8 @@ def _layers(
                 pairs.setdefault(path, {})[side] = tensor
     out = {}
     for path, pair in pairs.items():
-        if len(pair) < 2 or pair["A"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[-1]:
+        flat = all(factor.ndim == 2 for factor in pair.values())
+        if len(pair) < 2 or not flat or pair["A"].shape[0] != pair["B"].shape[1]:
             problems.append(f"{path} has no complete pair of factors")
             continue
         r, scale = pair["A"].shape[0], _scale(path, data)

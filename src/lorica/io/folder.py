@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,25 +94,59 @@ def writing(
                 file.chmod(0o666 & ~umask())  # safetensors makes its files private
             sync(file)
         sync(fresh)
-        _swap(fresh, path)
-        sync(path.parent)
+        place(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _swap(fresh: Path, path: Path) -> None:
-    """Two renames at most: a folder cannot be renamed over one that holds something."""
+def place(fresh: Path, path: Path) -> None:
+    """Give a finished folder its name; what had that name before is removed afterwards.
+
+    There is no moment without a whole folder of that name where the system can swap two of them
+    (Linux, on most file systems). Elsewhere the old one is for a moment at `.NAME.*.old`, as a
+    folder cannot be renamed over one that holds something; see `mend`.
+    """
     if not path.exists() or not any(path.iterdir()):
         os.replace(fresh, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    os.replace(path, old)
+    elif _exchange(fresh, path):
+        sync(path.parent)
+        shutil.rmtree(fresh)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        sync(path.parent)
+        shutil.rmtree(old)
+    sync(path.parent)
+
+
+def mend(path: Path) -> None:
+    """Clear away what processes that died while they wrote `path` have left beside it, and put an
+    old folder back that has no successor. For whoever is alone in the folder around it.
+    """
+    for left in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        elif any(left.iterdir()):
+            os.replace(left, path)
+    for left in path.parent.glob(f".*{path.name}.*.writing"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False: the system does not offer it here."""
+    if sys.platform != "linux":
+        return False
     try:
-        os.replace(fresh, path)
-    except OSError:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old)
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # a C library older than 2018
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of the kernel's headers
+    return call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _copy(source: Path, target: Path) -> None:

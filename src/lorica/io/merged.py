@@ -3,20 +3,23 @@ model's."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorica.adapters import Adapters
 from lorica.attach import merge
 from lorica.io.folder import check_free, first, together, writing
+from lorica.proof import check_effect
 
 MARKS = ("config.json",)
 # Rounding errors of independent weights add up as √layers, those of the layers between them come on
@@ -26,21 +29,42 @@ _SLACK, _BETWEEN = 5.0, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merged:
+class Change:
+    """How far the output (logits) on a sample went: `max_change` and `mean_change` are absolute
+    differences, `rms` is the size of the output, `relative_change` the difference's size as a part
+    of it."""
+
+    max_change: float
+    mean_change: float
+    rms: float
+    relative_change: float
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Change:
+        change, rms = (after - before).abs(), float(before.square().mean().sqrt())
+        size = float(change.square().mean().sqrt())
+        return cls(
+            max_change=float(change.max()),
+            mean_change=float(change.mean()),
+            rms=rms,
+            relative_change=size / rms if rms else float(size > 0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Change):
     """What merging did; `as_dict` is JSON-ready.
 
-    `max_change` and `mean_change` are absolute differences of the output (logits) on the sample,
-    `explained` is the mean that rounding to `dtype` explains at most, `rms` the size of the output.
+    `explained` is the mean change that rounding to `dtype` explains at most. `approximated` is not
+    empty where an update was merged that no matrix is: {module path: what is lost of its output}.
     """
 
     path: Path
     dtype: str
     layers: int
     untied: bool
-    max_change: float
-    mean_change: float
-    rms: float
     explained: float
+    approximated: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def suspicious(self) -> bool:
@@ -48,11 +72,14 @@ class Merged:
         return not self.mean_change <= self.explained
 
     def as_dict(self) -> dict[str, Any]:
-        data = {**dataclasses.asdict(self), "path": str(self.path)}
+        data = {**vars(self), "path": str(self.path), "approximated": dict(self.approximated)}
         return {**data, "suspicious": self.suspicious}
 
     def __str__(self) -> str:
         verdict = "MORE than rounding explains" if self.suspicious else "rounding explains it"
+        if self.approximated:
+            worst = max(self.approximated.values())
+            verdict = f"an approximation, which loses up to {worst:.2e} of a layer's update"
         return (
             f"merged {self.layers} layers into {self.path} ({self.dtype}); logits changed by"
             f" {self.mean_change:.2e} on average, {self.max_change:.2e} at most, of a size of"
@@ -67,6 +94,7 @@ def merge_to(
     tokenizer: Any = None,
     max_shard_size: str = "5GB",
     sample: Mapping[str, Tensor] | None = None,
+    approximate: bool = False,
     overwrite: bool = False,
 ) -> Merged:
     """Merge the adapters into the model and write it as an ordinary transformers model.
@@ -82,11 +110,13 @@ def merge_to(
         max_shard_size: of one file, as transformers writes it.
         sample: keyword arguments of a forward pass on which the change is measured. Default: 32
             tokens drawn from the vocabulary, always the same.
+        approximate: merge updates that are no matrix (a layer's depends on what others see) into
+            one that nearly computes them on the sample; see `DeltaChoice.stand_in`.
         overwrite: replace a model that is there.
 
     Raises:
-        ValueError: nothing is attached, not a transformers model, the folder is taken, or no sample
-            can be made up for this model.
+        ValueError: nothing is attached, not a transformers model, the folder is taken, no sample
+            can be made up for this model, or `approximate` where merging is exact.
 
     Example:
         >>> import tempfile, lorica
@@ -108,13 +138,40 @@ def merge_to(
         )
     if first():
         check_free(out, overwrite=overwrite, marks=MARKS)
+    recipe: Any = adapters.recipe
+    if approximate and "weight" in recipe.given():
+        raise ValueError(
+            f"`approximate` has no effect: `{recipe.text()}` has a ΔW in every layer, so merging is"
+            " exact; leave it out (`--approximate`)"
+        )
     sample = dict(sample) if sample is not None else make_sample(model)
     count = len(adapters.layers)
-    tied = any(n in adapters.contract.tied for n in [*adapters.layers, *adapters.saved])
+    tied = [n for n in [*adapters.layers, *adapters.saved] if n in adapters.contract.tied]
     dtype = next((layer.store.parameter.dtype for _, layer in adapters), model.dtype)
+    check_effect(adapters, "the merged model")
     before = outputs(model, sample)
-    merge(model)
+    with stand_in(adapters, sample) if approximate else contextlib.nullcontext({}) as lost:
+        merge(model)
     after = outputs(model, sample)
+    change = Change.of(before, after)
+    unit = torch.finfo(dtype).eps / 2
+    merged = Merged(
+        **vars(change),
+        path=out,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=count,
+        untied=bool(tied),
+        explained=_SLACK * unit * math.sqrt(count + _BETWEEN) * change.rms,
+        approximated=lost,
+    )
+    if merged.suspicious and not approximate:
+        raise ValueError(
+            f"merging changed the logits by {merged.mean_change:.2e} on average, and rounding to"
+            f" {merged.dtype} explains {merged.explained:.2e} at most (their size is"
+            f" {merged.rms:.2e}), so the merged model would not be the trained one. {out} was not"
+            " written, and the model in memory is spoiled. Use the adapter as it is, or load the"
+            " base in float32 and merge again"
+        )
     if first():
         with writing(out, overwrite=overwrite, marks=MARKS) as folder:
             # A tie that was broken must not be mended on loading, so every weight has its entry.
@@ -122,20 +179,44 @@ def merge_to(
             model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            _check_untied(folder, tied)
     together()
-    change = (after - before).abs()
-    rms = float(before.square().mean().sqrt())
-    unit = torch.finfo(dtype).eps / 2
-    return Merged(
-        path=out,
-        dtype=str(dtype).removeprefix("torch."),
-        layers=count,
-        untied=tied,
-        max_change=float(change.max()),
-        mean_change=float(change.mean()),
-        rms=rms,
-        explained=_SLACK * unit * math.sqrt(count + _BETWEEN) * rms,
-    )
+    return merged
+
+
+def _check_untied(folder: Path, tied: list[str]) -> None:
+    """That no reader ties anew what training took apart: each has a weight of its own in the files,
+    and the configuration says so.
+
+    Raises:
+        ValueError: else.
+    """
+    if not tied:
+        return
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= set(tensors.keys())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lost = [n for n in tied if not any(k.startswith(f"{n}.") for k in stored)]
+    if lost or config.get("tie_word_embeddings", True):
+        raise ValueError(
+            f"{', '.join(lost or tied)} was trained apart from the weight it shared with"
+            f" another module, and what transformers writes would be tied again by"
+            " whoever loads it; nothing was written. Use the adapter as it is"
+        )
+
+
+def stand_in(
+    adapters: Adapters, sample: Mapping[str, Tensor] | None
+) -> contextlib.AbstractContextManager[dict[str, float]]:
+    """Within, updates that are no matrix have one that nearly computes them on the sample; what is
+    lost by that, {module path: part of its update's output}. Others need no sample."""
+    recipe: Any = adapters.recipe
+    if "weight" in recipe.given():
+        return contextlib.nullcontext({})
+    assert sample is not None
+    return recipe.delta.stand_in(adapters, [sample])
 
 
 @torch.no_grad()
@@ -144,19 +225,25 @@ def outputs(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        first = model(**sample)[0]
+        first = model(**sample)
     finally:
         for module, mode in training.items():
             module.training = mode
+    first = first if isinstance(first, Tensor) else first[0]
     return first.detach().double().cpu()
 
 
-def make_sample(model: PreTrainedModel, length: int = 32) -> dict[str, Tensor]:
+def make_sample(model: nn.Module, length: int = 32) -> dict[str, Tensor]:
     """Token ids (1, length) for a forward pass, always the same for one model.
 
     Raises:
         ValueError: the model doesn't read token ids.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model, so what it reads is not known; give"
+            " an input as `sample={...}`, by the names of its arguments"
+        )
     config = model.config.get_text_config()
     size = getattr(config, "vocab_size", None)
     if model.main_input_name != "input_ids" or not size:

@@ -33,15 +33,19 @@ from lorica.io.strict import (
     OWN_TENSORS,
     PEFT_CONFIG,
     PEFT_TENSORS,
+    check_items,
+    check_patterns,
     check_types,
     locate,
     read_json,
     read_tensors,
     sha256,
     tensor_file,
+    told,
 )
 from lorica.moves import copy_, read_full
 from lorica.recipe import Recipe
+from lorica.state import buffers
 
 READER = 1  # raised when an older reader would misread what is written
 
@@ -49,6 +53,18 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "reader": (int,), "lorica": (str,), "form": (str,), "recipe": (dict,), "dtype": (str,),
     "base": (dict,), "fresh": (list,), "layers": (dict,), "saved": (list,), "direct": (list,),
     "files": (dict,), "versions": (dict,),
+}  # fmt: skip
+_RECIPE_TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str,), "r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float),
+    "lora_dropout_on": (str,), "target_modules": (str, list), "exclude_modules": (str, list),
+    "layers_to_transform": (list,), "modules_to_save": (list,), "bias": (str,),
+    "train_rest": (bool,), "rank_pattern": (dict,), "alpha_pattern": (dict,), "seed": (int,),
+}  # fmt: skip
+_BASE_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("class", "name", "sha256", "dtype"), (str,)
+)
+_LAYER_TYPES: dict[str, tuple[type, ...]] = {
+    "in": (int,), "out": (int,), "r": (int,), "carried": (int,), "scale": (int, float),
 }  # fmt: skip
 
 
@@ -116,18 +132,6 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
     return path
 
 
-def _buffers(adapters: Adapters) -> dict[str, Tensor]:
-    """Persistent buffers of the modules that train in full (running statistics, say)."""
-    out = {}
-    for site, module in adapters.saved.items():
-        own = {n for n, _ in module.copy.named_parameters(remove_duplicate=False)}
-        if module.only is None:
-            out |= {
-                f"{site}.copy.{n}": t for n, t in module.copy.state_dict().items() if n not in own
-            }
-    return out
-
-
 def full_state(adapters: Adapters) -> dict[str, Tensor]:
     """`adapters.state_dict()` and the buffers of the modules that train in full, and what such a
     module shares within itself under every name."""
@@ -138,7 +142,7 @@ def full_state(adapters: Adapters) -> dict[str, Tensor]:
         for n, p in module.copy.named_parameters(remove_duplicate=False)
     }
     shared = {n: read_full(p).detach() for n, p in shared.items()}
-    return {**shared, **_buffers(adapters), **adapters.state_dict()}
+    return {**shared, **buffers(adapters), **adapters.state_dict()}
 
 
 def check_values(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
@@ -234,6 +238,17 @@ def read_own(folder: Path) -> dict[str, Any]:
         ValueError: a newer format, a value of the wrong type, a file that is missing or was
             changed.
     """
+    info = read_info(folder)
+    check_files(folder, info)
+    return info
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """A checked `lorica.json`, whatever became of the files it speaks of.
+
+    Raises:
+        ValueError: a newer format, a value of the wrong type.
+    """
     file = folder / OWN_CONFIG
     info = read_json(file)
     reader = info.get("reader")
@@ -248,10 +263,35 @@ def read_own(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: {missing} must be given; the file was cut. Copy the folder again"
         )
+    check_types(info["recipe"], _RECIPE_TYPES, file)
+    check_types(info["base"], _BASE_TYPES, file)
+    check_items(info, {"fresh": str, "saved": str, "direct": str, "files": str}, file)
+    check_items(info, {"layers": dict, "versions": str}, file)
+    check_items(info["recipe"], {"rank_pattern": int, "alpha_pattern": float}, file)
+    names = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), str)
+    check_items(info["recipe"], {**names, "layers_to_transform": int}, file)
+    for name, layer in info["layers"].items():
+        check_types(layer, _LAYER_TYPES, file)
+        if bad := sorted(
+            k for k in _LAYER_TYPES if layer.get(k) is None or not 0 <= layer[k] < 2**31
+        ):
+            raise ValueError(
+                f"{file}: {bad} of the layer {told(name)} must be given, as numbers of at least 0;"
+                " the file was changed. Copy the folder again"
+            )
+    return info
+
+
+def check_files(folder: Path, info: Mapping[str, Any]) -> None:
+    """Whether the files that a checked `lorica.json` speaks of are whole.
+
+    Raises:
+        ValueError: one is missing or was changed.
+    """
     for name, digest in info["files"].items():
         if os.path.basename(name) != name or not (folder / name).is_file():
             raise ValueError(
-                f"{folder} lacks {name!r}, which belongs to the adapter. Copy the whole folder"
+                f"{folder} lacks {told(name)}, which belongs to the adapter. Copy the whole folder"
             )
         if sha256(folder / name) != digest:
             remedy = (
@@ -264,14 +304,14 @@ def read_own(folder: Path) -> dict[str, Any]:
                 f"{folder / name} is not the file that {OWN_CONFIG} describes: truncated, or"
                 f" changed since it was saved. Copy the folder again from where it came.{remedy}"
             )
-    return info
 
 
 def read_recipe(info: Mapping[str, Any], folder: Path) -> Recipe:
     try:
         return Recipe.from_dict(info["recipe"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / OWN_CONFIG}: `recipe`: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = str(error) if len(str(error)) < 1000 else f"{str(error)[:1000]}..."
+        raise ValueError(f"{folder / OWN_CONFIG}: `recipe`: {reason}") from None
 
 
 def load(
@@ -330,6 +370,9 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
         )
     recipe = read_recipe(info, folder)
     tensors = _read_files(folder, info)
+    names = [name for name, _ in model.named_modules()]
+    check_patterns(peft.patterns_of(info["recipe"]), names, folder / OWN_CONFIG)
+    _check_ranks(recipe, model, tensors, folder / OWN_CONFIG)
     try:
         adapters = attach(
             model,
@@ -363,6 +406,7 @@ def _load_peft(model: nn.Module, folder: Path, *, verbose: bool) -> Adapters:
     data, tensors = peft.as_plain(read_json(file), tensors, file)
     data = peft.read_config(data, file)
     recipe, anchored = peft.recipe_for(model, data, file)
+    _check_ranks(recipe, model, tensors, file)
     try:
         # An anchored start is computed and carried; the factors it leaves are overwritten.
         adapters = attach(model, recipe, fresh=[], verbose=verbose, initialise=anchored)
@@ -381,6 +425,26 @@ def _load_peft(model: nn.Module, folder: Path, *, verbose: bool) -> Adapters:
         detach(model)
         raise
     return adapters
+
+
+def _check_ranks(
+    recipe: Recipe, model: nn.Module, tensors: Mapping[str, Tensor], file: Path
+) -> None:
+    """Before anything of that size is made: a rank is no larger than all that the file and the
+    model have.
+
+    Raises:
+        ValueError: one is.
+    """
+    shapes = [t.shape for t in (*tensors.values(), *model.parameters())]
+    most = max((size for shape in shapes for size in shape), default=0)
+    rank = max([recipe.r or 0, *recipe.rank_pattern.values()])
+    if rank > most:
+        raise ValueError(
+            f"{file}: the rank {rank} is larger than every dimension of the file's tensors and of"
+            f" this {type(model).__name__}, {most} at most; the file was changed. Copy the folder"
+            " again from where it came"
+        )
 
 
 def restore(adapters: Adapters, path: str | Path, *, check_base: bool = True) -> None:
@@ -521,6 +585,12 @@ def _cut(
                 f"{place.key} is {tuple(found.shape)} instead of {tuple(live[name].shape)}"
             )
             continue
+        if (wrong := _carried_shape(adapters, name, part)) is not None:
+            problems.append(f"{place.key} is {tuple(found.shape)}, {wrong} expected")
+            continue
+        if name in live and part.is_floating_point() != live[name].is_floating_point():
+            problems.append(f"{place.key} is of {part.dtype}, of {live[name].dtype} expected")
+            continue
         state[name] = part
     if problems:
         problems = list(dict.fromkeys(problems))
@@ -533,10 +603,23 @@ def _cut(
     return state
 
 
+def _carried_shape(adapters: Adapters, name: str, part: Tensor) -> str | None:
+    """What a tensor of carried factors should be, where it isn't: (k, in) or (out, k)."""
+    site, carried, side = name.rpartition(".update.carried_")
+    if not carried:
+        return None
+    axis, size = {
+        "A": (1, adapters.layers[site].in_features),
+        "B": (0, adapters.layers[site].out_features),
+    }[side]
+    fits = part.ndim == 2 and part.shape[axis] == size
+    return None if fits else f"two dimensions, one of {size}"
+
+
 def _write(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
-    buffers = _buffers(adapters)
+    held = buffers(adapters)
     own = set(adapters.state_dict())
     extra = {n for n in state if n not in own and ".update.carried_" not in n}
     adapters.load_state_dict({n: t for n, t in state.items() if n not in extra})
-    for name in extra & set(buffers):
-        copy_(buffers[name], state[name])
+    for name in extra & set(held):
+        copy_(held[name], state[name])

@@ -29,7 +29,7 @@ from lorica.adapters import Adapters
 from lorica.bases import base_for
 from lorica.deltas import DeltaChoice, Factors, PeftForm
 from lorica.io.names import plain_modules, shadows, shortest, trained_names
-from lorica.io.strict import PEFT_CONFIG, check_types
+from lorica.io.strict import PEFT_CONFIG, check_items, check_patterns, check_types, told
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full
 from lorica.ranks.pattern import first_match
@@ -322,10 +322,15 @@ def _task(adapters: Adapters, modules: Mapping[str, nn.Module]) -> str | None:
 
 # -- reading ---------------------------------------------------------------------------------------
 
-_TYPES: dict[str, tuple[type, ...]] = {  # of every type of PEFT's that is read
+TYPES: dict[str, tuple[type, ...]] = {  # of every type of PEFT's that is read
     "peft_type": (str,), "r": (int,), "target_modules": (list, str),
     "exclude_modules": (list, str), "modules_to_save": (list,), "layers_to_transform": (list, int),
-    "layers_pattern": (list, str), "bias": (str,), "task_type": (str,),
+    "layers_pattern": (list, str), "bias": (str,), "task_type": (str,), "peft_version": (str,),
+    "base_model_name_or_path": (str,),
+}  # fmt: skip
+ITEMS: dict[str, type] = {
+    "target_modules": str, "exclude_modules": str, "modules_to_save": str, "layers_pattern": str,
+    "layers_to_transform": int,
 }  # fmt: skip
 _PAIR_TYPES: dict[str, tuple[type, ...]] = {
     "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
@@ -354,6 +359,22 @@ _CONVERT = (
 )
 
 
+def check_config(data: dict[str, Any], file: Path) -> None:
+    """Every value has a type that PEFT gives it, whatever it switches on.
+
+    Raises:
+        ValueError: naming those that don't.
+    """
+    check_types(data, {**TYPES, **_PAIR_TYPES, **dict.fromkeys(_flags(), (bool,))}, file)
+    check_items(data, {**ITEMS, "rank_pattern": int, "alpha_pattern": float}, file)
+    ranks = [data.get("r"), *(data.get("rank_pattern") or {}).values()]
+    if bad := [r for r in ranks if r is not None and r < 1]:
+        raise ValueError(
+            f"{file}: the rank {bad[0]} in `r` or `rank_pattern` is a whole number of at least 1."
+            " Correct the file, or copy it again from where it came"
+        )
+
+
 def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
     """A checked `adapter_config.json`, defaults filled in.
 
@@ -363,17 +384,17 @@ def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
     """
     if (forms := _forms()).get(str(data.get("peft_type"))) is not None:
         return _read_own_config(data, forms[data["peft_type"]], file)
-    check_types(data, {**_TYPES, **_PAIR_TYPES, **dict.fromkeys(_flags(), (bool,))}, file)
+    check_config(data, file)
     if data.get("peft_type") != LORA:
         synonyms = {c.peft_synonym for c in _deltas() if c.peft_synonym is not None}
         others = "".join(f" and {name}" for name in sorted({*forms, *synonyms}))
         raise ValueError(
-            f"{file}: `peft_type` is {data.get('peft_type')!r}; read are LORA files (LoRA, DoRA,"
-            f" rsLoRA, OLoRA, PiSSA, ...){others}. Merge the adapter with PEFT, or train it again"
-            " here"
+            f"{file}: `peft_type` is {told(data.get('peft_type'))}; read are LORA files (LoRA,"
+            f" DoRA, rsLoRA, OLoRA, PiSSA, ...){others}. Merge the adapter with PEFT, or train it"
+            " again here"
         )
     _complete(data, {"r", "lora_alpha", "target_modules"}, file)
-    _known(data, {*_TYPES, *_PAIR_TYPES, *_IGNORED, *_PAIR_IGNORED, *_flags()}, file)
+    _known(data, {*TYPES, *_PAIR_TYPES, *_IGNORED, *_PAIR_IGNORED, *_flags()}, file)
     start = data.get("init_lora_weights")
     data = {**data, "init_lora_weights": True if start is None else start}
     _anchor(data, file)
@@ -382,11 +403,12 @@ def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _read_own_config(data: dict[str, Any], form: PeftForm, file: Path) -> dict[str, Any]:
     """The same for a type that a delta declares as PEFT's own."""
-    check_types(data, {**_TYPES, form.dropout: (int, float)}, file)
+    check_config(data, file)
+    check_types(data, {form.dropout: (int, float)}, file)
     _complete(data, {"r", "target_modules"}, file)
-    _known(data, {*_TYPES, *_IGNORED, *form.fields, form.dropout}, file)
+    _known(data, {*TYPES, *_IGNORED, *form.fields, form.dropout}, file)
     if own_choice(data) is None:
-        given = ", ".join(f"`{k}={data.get(k)!r}`" for k in form.fields)
+        given = ", ".join(f"`{k}={told(data.get(k))}`" for k in form.fields)
         raise ValueError(
             f"{file}: a {form.peft_type} adapter with {given} is not known here. Merge the adapter"
             " with PEFT, or train it again here"
@@ -443,8 +465,9 @@ def _known(data: Mapping[str, Any], known: set[str], file: Path) -> None:
         if key not in known and value and value != _DEFAULTS.get(key)
     }
     if strange:
+        some = ", ".join(f"`{told(k)[1:-1]}={told(v)}`" for k, v in sorted(strange.items())[:8])
         raise ValueError(
-            f"{file}: {', '.join(f'`{k}={v!r}`' for k, v in sorted(strange.items()))} changes what"
+            f"{file}: {some} changes what"
             " the adapter computes and is not implemented here. Merge the adapter with PEFT, or"
             " train it without"
         )
@@ -472,7 +495,8 @@ def _anchor(data: Mapping[str, Any], file: Path) -> str | None:
             why = _RANDOM
     why = why or "this start is unknown, and so is what it did to the base"
     raise ValueError(
-        f"{file}: an adapter with `init_lora_weights={start!r}` can't be read: {why}; {_CONVERT}"
+        f"{file}: an adapter with `init_lora_weights={told(start)}` can't be read: {why};"
+        f" {_CONVERT}"
     )
 
 
@@ -564,7 +588,10 @@ def _used(patterns: Mapping[str, Any], layers: Sequence[str], file: Path) -> dic
     try:
         return {p: v for p, v in patterns.items() if any(first_match({p: 0}, n) for n in layers)}
     except re.error as error:
-        raise ValueError(f"{file}: a pattern is no regular expression ({error})") from None
+        raise ValueError(
+            f"{file}: a pattern of `rank_pattern` or `alpha_pattern` is no regular expression"
+            f" ({error}). Correct the file, or copy it again from where it came"
+        ) from None
 
 
 def _targets(
@@ -572,6 +599,7 @@ def _targets(
 ) -> list[str]:
     """The modules PEFT would adapt, by its own rules."""
     spec = data["target_modules"]
+    check_patterns(patterns_of(data), modules, file)
     try:
         if isinstance(spec, str) and spec.lower() == "all-linear":
             found = _all_linear(model, modules, data.get("task_type"))
@@ -589,14 +617,27 @@ def _targets(
             n for n in found if not any(shadows(p, [n]) for p in data.get("modules_to_save") or [])
         ]
     except re.error as error:
-        raise ValueError(f"{file}: {spec!r} is no regular expression ({error})") from None
+        raise ValueError(
+            f"{file}: {told(spec)}, or another of its patterns, is no regular expression"
+            f" ({error}). Correct the file, or copy it again from where it came"
+        ) from None
     if not found:
         endings = sorted({n.rsplit(".", 1)[-1] for n in modules} - {str(i) for i in range(1000)})
         raise ValueError(
-            f"{file}: `target_modules={spec!r}` means no module of this {type(model).__name__},"
+            f"{file}: `target_modules={told(spec)}` means no module of this {type(model).__name__},"
             f" whose modules end in {', '.join(endings)}. The adapter is for"
-            f" {data.get('base_model_name_or_path')!r}; load that model"
+            f" {told(data.get('base_model_name_or_path'))}; load that model"
         )
+    return found
+
+
+def patterns_of(data: Mapping[str, Any]) -> list[str]:
+    """What a configuration, PEFT's or a recipe, gives to the matcher of regular expressions."""
+    found = [data.get(key) for key in ("target_modules", "exclude_modules")]
+    found = [spec for spec in found if isinstance(spec, str)]
+    for key in ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        held = data.get(key) or ()
+        found += [held] if isinstance(held, str) else list(held)
     return found
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PEFT_CONFIG = "adapter_config.json"
@@ -16,29 +21,81 @@ PEFT_PICKLE = "adapter_model.bin"
 OWN_CONFIG = "lorica.json"
 OWN_TENSORS = "lorica.safetensors"
 
+# What an adapter's file holds: what trains, and buffers (counts, masks) of modules saved in full.
+DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what a terminal would obey
+
+
+def told(value: Any, width: int = 120) -> str:
+    """A value of a file as an error message shows it: as Python writes it, and cut.
+
+    Example:
+        >>> told("q" * 300, width=10)
+        "'qqqqqq..."
+    """
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def check_file(path: Path) -> None:
+    """Whether this is a file with an end, or a link to one (a hub's cache has links).
+
+    Raises:
+        ValueError: it is missing, or a folder, a pipe, a device.
+    """
+    if path.is_file():
+        return
+    if not os.path.lexists(path):
+        raise ValueError(
+            f"{path} is missing; the folder holds {entries(path.parent)}. Copy the whole folder"
+        )
+    raise ValueError(
+        f"{path} is no ordinary file (a folder, a pipe, a device, or a link that leads nowhere)."
+        " Copy the whole folder again from where it came"
+    )
+
+
+def check_name(name: str, path: Path) -> None:
+    """Whether a name that a file gives can be shown and looked up.
+
+    Raises:
+        ValueError: it holds control characters, or half surrogate pairs, or is endless.
+    """
+    if len(name) > 1000 or _STRANGE.search(name):
+        raise ValueError(
+            f"{path}: {told(name)} is no name: names are at most 1000 printable characters. The"
+            " file was changed; copy it again from where it came"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; not-a-number and a key given twice are refused too.
+    """A JSON object; not-a-number, a key given twice and control characters are refused too.
 
     Raises:
         ValueError: with the file, and the line and column of what can't be read.
     """
+    check_file(path)
     try:
         value = json.loads(
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_once,
             parse_constant=_no_constant,
         )
+        _check_texts(value)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; the file is not JSON."
             " Save the adapter again, or copy the file again from where it came"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"{path}: {error or 'nested too deeply'}; the file is not what an adapter's"
+            f"{path}: {reason}; the file is not what an adapter's"
             " configuration looks like. Copy it again from where it came"
         ) from None
     if not isinstance(value, dict):
@@ -53,8 +110,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise ValueError(f"the key {told(twice)} is given twice")
     return out
+
+
+def _check_texts(value: Any) -> None:
+    """Strings at any depth are texts that a terminal can be shown."""
+    if isinstance(value, str) and _STRANGE.search(value):
+        raise ValueError(f"{told(value)} holds control characters")
+    for part in [*value, *value.values()] if isinstance(value, dict) else ():
+        _check_texts(part)
+    for part in value if isinstance(value, list) else ():
+        _check_texts(part)
 
 
 def _no_constant(name: str) -> Any:
@@ -68,7 +135,7 @@ def check_types(data: dict[str, Any], types: dict[str, tuple[type, ...]], path: 
         ValueError: naming all that don't.
     """
     bad = [
-        f"{key!r} is {data[key]!r}, not {' or '.join(t.__name__ for t in allowed)}"
+        f"{key!r} is {told(data[key])}, not {' or '.join(t.__name__ for t in allowed)}"
         for key, allowed in types.items()
         if data.get(key) is not None
         and not (
@@ -81,26 +148,102 @@ def check_types(data: dict[str, Any], types: dict[str, tuple[type, ...]], path: 
         )
 
 
+def check_items(data: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
+    """The elements of the lists and the values of the objects under these keys are of one type
+    (what is neither is `check_types`' affair); `float` takes whole numbers too.
+
+    Raises:
+        ValueError: naming the first that isn't.
+    """
+    for key, kind in kinds.items():
+        held = data.get(key)
+        items = list(held.values()) if isinstance(held, dict) else held
+        for item in items if isinstance(items, list) else ():
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(item, allowed) or isinstance(item, bool):
+                raise ValueError(
+                    f"{path}: {key!r} holds {told(item)}, not {kind.__name__}. Correct the file, or"
+                    " copy it again from where it came"
+                )
+
+
+# Every way in which a pattern of an adapter is matched here, on every name.
+_TRY = """
+import json, re, sys
+patterns, names, seconds = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+except ImportError:
+    pass
+for pattern in patterns:
+    for form in ("{}", r"(.*\\.)?({})", r"(^|.*\\.){}($|\\..*)"):
+        try:
+            expression = re.compile(form.format(pattern))
+        except (re.error, RecursionError, OverflowError):
+            continue
+        for name in names:
+            expression.fullmatch(name)
+"""
+PATIENCE = 5  # seconds of processor time; an honest pattern takes microseconds a name
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str], path: Path) -> None:
+    """Regular expressions of a file come to an end on these names.
+
+    Python's matcher cannot be stopped, and `(\\w+\\.?)*!` takes it years. So what repeats more than
+    once is tried in a process of its own first.
+
+    Raises:
+        ValueError: one does not end within a few seconds.
+    """
+    risky = [p for p in patterns if len(re.findall(r"[*+{]", p)) > 1]
+    if not risky:
+        return
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _TRY],
+            input=json.dumps([risky, list(names), PATIENCE]), text=True, capture_output=True,
+            timeout=12 * PATIENCE,  # of a clock's: the machine may be busy
+        ).returncode >= 0  # fmt: skip
+    except subprocess.TimeoutExpired:
+        ended = False
+    if not ended:
+        raise ValueError(
+            f"{path}: matching {', '.join(map(told, risky[:4]))} with the modules' names has not"
+            f" ended after {PATIENCE} s: repeats within repeats take for ever. Write these names"
+            " as a list"
+        )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        ValueError: the file is missing, truncated or not safetensors.
+        ValueError: the file is missing, truncated or not safetensors; a tensor of a type that no
+            adapter has.
     """
     from safetensors import SafetensorError, safe_open
 
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is missing; the folder holds {entries(path.parent)}. Copy the whole folder"
+            f"{path} is no complete safetensors file ({told(str(error), 300)}); it was truncated or"
+            " changed. Copy it again from where it came, or save the adapter again"
         ) from None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}); it was truncated or changed. Copy"
-            " it again from where it came, or save the adapter again"
-        ) from None
+    for name, tensor in tensors.items():
+        check_name(name, path)
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{path}: {told(name)} is of {tensor.dtype}; an adapter's tensors are of"
+                f" {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}. Save the adapter"
+                " again in one of these"
+            )
+    return tensors
 
 
 def sha256(path: Path) -> str:
@@ -171,7 +314,8 @@ def tensor_file(folder: Path) -> Path:
     Raises:
         ValueError: there is none, or only a pickle.
     """
-    if (folder / PEFT_TENSORS).exists():
+    if os.path.lexists(folder / PEFT_TENSORS):
+        check_file(folder / PEFT_TENSORS)
         return folder / PEFT_TENSORS
     if (folder / PEFT_PICKLE).exists():
         raise ValueError(

@@ -3,7 +3,8 @@
     one falls:       f + (1 − f)(1 + cos πp)/2
     others come in:  (p − wait)/ramp, held in [0, 1]
 
-An objective does not see the step, so a schedule of the same file counts it.
+An objective does not see the step, so a schedule of the same file counts it, and leaves the two
+factors of now with the adapters: a mirror of the schedule's state.
 """
 
 from __future__ import annotations
@@ -11,13 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lorica.rooms import Choice
 from lorica.schedules import AbstractSchedule
-
-# Of each handle, the two factors of now: a mirror of the schedule's state.
-_NOW: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
 
 
 def factors(choice: Choice, adapters: Any) -> tuple[float, float]:
@@ -26,15 +23,16 @@ def factors(choice: Choice, adapters: Any) -> tuple[float, float]:
     Raises:
         ValueError: no optimizer is bound to `adapters`, so nobody counts.
     """
-    if not any(isinstance(s, MovingWeights) for s in adapters.recipe.schedules):
+    words = [s.word for s in adapters.recipe.schedules if isinstance(s, MovingWeights)]
+    if not words:
         return 1.0, 1.0
-    if adapters not in _NOW:
+    if words[0] not in adapters.signals:
         raise ValueError(
             f"the weights of `{choice.text()}` follow the run, and no optimizer is bound to these"
             " adapters yet; make it with `lorica.optimizer(adapters, total_steps=...)` before the"
             " first loss"
         )
-    return _NOW[adapters]
+    return adapters.signals[words[0]]
 
 
 def check_number(choice: Choice, name: str, least: float, most: float = math.inf) -> None:
@@ -108,4 +106,4 @@ class MovingWeights(AbstractSchedule):
         self.restore(state, training.adapters)
 
     def restore(self, state: dict[str, Any], adapters: Any) -> None:
-        _NOW[adapters] = state["falls"], state["comes"]
+        adapters.signals[self.word] = state["falls"], state["comes"]

@@ -50,6 +50,9 @@ class Balora(AbstractObjective):
     Micro-batches weigh by their labels; SVDR, and DR of `nlu`, are no sums over rows and so are
     those of each micro-batch. CR costs a forward without gradient.
 
+    Cost: a forward of the original model a step for CR, an SVD of the logits for SVDR.
+    When: the model must not drift from what it knew, or must stay diverse.
+
     Args:
         cr, dr, svdr: λ₁, λ₂, λ₃ ≥ 0; 0 leaves the term out. Default: the authors', 0.15, 0.03, 0.03
             (`nlu`) or 0.025, 0.005, 0.005 (`nlg`).

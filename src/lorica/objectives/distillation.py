@@ -38,6 +38,9 @@ class Distillation(AbstractObjective):
     With accumulated gradients the features' part of a micro-batch counts by its share of the
     update, as the task's already does.
 
+    Cost: a forward of the original model a step.
+    When: outputs inside the model have to stay as they were: compression, little data.
+
     Args:
         alpha: weight of the task's loss, in [0, 1); default 0.2, a re-implementation's of the paper
             (another has 0.1). 1 − alpha is the features' weight.
@@ -60,6 +63,7 @@ class Distillation(AbstractObjective):
     alpha: float = 0.2
 
     needs: ClassVar[frozenset[str]] = frozenset({"pristine"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
     taps: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     def __post_init__(self) -> None:

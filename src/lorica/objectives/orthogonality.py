@@ -43,6 +43,9 @@ class Orthogonality(AbstractObjective):
     With a trained diagonal between the factors (`svd`) the size of an update is the diagonal's
     affair; without one the penalty holds the factors, and so the update, at unit size.
 
+    Cost: an r × r product for each factor and step.
+    When: ranks duplicate each other; as the part of `adalora`.
+
     Args:
         weight: γ > 0; default 0.1, the authors' on most tasks (0.3 and 0.5 on some; PEFT's is 0.5).
         form: `mean` (default) or `sum`, see the equations above the class.

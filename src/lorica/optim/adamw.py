@@ -18,6 +18,9 @@ from lorica.optim import AbstractRule
 class AdamW(AbstractRule):
     """Adam with decoupled weight decay, the default rule.
 
+    Cost: two numbers of state for each trained one.
+    When: the default.
+
     Example:
         >>> from lorica import Recipe
         >>> Recipe.parse("lora").rule.word

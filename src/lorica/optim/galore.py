@@ -51,6 +51,9 @@ class GaLore(EngineRule):
     GPT-2, `left` is the input's side and not the output's. Every process finds its own bases, in
     the same averaged gradient and by the same code.
 
+    Cost: gradients of all weights; moments of rank r; an SVD a matrix every T steps.
+    When: full training is wanted and its optimizer state does not fit.
+
     Args:
         update_proj_gap: T, in steps, at least 1. Default 200, the paper's, or fewer so that every
             matrix has two refreshes within the run.

@@ -45,6 +45,9 @@ class LoraRite(PairRule):
     out of the gradient already. One count serves all directions of a pair, so a whole pair can
     start anew but single vectors cannot (no `vector_step`, no `row_state`).
 
+    Cost: eigenvalues of r × r matrices for each factor and step; about the state of Adam.
+    When: the sizes of A and B differ a lot: unusual starts, ranks, scales.
+
     Args:
         betas: β₁, β₂ in [0, 1); default (0.9, 0.999), the code's.
         eps: added to the roots of V's eigenvalues; default 1e-6, the code's.

@@ -20,6 +20,9 @@ from lorica.optim._engine import EngineRule
 class SGD(EngineRule):
     """Plain gradient descent with momentum: half the state of Adam, and a rate to be tuned.
 
+    Cost: one number of state for each trained one, none without momentum.
+    When: state has to be small; the rate has to be tuned.
+
     Args:
         momentum: μ in [0, 1); default 0.9, the usual one. 0 keeps no state.
 

@@ -28,6 +28,9 @@ class VectorAdamW(PairRule):
     For methods that exchange or reset single vectors of a pair; they name it themselves. What is in
     no pair gets ordinary AdamW.
 
+    Cost: AdamW's, and a count for each vector.
+    When: vectors are exchanged or reset one by one; such methods name it themselves.
+
     Example:
         >>> from lorica import Recipe
         >>> sorted(Recipe.parse("vector-adamw").rule.gives)

@@ -37,6 +37,9 @@ class Linear(AbstractRank):
 
     The parameters are those of one rank r for all, where every block has the same targets.
 
+    Cost: nothing.
+    When: deeper blocks need more rank, or less; as the part of `prilora`.
+
     Args:
         first, last: ranks of the first and the last block, whole numbers of at least 1. Default r/2
             and 3r/2, the proportion of the paper's 4 and 12 around 8. Of one given, the other

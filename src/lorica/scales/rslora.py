@@ -16,6 +16,9 @@ class RsLora(AbstractScale):
     Default α = 8: s = 2 at r = 16, LoRA's own default there. A LoRA α reused here raises the
     effective rate a lot.
 
+    Cost: nothing.
+    When: ranks of 64 and more, where α/r makes the update small.
+
     Example:
         >>> from lorica import Recipe
         >>> Recipe.parse("rslora", r=16).lora_alpha

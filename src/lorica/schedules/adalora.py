@@ -38,6 +38,9 @@ class AdaLora(Budgeted):
     The penalty keeps triplets apart, and counts in their sensitivity. No time or memory is saved in
     training; what is written afterwards has the ranks that remain.
 
+    Cost: LoRA's of 1.5 r, and an average of every trained number's sensitivity.
+    When: the budget is small and layers differ in need; not for short runs.
+
     Args:
         init_r: rank of every layer at first; default 1.5·r, the paper's. α is tied to it (2·init_r)
             for the whole run.

@@ -26,6 +26,9 @@ class Cola(Chain):
     Dropout falls on the link in training alone; with such a start also on carried links, among
     which its anchor is.
 
+    Cost: LoRA's; carried links add r of rank each, unless they go into the base.
+    When: the wanted change has a higher rank than fits at once.
+
     Args:
         every: steps of a link. Default: fitted, 2 knots a run, the paper's longest chain of 3.
         accumulate: where finished links go: `factors` (default: carried frozen beside the base,

@@ -44,6 +44,10 @@ class PcLora(AbstractSchedule):
     in·out. Over a start from the singular values of W (`pclora+pissa`) its residual fades. Merging
     leaves dense weights of rank r. No other schedule may write to the base meanwhile.
 
+    Cost: a forward of the original model a step, unless `alpha=1`; afterwards r·(in + out) a
+    layer is all that is left.
+    When: the model itself has to become smaller; compare with a truncated SVD.
+
     Args:
         fade: part of the run in (0, 1] after which λ is 0; the factors train on alone for the rest.
             Default 0.6 (the paper's is not known; a re-implementation takes 0.8).
@@ -76,6 +80,7 @@ class PcLora(AbstractSchedule):
     preset: ClassVar[Mapping[str, str]] = {"combine": "fade", "objectives": "distillation"}
     requires: ClassVar[frozenset[str]] = frozenset({"combine"})
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
     withdraws: ClassVar[frozenset[str]] = frozenset({"base"})  # an update may not need W at the end
     edits: ClassVar[frozenset[str]] = frozenset({"base"})
 
@@ -142,7 +147,7 @@ class PcLora(AbstractSchedule):
 
     def restore(self, state: dict[str, Any], adapters: Any) -> None:
         for layer in adapters.layers.values():
-            layer.combine.known = None  # λ was loaded anew
+            layer.combine.loaded()  # by whatever way λ came
 
     def before_step(self, state: dict[str, Any], training: Any) -> None:
         layer = next(iter(training.adapters.layers.values()))

@@ -30,6 +30,9 @@ class Plora(Chain):
     Without momentum it is `cola` with another number of stages. Not to be confused with other works
     of the same short name.
 
+    Cost: LoRA's; carried stages add r of rank each, unless they go into the base.
+    When: as `cola`, where a part of each update should live on.
+
     Args:
         every: steps of a stage, e.g. of one pass over the data. Default: fitted, 4 unloadings a
             run (Lorica's choice: five stages; the paper's numbers were not to be had).

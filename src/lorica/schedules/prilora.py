@@ -46,6 +46,9 @@ class PriLora(AbstractSchedule):
     alone: a layer that has seen none (an expert without a token, a model that trains in evaluation
     mode) is pruned by |A|.
 
+    Cost: LoRA's, and a running norm of every input feature.
+    When: deeper blocks need more rank.
+
     Args:
         every: optimizer steps between prunings; default 40, and less where that would be fewer than
             two in the run.

@@ -78,6 +78,9 @@ class Raclora(Chain):
     what it has is a proof of convergence. A start that depends on the data would end that, so the
     sketch is the one start.
 
+    Cost: half of LoRA's trained numbers and state.
+    When: its proof of convergence matters; it converges n/r times slower than full steps.
+
     Args:
         every: steps of a link. Default: fitted, 9 restarts a run, the paper's 10 links on GLUE.
         side: the factor that *trains*: `B` (default: out·r parameters a layer, and only x Aᵀ need

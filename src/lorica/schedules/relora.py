@@ -32,6 +32,10 @@ class Relora(WarmStart, Restarts):
     A sum of N updates of rank r can reach rank N·r. Most of the published gain is the full-rank
     warm start; reset and re-warm-up help only together.
 
+    Cost: LoRA's; the base becomes training state, and a warm start costs full training while it
+    lasts.
+    When: pre-training, with a quarter of the run as `warm_start`.
+
     Args:
         every: steps between restarts (q). Default: fitted, 3 restarts a run, as 5,000 of 20,000.
         warm_start: steps of full-rank training before that: the targets' weights train and the

@@ -33,6 +33,9 @@ from lorica.shards import read_full, row_states, write_rows, zero_rows
 class RmLora(AbstractSchedule):
     """Every step trains a random half of the ranks, and a penalty keeps all of them apart.
 
+    Cost: LoRA's, and an r × r product for each factor.
+    When: ranks duplicate each other and a little accuracy may be spent on it.
+
     Args:
         k: ranks with a gradient, of each layer's r; default half of them. A layer with no more than
             that many trains all of them.

@@ -46,6 +46,9 @@ class Sora(AbstractSchedule):
     How many ranks a layer keeps follows from the threshold; `r` is where all begin. The last rates
     decide: a schedule that ends at 0 ends the pruning, too.
 
+    Cost: LoRA's of the rank it begins with; what is written has the ranks that remain.
+    When: the rank is not known, and a small adapter is wanted in the end.
+
     Args:
         threshold: λ ≥ 0 in ξ = λ·rate; with `scaled=False` ξ itself, per step. Default 0.3, or
             3e-4: the authors' 3e-4 at their rates of about 1e-3.

@@ -39,6 +39,9 @@ class Xgblora(Chain):
     together, what lies in no block counts as one. The rank is 1. One rate curve over the run: with
     a whole cosine for each small booster little would be learnt.
 
+    Cost: rank 1, a third of the blocks at a time: the least memory and time of all.
+    When: memory decides, and many short boosters are acceptable.
+
     Args:
         every: steps of a booster (κ). Default: fitted, 49 restarts a run, so 50 boosters (Lorica's
             choice, near the best in a small experiment; the paper sweeps κ).

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "Reference": "lorica.train.reference",
+    "SaveOnSignal": "lorica.train.signals",
     "Trainer": "lorica.train.trainer",
     "TrainerMixin": "lorica.train.trainer",
 }
-__all__ = ["Reference", "Trainer", "TrainerMixin"]
+__all__ = ["Reference", "SaveOnSignal", "Trainer", "TrainerMixin"]
 
 if TYPE_CHECKING:
     from lorica.train.reference import Reference as Reference
+    from lorica.train.signals import SaveOnSignal as SaveOnSignal
     from lorica.train.trainer import Trainer as Trainer
     from lorica.train.trainer import TrainerMixin as TrainerMixin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,13 @@ def read_config(name: str) -> PretrainedConfig:
 
     check_source(name)
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        classes = config.architectures or []
+        if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+            raise ValueError(f"`architectures` is {str(classes)[:80]}, not a list of class names")
+    except Exception as error:  # transformers says what is wrong with a file in many ways
         raise ValueError(_cannot("a model", name, error)) from error
+    return config
 
 
 def check_source(name: str) -> None:
@@ -78,10 +83,41 @@ def check_source(name: str) -> None:
         )
 
 
+def check_parts(name: str) -> None:
+    """The index of a model in several files names files beside it, and nothing else.
+
+    Raises:
+        ValueError: a name that leads out of the folder, or no name.
+    """
+    from lorica.io.strict import read_json, told
+
+    index = Path(name).expanduser() / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    parts = read_json(index).get("weight_map")
+    bad = [p for p in parts.values() if not _beside(p)] if isinstance(parts, dict) else [parts]
+    if bad:
+        raise ValueError(
+            f"{index}: `weight_map` names {told(bad[0])}, which is no file of this folder; the file"
+            " was changed. Copy the folder again from where it came"
+        )
+
+
+def _beside(part: Any) -> bool:
+    return isinstance(part, str) and part.endswith(".safetensors") and Path(part).name == part
+
+
 def _cannot(what: str, name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = " ".join(re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", str(error)).split())
+    if not isinstance(error, (OSError, ValueError)) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    if "trust_remote_code" in reason:
+        reason = "it brings Python code of its own, which is never run here"
     reason = reason if len(reason) < 300 else reason[:297] + "..."
-    return f"cannot load {what} from `{name}`: {reason}"
+    return (
+        f"cannot load {what} from `{name}`: {reason.rstrip('.')}. Copy it again from where it came,"
+        " or name another"
+    )
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -90,14 +126,16 @@ def empty_model(name: str) -> PreTrainedModel:
     import transformers
 
     config = read_config(name)
-    made_for = (config.architectures or [None])[0]
-    cls: Any = getattr(transformers, made_for, None) if made_for else None
+    made_for = (config.architectures or [""])[0]
+    cls: Any = getattr(transformers, made_for, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        cls = None
     with torch.device("meta"):
         try:
             if cls is None:
-                return transformers.AutoModel.from_config(config)
+                return transformers.AutoModel.from_config(config, trust_remote_code=False)
             return cls(config)
-        except (ValueError, ImportError) as error:
+        except Exception as error:
             raise ValueError(_cannot("the layers", name, error)) from error
 
 
@@ -106,8 +144,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
         raise ValueError(_cannot("a tokenizer", name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -153,6 +191,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    check_parts(name)
     auto: Any = getattr(transformers, AUTO[task][0])
     more: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     more = more or {"dtype": "auto"}
@@ -165,8 +204,8 @@ def load_model(
             "problem_type": labels.problem_type,
         }
     try:
-        model = auto.from_pretrained(name, **more)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model = auto.from_pretrained(name, trust_remote_code=False, **more)
+    except Exception as error:
         raise ValueError(_cannot(f"a model for {task}", name, error)) from error
     if dtype == "auto" and widen:
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -238,7 +277,7 @@ def _head_size(adapter: str, task: str) -> int | None:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 if key.endswith(("classifier.weight", "score.weight", "out_proj.weight")):
-                    return tensors.get_slice(key).get_shape()[0]
+                    return next(iter(tensors.get_slice(key).get_shape()), None)
     return None
 
 
@@ -248,9 +287,21 @@ def _labels(adapter: Path, classes: int) -> Labels:
 
     from lorica.data import Labels
 
-    told = adapter / "labels.json"
-    if told.is_file():
-        return Labels(tuple(json.loads(told.read_text(encoding="utf-8"))))
+    file = adapter / "labels.json"
+    if file.is_file():
+        try:
+            names: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError):
+            names = None
+        texts = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+        count = 0 if classes == 1 else classes  # one output is a regression's
+        if not texts or len(set(names)) != len(names) or len(names) != count:
+            raise ValueError(
+                f"{file} is no list of the {classes} different names that the head of this adapter"
+                " has outputs for. Copy the folder again from where it came, or remove that file:"
+                " the classes then have numbers"
+            )
+        return Labels(tuple(names))
     return Labels() if classes == 1 else Labels.from_num_labels(classes)
 
 

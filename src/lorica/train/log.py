@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lorica.train.checkpoints import saving
 from lorica.train.folder import RunFolder, strict
 
 logger = logging.getLogger("lorica")
@@ -62,6 +64,10 @@ class RunLog(TrainerCallback, ExportableState):
         self.live = main and sys.stderr.isatty()
 
     def state(self) -> dict[str, Any]:
+        log = self.folder / "metrics.jsonl"
+        if self.main and log.is_file():  # the lines reach the disk before the checkpoint does
+            with open(log, "rb") as file:
+                os.fsync(file.fileno())
         return {"args": {}, "attributes": {"facts": self.facts}}
 
     @property
@@ -78,7 +84,8 @@ class RunLog(TrainerCallback, ExportableState):
         self.before = max((line["seconds"] for line in kept), default=0.0)
         self.first, self.tokens = state.global_step, state.num_input_tokens_seen
         if self.main:
-            self.folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            with saving("metrics.jsonl", self.folder.path):
+                self.folder.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept))
         self.start = self.last = self.mark = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -89,8 +96,9 @@ class RunLog(TrainerCallback, ExportableState):
             state.num_input_tokens_seen = state.global_step * self.tokens_per_step
         if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
-            control.should_save = args.save_strategy in ("steps", "epoch")
+            # Where it goes by passes, the end of the last one does it.
+            control.should_evaluate = args.eval_strategy == "steps"
+            control.should_save = args.save_strategy == "steps"
         elif self.live:
             print(f"\r\x1b[Kstep {state.global_step}/{state.max_steps}", end="", file=sys.stderr)
             sys.stderr.flush()
@@ -143,7 +151,10 @@ class RunLog(TrainerCallback, ExportableState):
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with (
+            saving(f"the line of step {line['step']} in metrics.jsonl", self.folder.path),
+            open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(strict(line)) + "\n")
 
     def _say(self, text: str) -> None:
@@ -165,6 +176,8 @@ class StreamPlace(TrainerCallback, ExportableState):
         self.streamed, self.rows_per_step, self.consumed = streamed, rows_per_step, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Of a resumed run the Trainer counts the steps since; a stream is one pass.
+        state.epoch = state.global_step / state.max_steps
         self.consumed = state.global_step * self.rows_per_step
         self.streamed.place(self.consumed)  # earlier ones are not needed again
 

@@ -96,18 +96,23 @@ def shown(value: Any) -> list[str]:
     return [json.dumps(value) if isinstance(value, Mapping) else str(value)]
 
 
+def _told(text: str, width: int = 120) -> str:
+    """What was given, as a message shows it."""
+    return repr(text) if len(text) <= width else repr(text[: width - 3]) + "..."
+
+
 def _whole(words: Sequence[str]) -> int:
     try:
         return int(words[0])
     except ValueError:
-        raise ValueError(f"a whole number is wanted, not {words[0]!r}") from None
+        raise ValueError(f"a whole number is wanted, e.g. 8, not {_told(words[0])}") from None
 
 
 def _number(words: Sequence[str]) -> float:
     try:
         return float(words[0])
     except ValueError:
-        raise ValueError(f"a number is wanted, e.g. 1e-4, not {words[0]!r}") from None
+        raise ValueError(f"a number is wanted, e.g. 1e-4, not {_told(words[0])}") from None
 
 
 def _names(words: Sequence[str]) -> tuple[str, ...]:
@@ -132,16 +137,18 @@ def _json(words: Sequence[str]) -> dict[str, Any]:
     try:
         value = json.loads(words[0])
     except json.JSONDecodeError as error:
-        raise ValueError(f"{wanted}{words[0]!r} ({error})") from None
+        raise ValueError(f"{wanted}{_told(words[0])} ({error})") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
+        raise ValueError(f"{wanted}{_told(words[0])}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{wanted}{words[0]!r}")
+        raise ValueError(f"{wanted}{_told(words[0])}")
     return value
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:
     pairs = [name.partition("=") for name in _names(words)]
     if bad := ["".join(pair) for pair in pairs if not all(pair)]:
-        raise ValueError(f"pairs name=column are wanted, e.g. `text=sentence`, not {bad[0]!r}")
+        raise ValueError(f"pairs name=column are wanted, e.g. `text=sentence`, not {_told(bad[0])}")
     return {name: value for name, _, value in pairs}
 
 
@@ -155,7 +162,9 @@ def method_text(mapping: Mapping[str, Any]) -> str:
     parts = []
     for word, arguments in mapping.items():
         if arguments is not None and not isinstance(arguments, Mapping):
-            raise ValueError(f"`{word}` takes a mapping of its arguments, not {arguments!r}")
+            raise ValueError(
+                f"{_told(str(word))} takes a mapping of its arguments, not {_told(str(arguments))}"
+            )
         inside = ", ".join(f"{name}={value!r}" for name, value in (arguments or {}).items())
         parts.append(f"{word}({inside})" if inside else str(word))
     return "+".join(parts)
@@ -167,7 +176,7 @@ def choice(*allowed: str) -> Kind:
     def read(words: Sequence[str]) -> str:
         if words[0] not in allowed:
             hint = nearest(words[0], allowed)
-            raise ValueError(f"{words[0]!r} is none of {', '.join(allowed)}.{hint}")
+            raise ValueError(f"{_told(words[0])} is none of {', '.join(allowed)}.{hint}")
         return words[0]
 
     return Kind("{" + ",".join(allowed) + "}", read)

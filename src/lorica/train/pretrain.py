@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,13 +36,17 @@ MAX_LENGTH = 256  # GaLore's, and SwitchLoRA's at 130M
 
 
 def pretrain(
-    options: PretrainOptions, *, then: Callable[[Any, Any], None] | None = None
+    options: PretrainOptions,
+    *,
+    then: Callable[[Any, Any], None] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Pre-train as the options say; returns what result.json holds.
 
     Args:
         options: see `PretrainOptions`; `further` holds fields of transformers' TrainingArguments.
         then: called with the trained model and its tokenizer once everything is written.
+        callbacks: of the Trainer's kind, e.g. `lorica.train.signals.SaveOnSignal()`.
 
     Raises:
         UsageError: options that cannot be run as they stand, before anything is loaded or written.
@@ -50,7 +54,7 @@ def pretrain(
             is complete in the folder stays.
     """
     options.check()
-    return Pretraining.start(options, scratch_recipe(options), then)
+    return Pretraining.start(options, scratch_recipe(options), then, callbacks)
 
 
 def dry_run(options: PretrainOptions) -> Cost:
@@ -281,6 +285,8 @@ class Pretraining(AbstractRun):
             self.tokenizer = load_tokenizer(options.tokenizer)
         elif kept is not None and kept.is_dir():
             self.tokenizer = load_tokenizer(str(kept))
+            for name in ("is_local", "local_files_only"):  # what transformers notes of reading it
+                self.tokenizer.init_kwargs.pop(name, None)
         else:
             wanted = options.vocab_size or self.shape.vocabulary
             self.tokenizer = train_tokenizer(texts, wanted)
@@ -406,7 +412,7 @@ class Pretraining(AbstractRun):
             how["attn_implementation"] = options.attn_implementation
         set_seed(options.seed)  # whatever was drawn before, every method starts from these weights
         self.model = shapes.build(self.config, options.model_config, **how)
-        self.model.name_or_path = options.model_config
+        self.model.name_or_path = absolute(options.model_config, options.paths["model_config"])
         self.pad = self.model.config.pad_token_id
         shapes.check_causal(self.model, options.model_config)
         self.parameters = count(self.model)
@@ -476,7 +482,7 @@ class Pretraining(AbstractRun):
     def figures(self, trainer: Any, log: Any) -> dict[str, Any]:
         found: dict[str, Any] = {
             "task": "pretraining",
-            "model_config": self.options.model_config,
+            "model_config": self.model.name_or_path,
             "parameters": self.parameters,
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": pace(self.folder.lines()),
@@ -491,7 +497,7 @@ class Pretraining(AbstractRun):
             },
             "tokenizer": {"name": self.options.tokenizer, "tokens": len(self.tokenizer)},
             "data": {
-                "name": self.source,
+                "name": ", ".join(absolute(self.sources)),
                 "sha256": self.facts.get("data_sha256"),  # of a stream there is none
                 "streaming": self.options.streaming,
                 "max_length": self.max_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,13 +22,17 @@ MAX_LENGTH = 1024
 
 
 def train(
-    options: TrainOptions, *, then: Callable[[Any, Any], None] | None = None
+    options: TrainOptions,
+    *,
+    then: Callable[[Any, Any], None] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Fine-tune as the options say; returns what result.json holds.
 
     Args:
         options: see `TrainOptions`; `further` holds fields of transformers' TrainingArguments.
         then: called with the trained model and its tokenizer once everything is written.
+        callbacks: of the Trainer's kind, e.g. `lorica.train.signals.SaveOnSignal()`.
 
     Raises:
         UsageError: options that cannot be run as they stand, before anything is loaded or written.
@@ -37,7 +41,7 @@ def train(
     """
     options.check()
     recipe = None if options.adapter is not None else recipe_of(options)
-    return FineTuning.start(options, recipe, then)
+    return FineTuning.start(options, recipe, then, callbacks)
 
 
 @dataclass
@@ -126,7 +130,7 @@ class FineTuning(AbstractRun):
             matches = values["eval_strategy"] == values["save_strategy"]
             saves, evals = values.get("save_steps"), values.get("eval_steps")
             if values["eval_strategy"] == "steps" and matches and saves and evals:
-                matches = saves % evals == 0
+                matches = saves == evals  # else the best evaluation may have no checkpoint
             values.setdefault("load_best_model_at_end", matches)
             values.setdefault("metric_for_best_model", best)
             name = values["metric_for_best_model"].removeprefix("eval_")
@@ -174,6 +178,8 @@ class FineTuning(AbstractRun):
             attn_implementation=options.attn_implementation,
             widen=self.device.type == "cpu",
         )
+        self.model.name_or_path = absolute(self.name)  # what is written names the base by it
+        self.model.config.name_or_path = absolute(self.name)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.data.pad_token_id
         self.collator = self.data.collator()
@@ -245,31 +251,34 @@ class FineTuning(AbstractRun):
     def save(self) -> Path:
         """`adapter/` beside the published base, else `model/`; the tokenizer lies with it."""
         from lorica import io
+        from lorica.io.folder import writing
 
         adapters = self.adapters
         out = self.folder / ("adapter" if adapters.pristine else "model")
-        if adapters.pristine or not adapters.layers:
-            io.save(adapters, out, overwrite=True)
+        if adapters.layers and not adapters.pristine:
+            io.merge_to(adapters, out, tokenizer=self.tokenizer, overwrite=True)
+        elif not self.main:
+            io.save(adapters, out, overwrite=True)  # its part of what the first process writes
         else:
-            io.merge_to(adapters, out, overwrite=True)
-        if self.main:
-            self.tokenizer.save_pretrained(out)
-            if self.labels is not None and adapters.pristine:  # a model has them in its config.json
-                names = json.dumps(self.labels.names, ensure_ascii=False)
-                (out / "labels.json").write_text(names + "\n", encoding="utf-8")
+            with writing(out, overwrite=True) as aside:
+                io.save(adapters, aside)
+                self.tokenizer.save_pretrained(aside)
+                if self.labels is not None and adapters.pristine:  # a model's are in its config
+                    names = json.dumps(self.labels.names, ensure_ascii=False)
+                    (aside / "labels.json").write_text(names + "\n", encoding="utf-8")
         return out
 
     def figures(self, trainer: Any, log: Any) -> dict[str, Any]:
         found: dict[str, Any] = {
             "task": self.task,
             "model": {
-                "name": self.name,
+                "name": absolute(self.name),
                 "class": type(self.model).__name__,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "sha256": self.adapters.hash_base(),
             },
             "data": {
-                "name": self.source,
+                "name": absolute(self.source),
                 "sha256": self.facts["data_sha256"],
                 **self.data.report.as_dict(),
             },

@@ -13,14 +13,16 @@ import logging
 import math
 import os
 import platform
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lorica.train import checkpoints
 from lorica.train.folder import RunFolder, strict
 from lorica.train.options import RunOptions, UsageError
 
@@ -40,6 +42,7 @@ _FREE = {
     "disable_tqdm", "save_total_limit", "run_name", "dataloader_num_workers",
     "dataloader_pin_memory", "log_level", "use_cpu",
 }  # fmt: skip
+_OWN = "  # by default: "  # a comment in config.yaml
 _OF_A_CALL = ("resume", "overwrite_output_dir", "json", "dry_run")  # no part of the run
 
 
@@ -89,6 +92,7 @@ class AbstractRun(ABC):
     folder: RunFolder
     checkpoint: Path | None
     main: bool
+    callbacks: Sequence[Any] = ()  # of the Trainer's kind, beside the run's own
 
     verb: ClassVar[str]
     remedy: ClassVar[str] = ""  # against a loss that is no number, beside the usual ones
@@ -104,7 +108,11 @@ class AbstractRun(ABC):
 
     @classmethod
     def start(
-        cls, options: Any, recipe: Recipe | None, then: Callable[[Any, Any], None] | None
+        cls,
+        options: Any,
+        recipe: Recipe | None,
+        then: Callable[[Any, Any], None] | None,
+        callbacks: Sequence[Any] = (),
     ) -> dict[str, Any]:
         """Take the folder and run; returns what result.json holds.
 
@@ -113,11 +121,13 @@ class AbstractRun(ABC):
         """
         folder = RunFolder(options.output_dir)
         main = int(os.environ.get("RANK", "0")) == 0
-        checkpoint = folder.check(resume=options.resume, overwrite=options.overwrite_output_dir)
         if recipe is not None:
             check_optim(options, recipe)
         with folder.held() if main else contextlib.nullcontext():
-            run = cls(options, recipe, folder, checkpoint, main)
+            checkpoint = folder.check(
+                resume=options.resume, overwrite=options.overwrite_output_dir, silent=not main
+            )
+            run = cls(options, recipe, folder, checkpoint, main, callbacks)
             result = run.go()
             if then is not None:
                 then(run.model, run.tokenizer)
@@ -281,12 +291,28 @@ class AbstractRun(ABC):
             fixed[name], values[f"{name}_kwargs"] = True, {"use_reentrant": False}
         try:
             self.args = TrainingArguments(**{**values, **fixed})
-        except ValueError as error:
-            raise UsageError(" ".join(str(error).split())) from None
+        except (ValueError, TypeError, OSError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"transformers refuses these options: {' '.join(str(error).split())}. Leave out or"
+                " correct the one that it names"
+            ) from None
+        self._refuse_best_without_checkpoint()
         if self.args.n_gpu > 1:
             self.args._n_gpu = 1  # replicas of one process would lose the adapters' bookkeeping
             logger.info(
                 f"one process trains on one GPU; `torchrun -m lorica {self.verb}` takes several"
+            )
+
+    def _refuse_best_without_checkpoint(self) -> None:
+        """What is kept as the best is what was evaluated as the best."""
+        args = self.args
+        if not (args.load_best_model_at_end and args.save_strategy == "steps"):
+            return
+        if args.eval_steps != args.save_steps:
+            raise UsageError(
+                "`--load-best-model-at-end` keeps the weights of the best evaluation, and with"
+                f" `--eval-steps {args.eval_steps:g}` and `--save-steps {args.save_steps:g}` not"
+                " every evaluation has a checkpoint; give both the same number"
             )
 
     def _curve(self, name: str, steps: int, warmup: float) -> str:
@@ -339,6 +365,9 @@ class AbstractRun(ABC):
         kept = {k: v for k, v in self.further.items() if k not in skipped or k in further}
         kept = {k: v for k, v in kept.items() if not k.endswith("checkpointing_kwargs")} | further
         options |= {k: getattr(v, "value", v) for k, v in kept.items() if v is not None}
+        for name, value in options.items():  # transformers reads every `*_steps` as a fraction
+            if name.endswith("_steps") and isinstance(value, float) and value.is_integer():
+                options[name] = int(value)
         return {k: plain(v) for k, v in options.items() if v is not None and v != {}}
 
     # -- going on ----------------------------------------------------------------------------------
@@ -347,9 +376,10 @@ class AbstractRun(ABC):
         """config.yaml of the run that this one goes on with, if any."""
         import yaml
 
-        if self.checkpoint is None:
+        if self.options.resume is None:
             return None
-        file = self.checkpoint.parent / "config.yaml"
+        folder = self.folder.path if self.checkpoint is None else self.checkpoint.parent
+        file = folder / "config.yaml"
         if not file.is_file():
             return None
         return file, yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -383,11 +413,11 @@ class AbstractRun(ABC):
     def _check_resumed(self) -> None:
         """A resumed run is the same run: the same options, the same rows."""
         self.before: dict[str, Any] = {}
-        if self.checkpoint is None:
-            return
         now = plain(self.resolved())
         found = self._before()
         self._refuse_changed(now, {*now, *(found[1] if found else {})})
+        if self.checkpoint is None:
+            return
         state = json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         self.before = state.get("stateful_callbacks", {})
         facts = self.before.get("RunLog", {}).get("attributes", {}).get("facts", {})
@@ -399,6 +429,19 @@ class AbstractRun(ABC):
                     " or the tokenizer has. Put the old one back, or start a run of its own with"
                     " another `--output-dir`"
                 )
+        self._check_best(state.get("best_global_step"))
+
+    def _check_best(self, step: int | None) -> None:
+        """The checkpoint whose weights would be kept is there, before more is trained."""
+        assert self.checkpoint is not None
+        if not (self.args.load_best_model_at_end and step):
+            return
+        best = self.checkpoint.with_name(f"checkpoint-{step}")
+        if best != self.checkpoint and (why := checkpoints.flaw(best)) is not None:
+            raise UsageError(
+                f"`--resume`: the best weights so far are those of {best}, which is damaged: {why}."
+                " Put its files back, or start anew with `--overwrite-output-dir`"
+            )
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -407,25 +450,40 @@ class AbstractRun(ABC):
 
         from lorica.train.log import RunLog, clock
 
+        found = self._before()
+        if found is not None:  # of a resumed run every option is given; some nobody had given
+            for name, source in defaults_in(found[0]).items():
+                value = plain(self.resolved()).get(name)
+                self.adapters.contract.defaults[name] = {"value": value, "from": source}
         log = RunLog(self.folder, self.device, self.facts, self.main, remedy=self.remedy)
         trainer = self.trainer(log)
         trainer.remove_callback(PrinterCallback)
+        for callback in self.callbacks:
+            trainer.add_callback(callback)
         if self.main:
             if self.options.overwrite_output_dir:
                 self.folder.clear()
             (self.folder / "result.json").unlink(missing_ok=True)
-            self.folder.write("config.yaml", as_yaml(self.resolved(), self.verb))
-            self.keep()
+            with checkpoints.saving("config.yaml", self.folder.path):
+                defaults = self.adapters.contract.defaults
+                self.folder.write("config.yaml", as_yaml(self.resolved(), self.verb, defaults))
+                self.keep()
         if self.before.get("TrainerControl", {}).get("args", {}).get("should_training_stop"):
             self._finish(trainer, log)  # the Trainer would take one more step
         else:
             start = None if self.checkpoint is None else str(self.checkpoint)
+            if start is not None:
+                self.args.eval_on_start = False  # it was done, and is in the log
             trainer.train(resume_from_checkpoint=start)
         result = self._result(trainer, log, self._evaluation(trainer))
-        result["output"] = str(self.save())
+        # In its own precision from here on: with `--bf16` its forward pass was wrapped.
+        self.model = trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        with checkpoints.saving("what was trained", self.folder.path):
+            result["output"] = str(self.save())
         if self.main:
             text = json.dumps(strict(result), indent=2, ensure_ascii=False)
-            self.folder.write("result.json", text + "\n")
+            with checkpoints.saving("result.json", self.folder.path):
+                self.folder.write("result.json", text + "\n")
             logger.info(
                 f"{result['steps']} steps in {clock(log.seconds)}; {result['output']} is written"
             )
@@ -437,6 +495,7 @@ class AbstractRun(ABC):
 
     def _finish(self, trainer: Any, log: Any) -> None:
         """Of a run that had taken its last step, what comes after it."""
+        import transformers.trainer
         from transformers import TrainerState
 
         from lorica import io
@@ -444,6 +503,10 @@ class AbstractRun(ABC):
         assert self.checkpoint is not None
         state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
         trainer.state = state
+        align = vars(transformers.trainer).get("align_special_tokens")
+        if align is not None:  # as the Trainer does before its first step
+            align(self.model, self.tokenizer)
+        trainer.load_optimizer(self.checkpoint)
         log.begin(state)
         best = self.args.load_best_model_at_end and state.best_global_step
         step = state.best_global_step if best else state.global_step
@@ -523,8 +586,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
 
 
-def as_yaml(config: Mapping[str, Any], verb: str) -> str:
-    """config.yaml's text."""
+def as_yaml(config: Mapping[str, Any], verb: str, defaults: Mapping[str, Mapping[str, Any]]) -> str:
+    """config.yaml's text; where a value is a method's own, a comment says so."""
     import yaml
 
     import lorica
@@ -533,7 +596,18 @@ def as_yaml(config: Mapping[str, Any], verb: str) -> str:
         f"# Written by lorica {lorica.__version__}. To repeat the run:"
         f" lorica {verb} config.yaml --output-dir ANOTHER\n"
     )
-    return head + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    for name, told in defaults.items():
+        line = rf"^({name}: \S+)$"
+        if config.get(name) == told["value"]:
+            text = re.sub(line, rf"\1{_OWN}{told['from']}", text, flags=re.MULTILINE)
+    return head + text
+
+
+def defaults_in(config: Path) -> dict[str, str]:
+    """The comments that `as_yaml` made: option -> the word whose own value it is."""
+    line = re.compile(rf"^(\w+): \S+{_OWN}(.+)$", re.MULTILINE)
+    return dict(line.findall(config.read_text(encoding="utf-8")))
 
 
 def absolute(value: Any, but: Collection[str] = ()) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +20,21 @@ import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lorica import io
 from lorica.adapters import Adapters
 from lorica.bind import KEY, bind
-from lorica.io.folder import sync
+from lorica.io.folder import place, sync
+from lorica.train import checkpoints
+from lorica.train.guard import Guarded
+from lorica.train.signals import SaveOnSignal
 
 logger = logging.getLogger("lorica")
-TORN = ".unfinished"  # where a checkpoint is written before it is renamed into place
 
 
-class TrainerMixin:
+class TrainerMixin(Guarded):
     """Put it before any Trainer class: `class Mine(TrainerMixin, SFTTrainer): ...`.
 
     Args:
@@ -79,6 +81,8 @@ class TrainerMixin:
                 " max_grad_norm is 0 instead of %g", rule.word, self.args.max_grad_norm,
             )  # fmt: skip
             self.args.max_grad_norm = 0.0
+        self._from: Path | None = None  # the checkpoint that this call of `train` goes on from
+        self.add_callback(_Regain(self))  # type: ignore[attr-defined]
         reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.gradient_checkpointing and reentrant:
             # The frozen embeddings' output has no gradient, and a reentrant segment without a
@@ -182,7 +186,21 @@ class TrainerMixin:
         self._check_drift()
         final = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside = final / TORN
+        aside = final / checkpoints.ASIDE
+        pending = vars(self).get("_tr_loss")  # older Trainers keep it to themselves
+        losses = gather_object([] if pending is None else [pending.item()])
+        try:
+            with checkpoints.saving(name, final):
+                self._write_checkpoint(model, trial, aside, name, losses)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(
+        self, model: Any, trial: Any, aside: Path, name: str, losses: list[float]
+    ) -> None:
+        final = aside.parent
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -195,29 +213,98 @@ class TrainerMixin:
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(aside / name / "trainer_state.json"))
+            logged = self._globalstep_last_logged  # type: ignore[attr-defined]
+            whole = not self.args.save_only_model
+            checkpoints.seal(aside / name, whole=whole, losses=losses, logged=logged)
             for path in [*(aside / name).rglob("*"), aside / name]:
                 sync(path)
-            shutil.rmtree(final / name, ignore_errors=True)
-            os.replace(aside / name, final / name)
-            aside.rmdir()
-            rotate_checkpoints(
-                output_dir=str(final),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+            place(aside / name, final / name)
+            shutil.rmtree(aside)
+            kept = {final / name, Path(self.state.best_model_checkpoint or final / name)}
+            checkpoints.rotate(final, self.args.save_total_limit, kept)
         self.accelerator.wait_for_everyone()
 
     def _check_drift(self) -> None:
         if self.accelerator.num_processes == 1:
             return
-        prints = gather_object([self.adapters.fingerprint()])
+        prints = gather_object([self.adapters.fingerprint(buffers=False)])
         if len(set(prints)) > 1:
             raise ValueError(
                 f"the {len(prints)} processes hold different adapters at step"
                 f" {self.state.global_step}: something edits weights by rank. No checkpoint was"
                 " written; the last one is good"
             )
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's; True stands for the last checkpoint that is whole, and one that was cut
+        or changed is named and never gone on from.
+
+        Raises:
+            ValueError: the checkpoint named is not whole, or none is.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest()
+        self._from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._from is not None and (why := checkpoints.flaw(self._from)) is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint={resume_from_checkpoint}` is no whole checkpoint: {why}."
+                " Name another, or pass True for the last whole one"
+            )
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveOnSignal):
+                    callback.restore()
+
+    def load_optimizer(self, checkpoint: str | Path) -> None:
+        """The optimizer and the scheduler as they were at the end of a run that is done; sharded
+        ones need a prepared model, and are left out."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return
+        self.create_optimizer()
+        self.create_scheduler(self.state.max_steps)
+        self._load_optimizer_and_scheduler(str(checkpoint))  # type: ignore[attr-defined]
+
+    def _newest(self) -> str:
+        last, flaws = checkpoints.newest(Path(self.args.output_dir))
+        if last is None:
+            raise ValueError(
+                f"`resume_from_checkpoint=True`: there is no whole checkpoint in"
+                f" `{self.args.output_dir}` {checkpoints.told(flaws)}; name one, or leave it out"
+            )
+        if flaws:
+            logger.warning(f"{checkpoints.told(flaws)}. Going on from {last.name}")
+        return str(last)
+
+    def _regain_draws(self) -> None:
+        """The random state, once more: data that find their place by themselves have drawn from it
+        to get there."""
+        if self._from is not None and self.args.ignore_data_skip:
+            self._load_rng_state(str(self._from))  # type: ignore[attr-defined]
+        self._from = None
+
+    def _regain_loss(self) -> None:
+        """The loss of the steps since the last line of the log."""
+        if self._from is None:
+            return
+        told = checkpoints.read(self._from)
+        losses, ranks = told["losses"], self.accelerator.num_processes
+        mine = losses[self.accelerator.process_index] if len(losses) == ranks else None
+        if mine is not None:
+            self._tr_loss = torch.tensor(mine, device=self.args.device)
+            self._globalstep_last_logged = told["logged"]
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # With a limit of one the Trainer would remove the last checkpoint beside the best one, and
+        # what is left would be of no use to whoever is killed before the results are written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         io.restore(self.adapters, resume_from_checkpoint)
@@ -228,6 +315,19 @@ class TrainerMixin:
 
 class Trainer(TrainerMixin, transformers.Trainer):
     """The Hugging Face Trainer for adapted models; see `TrainerMixin`."""
+
+
+class _Regain(TrainerCallback):
+    """What the Trainer forgets of the run that it goes on with."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._regain_loss()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._regain_draws()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,426 @@
+"""What is complete stays complete: damaged checkpoints, full disks, forbidden folders, two runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from killing import Aim, Snapshot, kill
+
+from lorica.io import folder as folders
+from lorica.train import checkpoints
+from lorica.train.folder import RunFolder
+from lorica.train.options import UsageError
+
+NOBODY = 65534
+MIB = 2**20
+
+
+@pytest.fixture
+def cut(straight, ground, tmp_path_factory) -> Path:
+    """The straight run's folder as a kill between step 8's checkpoint and the end leaves it."""
+    folder = ground / tmp_path_factory.mktemp("cut").name
+    shutil.copytree(straight[0], folder)
+    shutil.rmtree(folder / "checkpoint-9")
+    unfinish(folder)
+    return folder
+
+
+def unfinish(folder: Path) -> None:
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    (folder / "result.json").unlink()
+
+
+def resumed(nursery, folder: Path, straight, **how) -> str:
+    """Resume, compare with the straight run, and return what was said."""
+    child = nursery.run(["train", "--resume", "--output-dir", folder], **how)
+    assert child.status == 0, child.said
+    assert straight[1].differences(Snapshot.of(folder)) == []
+    return child.said
+
+
+# -- damaged checkpoints ---------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> str:
+    file = next(folder.glob("*.safetensors"))
+    with open(file, "r+b") as handle:
+        handle.truncate(file.stat().st_size // 2)
+    return f"{file.name} has"
+
+
+def lose_optimizer(folder: Path) -> str:
+    (folder / "optimizer.pt").unlink()
+    return "optimizer.pt is missing"
+
+
+def flip(folder: Path) -> str:
+    data = bytearray((folder / "scheduler.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "scheduler.pt").write_bytes(data)
+    return "scheduler.pt holds other bytes"
+
+
+def lose_list(folder: Path) -> str:
+    (folder / checkpoints.LIST).unlink()
+    return "it has no checkpoint.json"
+
+
+def cut_list(folder: Path) -> str:
+    file = folder / checkpoints.LIST
+    file.write_text(file.read_text()[:-20])
+    return "checkpoint.json is cut"
+
+
+DAMAGES = (truncate, lose_optimizer, flip, lose_list, cut_list)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damage_is_found_and_named(damage, cut):
+    assert checkpoints.flaw(cut / "checkpoint-8") is None
+    told = damage(cut / "checkpoint-8")
+    last, flaws = checkpoints.newest(cut)
+    assert last == cut / "checkpoint-6"
+    assert list(flaws) == ["checkpoint-8"] and flaws["checkpoint-8"].startswith(told)
+    folder = RunFolder(cut)
+    assert folder.check(resume="last", overwrite=False) == last
+    with pytest.raises(UsageError, match="is no whole checkpoint"):
+        folder.check(resume=str(cut / "checkpoint-8"), overwrite=False)
+    damage(cut / "checkpoint-6")
+    with pytest.raises(UsageError, match="no checkpoint in .* is whole: checkpoint-8 is damaged"):
+        folder.check(resume="last", overwrite=False)
+
+
+def test_a_run_goes_on_from_the_one_before(cut, nursery, straight):
+    truncate(cut / "checkpoint-8")
+    said = resumed(nursery, cut, straight)
+    assert "checkpoint-8 is damaged" in said and "Going on from checkpoint-6" in said
+    assert checkpoints.flaw(cut / "checkpoint-8") is None  # written anew on the way
+
+
+def test_an_explicit_path_is_an_error(cut, nursery):
+    told = truncate(cut / "checkpoint-8")
+    path = cut / "checkpoint-8"
+    child = nursery.run(["train", "--resume", path, "--output-dir", cut])
+    assert child.status == 2 and told in child.said
+    assert not (cut / "result.json").exists()
+
+
+def test_a_damaged_best_checkpoint_is_told_before_training(cut, nursery):
+    import json
+
+    best = json.loads((cut / "checkpoint-8" / "trainer_state.json").read_text())["best_global_step"]
+    assert best == 8  # the loss falls all the way, so an earlier one is made the best
+    state = cut / "checkpoint-8" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"best_global_step": 8', '"best_global_step": 6'))
+    checkpoints.seal(cut / "checkpoint-8", **{
+        k: v for k, v in checkpoints.read(cut / "checkpoint-8").items() if k != "files"
+    })  # fmt: skip
+    truncate(cut / "checkpoint-6")
+    child = nursery.run(["train", "--resume", "--output-dir", cut])
+    assert child.status == 2 and "the best weights so far" in child.said, child.said
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(nursery, straight, ground):
+    folder = ground / "weights-only"
+    words = [*straight[2].words[:-2], "--save-only-model", "--output-dir", folder]
+    assert nursery.run(words).status == 0
+    child = nursery.run(["train", "--resume", "--output-dir", folder])
+    assert child.status == 2 and "holds weights only" in child.said
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def test_what_was_being_written_is_cleared_away(cut, nursery, straight):
+    (cut / ".unfinished" / "checkpoint-9").mkdir(parents=True)
+    (cut / ".metrics.jsonl.abc.part").write_text("half a li")
+    (cut / ".adapter.xyz.writing").mkdir()
+    (cut / "..adapter.xyz.writing.uvw.writing").mkdir()
+    with open(cut / "metrics.jsonl", "a") as log:
+        log.write('{"step": 9, "loss": 1.0}\n{"step": 9, "ev')
+    resumed(nursery, cut, straight)
+    assert not [p.name for p in cut.iterdir() if p.name.startswith(".")]
+
+
+def test_a_done_run_is_only_written_again(straight, nursery, ground):
+    folder = ground / "again"
+    shutil.copytree(straight[0], folder)
+    before = (folder / "checkpoint-9" / "optimizer.pt").stat().st_mtime_ns
+    resumed(nursery, folder, straight)
+    assert (folder / "checkpoint-9" / "optimizer.pt").stat().st_mtime_ns == before
+
+
+def test_an_error_takes_no_file_of_the_users(tmp_path):
+    (tmp_path / "config.yaml").write_text("r: 8\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError), RunFolder(tmp_path).held():
+        raise UsageError("an option that does not fit")
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "notes.txt"}
+
+
+def test_one_folder_one_process(nursery, straight, tmp_path):
+    out = tmp_path / "out"
+    words = [*straight[2].words[:-2], "--output-dir", out]
+    with RunFolder(out).held():
+        child = nursery.run(words)
+        assert child.status == 1
+        assert f"is in use by process {os.getpid()} on {socket.gethostname()}" in child.said
+        assert [p.name for p in out.iterdir()] == [".lock"]
+    assert not out.exists()  # nothing was made in it
+
+    child = nursery.start(words)
+    while child.count("step") < 2:
+        time.sleep(0.001)
+    child.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(ValueError, match=f"is in use by process {child.number}"):
+            with RunFolder(out).held():
+                pass
+    finally:
+        child.signal(signal.SIGKILL)
+    child.wait()
+    assert (out / ".lock").exists()
+    with RunFolder(out).held():  # a dead process holds nothing
+        pass
+
+
+def test_a_lock_without_the_systems_help(tmp_path, monkeypatch):
+    from lorica.train import lock
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    file = tmp_path / ".lock"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        file.write_text(f"{other.pid} {socket.gethostname()}")
+        with pytest.raises(ValueError, match=f"in use by process {other.pid}"):
+            lock.take(file)
+        other.kill()
+    lock.release(file, lock.take(file))
+    file.write_text("1 another-machine")
+    with pytest.raises(ValueError, match="in use by process 1 on another-machine"):
+        lock.take(file)
+
+
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from lorica.train import lock
+lock.take(Path(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+os.write(1, b"%d\\n" % child)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_outlives_its_run_holds_nothing(tmp_path):
+    from lorica.train import lock
+
+    file = tmp_path / ".lock"
+    with subprocess.Popen([sys.executable, "-c", FORKS, file], stdout=subprocess.PIPE) as made:
+        assert made.stdout is not None
+        worker = int(made.stdout.readline())
+        assert made.wait() == -signal.SIGKILL
+        try:
+            os.kill(worker, 0)  # it lives
+            lock.release(file, lock.take(file))
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+# -- swapping folders ------------------------------------------------------------------------------
+
+
+def test_a_name_is_never_without_a_whole_folder(tmp_path, monkeypatch):
+    """Where the system swaps, an error right after leaves the new folder; where it can't, the old
+    one is put back by whoever comes next."""
+    out = tmp_path / "out"
+
+    def write(text: str) -> None:
+        with folders.writing(out, overwrite=True, marks=("a",)) as aside:
+            (aside / "a").write_text(text)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    write("one")
+    if folders._exchange(tmp_path, tmp_path):  # a folder with itself: offered here
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", fail)
+            with pytest.raises(KeyboardInterrupt):
+                write("two")
+        assert (out / "a").read_text() == "two"
+        folders.mend(out)
+    write("three")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    replace = os.replace
+
+    def killed_between(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(source) == out:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_exchange", lambda one, other: False)
+        patch.setattr(os, "replace", killed_between)
+        with pytest.raises(KeyboardInterrupt):
+            write("four")
+    assert not out.exists()
+    folders.mend(out)
+    assert (out / "a").read_text() == "three"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_exchange", lambda one, other: False)
+        write("five")
+    assert (out / "a").read_text() == "five"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_old_checkpoints_lose_their_name_before_their_files(tmp_path, monkeypatch):
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "a").write_text("a")
+    best, last = tmp_path / "checkpoint-2", tmp_path / "checkpoint-6"
+
+    def fail(path: Path, **kwargs: object) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.rotate(tmp_path, 2, {best, last})
+    assert all((path / "a").is_file() for path in checkpoints.found(tmp_path))
+    checkpoints.rotate(tmp_path, 1, {best, last})
+    assert checkpoints.found(tmp_path) == [best, last]
+
+
+# -- errors of the disk ----------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_grow(cut, nursery, straight):
+    """RLIMIT_FSIZE: the kernel refuses the write, in torch's writer and in safetensors'."""
+    for step in (6, 8):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    shutil.copytree(cut.parent / "straight" / "checkpoint-6", cut / "checkpoint-6")
+    size = (cut / "checkpoint-6" / "optimizer.pt").stat().st_size
+    child = nursery.run(["train", "--resume", "--output-dir", cut], largest=size - 1)
+    assert child.status == 1
+    assert "checkpoint-8 was not written to" in child.said and "checkpoint-6 is there" in child.said
+    assert [p.name for p in checkpoints.found(cut)] == ["checkpoint-6"]
+    assert checkpoints.flaw(cut / "checkpoint-6") is None
+    assert not (cut / ".unfinished").exists()
+    resumed(nursery, cut, straight)
+
+
+def test_results_that_cannot_be_written(straight, nursery, ground):
+    """All steps are taken, the last checkpoint is there, and the model does not fit."""
+    folder = ground / "results"
+    shutil.copytree(straight[0], folder)
+    unfinish(folder)
+    size = (straight[0] / "model" / "model.safetensors").stat().st_size
+    child = nursery.run(["train", "--resume", "--output-dir", folder], largest=size - 1)
+    assert child.status == 1, child.said
+    assert "what was trained was not written to" in child.said
+    assert "File too large" in child.said and "checkpoint-9 is there" in child.said
+    assert not (folder / "model").exists() and not (folder / "result.json").exists()
+    resumed(nursery, folder, straight)
+
+
+@pytest.fixture
+def disk(ground):
+    """`disk(bytes)` mounts, or grows, a small disk."""
+    path, mounted = ground / "disk", []
+    path.mkdir(exist_ok=True)
+
+    def size(count: int) -> Path:
+        option = f"size={count}" + (",remount" if mounted else "")
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", option, "tmpfs", path], capture_output=True
+        )
+        if done.returncode:
+            pytest.skip("a disk can be mounted by root only")
+        mounted.append(path)
+        return path
+
+    yield size
+    if mounted:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_full_disk(disk, straight, nursery):
+    one = sum(p.stat().st_size for p in (straight[0] / "checkpoint-8").rglob("*") if p.is_file())
+    files = sum(1 for _ in (straight[0] / "checkpoint-8").rglob("*"))
+    one += files * 4096 // 2  # whole pages
+    out = disk(5 * one // 2) / "out"
+    child = nursery.run([*straight[2].words[:-2], "--output-dir", out])
+    assert child.status == 1, child.said
+    assert "was not written to" in child.said and "are free there" in child.said
+    left = checkpoints.found(out)
+    assert left and all(checkpoints.flaw(path) is None for path in left)
+    assert f"{left[-1].name} is there" in child.said
+    assert not (out / ".unfinished").exists()
+    disk(64 * MIB)
+    resumed(nursery, out, straight)
+
+
+needs_root = pytest.mark.skipif(
+    os.name != "posix" or os.getuid() != 0, reason="only root can become somebody else"
+)
+
+
+@needs_root
+def test_a_forbidden_folder(nursery, straight, ground):
+    out = ground / "forbidden"
+    out.mkdir(mode=0o755)
+    for folder in (out, out / "deeper"):
+        words = [*straight[2].words[:-2], "--output-dir", folder]
+        child = nursery.run(words, user=NOBODY)
+        assert child.status == 2
+        assert f"`--output-dir {folder}` cannot be written to (Permission denied)" in child.said
+    assert not list(out.iterdir())
+
+
+@needs_root
+def test_a_folder_that_becomes_forbidden(cut, nursery, straight):
+    for path in (cut, *cut.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    child = nursery.start(["train", "--resume", "--output-dir", cut], user=NOBODY)
+    while child.count("step") < 1 and not child.ended():
+        time.sleep(0.001)
+    cut.chmod(0o555)
+    assert child.wait() == 1, child.said
+    assert "checkpoint-9 was not written to" in child.said and "Permission denied" in child.said
+    assert checkpoints.flaw(cut / "checkpoint-8") is None
+    cut.chmod(0o755)
+    resumed(nursery, cut, straight, user=NOBODY)
+
+
+# -- before the first checkpoint -------------------------------------------------------------------
+
+
+def test_a_run_without_a_checkpoint_begins_again(nursery, straight, tmp_path):
+    out = tmp_path / "out"
+    words = [*straight[2].words[:-2], "--output-dir", out]
+    assert kill(nursery.start(words), Aim("step", 1, 0.0)) == "step"
+    assert not checkpoints.found(out)
+    changed = nursery.run(["train", "--resume", "--seed", 1, "--output-dir", out])
+    assert changed.status == 2 and "`seed` is 42, not 1" in changed.said
+    said = resumed(nursery, out, straight)
+    assert "has no checkpoint yet" in said
+
+
+def test_nothing_to_go_on_with(nursery, tmp_path):
+    child = nursery.run(["train", "--resume", "--output-dir", tmp_path / "none"])
+    assert child.status == 2 and "there is no run in" in child.said
+    assert not (tmp_path / "none").exists()
