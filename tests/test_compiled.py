@@ -100,10 +100,12 @@ def gradients(adapters: Adapters) -> dict[str, Tensor]:
     return {name: p.grad for name, p in trained.items() if p.grad is not None}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_equal(
+    found: dict[str, Tensor], expected: dict[str, Tensor], within: float = 1e-10
+) -> None:
     assert found.keys() == expected.keys() and found
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=within, atol=within, msg=name)
 
 
 # -- compiled --------------------------------------------------------------------------------------
@@ -131,8 +133,9 @@ def as_compiled(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(
-    adapters: Adapters, inputs: Callable[[int], dict[str, Any]], backend: str, dropping: bool
-) -> int:
+    adapters: Adapters, inputs: Callable[[int], dict[str, Any]], backend: str, dropping: bool,
+    within: float = 1e-10,
+) -> int:  # fmt: skip
     """Three steps, compiled and plain; the number of graphs."""
     twin = twin_of(adapters)
     model, counter = compiled(adapters.model, backend)
@@ -151,8 +154,8 @@ def compare(
                 if step < 2:
                     optimizers[i].step()
                     optimizers[i].zero_grad()
-    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-10)
-    assert_equal(gradients(adapters), gradients(twin))
+    torch.testing.assert_close(*losses, rtol=within, atol=within)
+    assert_equal(gradients(adapters), gradients(twin), within)
     return counter.frame_count
 
 
@@ -178,10 +181,10 @@ def one_block(method: str, p: float) -> Adapters:
     return adapters
 
 
-def transformer(method: str, p: float, backend: str) -> None:
+def transformer(method: str, p: float, backend: str, within: float = 1e-10) -> None:
     adapters = one_block(method, p)
     model = adapters.model
-    assert compare(adapters, lambda seed: batch(model, seed), backend, p > 0) == 1
+    assert compare(adapters, lambda seed: batch(model, seed), backend, p > 0, within) == 1
 
 
 def test_a_transformer_is_one_graph():
@@ -198,11 +201,12 @@ def test_a_transformer_is_one_graph_with_every_method(method, p):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of the compiler is missing")
-@pytest.mark.parametrize(("method", "p"), [("lora", 0.0), ("dora+olora", 0.0), ("dora", 0.3)])
+@pytest.mark.parametrize(("method", "p"), [("lora", 0.0), ("dora+olora", 0.3)])
 def test_code_that_is_generated_computes_the_same(method, p, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with inductor.patch(fallback_random=True):  # else it draws by itself
-        transformer(method, p, "inductor")
+        # Norms and the loss of the model itself are in float32, where another order rounds.
+        transformer(method, p, "inductor", within=1e-4)
 
 
 OWN = rooms.words("schedules")  # beside those of the tests', over methods that have none

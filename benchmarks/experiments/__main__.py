@@ -79,6 +79,17 @@ def seen(one: Experiment, filed: File) -> Seen | None:
     return Seen(one, values)
 
 
+def spent(one: Experiment, filed: File) -> float:
+    """Seconds of the runs that this experiment is made of."""
+    runs = {
+        key(arm.text(), rate, seed)
+        for arm in one.ARMS.values()
+        for rate in arm.rates
+        for seed in range(one.SEEDS)
+    }
+    return sum(run["seconds"] for name, run in filed.runs.items() if name in runs)
+
+
 def number(value: float) -> str:
     whole = abs(value) < 1e5 and value == round(value)
     return f"{value:.0f}" if whole else f"{value:.3g}"
@@ -121,8 +132,7 @@ def section(name: str, s: Seen, filed: File) -> Iterator[str]:
         missed = f" {effect.why}" if effect.why and not all(effect.holds) else ""
         yield f"- **{effect.verdict()}**: {effect.what}.{missed}"
     yield ""
-    seconds = sum(r["seconds"] for r in filed.runs.values())
-    yield f"`python benchmarks/experiments --only {name}` ({seconds:.0f} s of one core)"
+    yield f"`python benchmarks/experiments --only {name}` ({spent(one, filed):.0f} s of one core)"
     yield ""
 
 
@@ -151,7 +161,7 @@ def main() -> None:
             missing.append(name)
             continue
         lines = list(section(name, found, filed))
-        seconds += sum(r["seconds"] for r in filed.runs.values())
+        seconds += spent(one, filed)
         table += [f"| {name} | {e.what} | {e.verdict()} |" for e in one.effects(found)]
         sections += lines
         print("\n".join(lines), flush=True)

@@ -115,6 +115,9 @@ def _switch(value: Any) -> bool:
     return value
 
 
+LONGEST = 1_000_000  # characters of a YAML file, which may be a device without an end
+
+
 def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
     """{key: (value, "file, line n")} of a YAML file.
 
@@ -123,7 +126,12 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
             twice.
     """
     try:
-        text = file.expanduser().read_text(encoding="utf-8")
+        with file.expanduser().open(encoding="utf-8") as open_file:
+            text = open_file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise UsageError(
+                f"{file}: options take no more than {LONGEST:,} characters; is it the right file?"
+            )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise UsageError(
