@@ -76,7 +76,7 @@ def effects(seen: Seen) -> Iterable[Effect]:
         why,
     )
     yield Effect(
-        "a lower loss than with |λ| as importance, at the best rate of each",
+        "a lower loss than with the size of λ as importance, at the best rate of each",
         seen.below("AdaLoRA", "importance is size", "loss"),
         why,
     )

@@ -16,8 +16,8 @@ SETTING = (
     " of rank 6; 8 ranks in all, from 24 down; validation error on new inputs; 800 steps."
 )
 ARMS = {
-    "LoRA": Arm("lora", (5e-3, 2e-2)),
-    "AdaLoRA": Arm("adalora(init_r=6, deltaT=10, orth_reg_weight=0.1)", (5e-3, 2e-2, 5e-2)),
+    "LoRA": Arm("lora", (2e-3, 5e-3, 2e-2)),
+    "AdaLoRA": Arm("adalora(init_r=6, deltaT=10, orth_reg_weight=0.1)", (5e-3, 2e-2, 5e-2, 1e-1)),
 }
 COLUMNS = {
     "error": Column("validation error x 1000", "low"),
@@ -56,4 +56,9 @@ def effects(seen: Seen) -> Iterable[Effect]:
     more = zip(seen.each("AdaLoRA", "planted"), seen.each("AdaLoRA", "first"), strict=True)
     yield Effect("the changed layer ends with more than its equal share of 2 ranks, and more than"
                  " the first", [a > 2 and a > b for a, b in more])  # fmt: skip
-    yield Effect("a lower error than LoRA", seen.below("AdaLoRA", "LoRA", "error"))
+    yield Effect(
+        "a lower error than LoRA",
+        seen.below("AdaLoRA", "LoRA", "error"),
+        "The changed layer is left with fewer ranks than it needs, and where the others have ranks"
+        " to spare they make up for it.",
+    )
