@@ -145,7 +145,8 @@ class Update(nn.Module):
             w, A = base.weight().to(wide), factors.A.to(wide)
             B = factors.B.to(wide) * factors.scale
             cross = F.linear(w, A)  # (out, k)
-            square = w.square().sum(1) + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
+            own = torch.linalg.vector_norm(w, dim=1).square()  # without a copy of W
+            square = own + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
             # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
             return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 

@@ -130,8 +130,8 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
             text = open_file.read(LONGEST + 1)
         if len(text) > LONGEST:
             raise UsageError(
-                f"cannot read {file}: it has more than {LONGEST:,} characters, which no run's options"
-                " need. A YAML file may stand first; options begin with `--`"
+                f"cannot read {file}: it has more than {LONGEST:,} characters, and no run needs"
+                " that many. A YAML file may stand first; options begin with `--`"
             )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
