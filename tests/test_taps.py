@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -126,3 +127,11 @@ def test_detaching_takes_the_hooks_out():
     model = lorica.detach(adapters.model)
     assert not model._forward_pre_hooks and not model._forward_hooks
     assert model.train()(**batch(model)).hidden_states is None
+
+
+def test_a_copied_model_looks_with_its_own_taps():
+    adapters = adapted()
+    twin = copy.deepcopy(adapters.model).train()
+    twin(**batch(twin))
+    assert set(lorica.Adapters.of(twin).taps.input_squares) == set(adapters.layers)
+    assert not adapters.taps.input_squares

@@ -38,6 +38,12 @@ def wake(adapters: Any, awake: Collection[str] | None = None, *, base: bool = Fa
 def forward_at_rest(layer: Any, x: Tensor) -> Tensor:
     """The layer's forward, in which its resting parameters are constants."""
     names, layer.resting = layer.resting, ()
+    if torch.compiler.is_compiling():  # where no parameter can be told that it needs no gradient
+        constants = {name: layer.get_parameter(name).detach() for name in names}
+        try:
+            return torch.func.functional_call(layer, constants, (x,))
+        finally:
+            layer.resting = names
     held = [layer.get_parameter(name) for name in names]
     try:
         for p in held:

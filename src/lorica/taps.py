@@ -9,6 +9,7 @@ input_squares   per adapted layer the sum of x² over the tokens of the step, pa
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -45,7 +46,10 @@ class Taps:
         if "input_squares" in self.wanted:
             self.sites = [*adapters.layers]
             for site, layer in adapters:
-                self.hooks.append(layer.register_forward_pre_hook(self._looks_at(site)))
+                look = functools.partial(
+                    self._look, site
+                )  # not a closure, which copies would share
+                self.hooks.append(layer.register_forward_pre_hook(look))
 
     def remove(self) -> None:
         while self.hooks:
@@ -65,20 +69,17 @@ class Taps:
     def _end(self, *_: Any) -> None:
         self.waiting, self.mask, self.last = set(), None, None
 
-    def _looks_at(self, site: str) -> Any:
-        @torch.no_grad()
-        def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if site not in self.waiting:  # evaluation, or the second forward of a checkpoint
-                return
-            self.waiting.discard(site)
-            (x,) = args
-            if self.last is None or self.last[0] is not x:
-                self.last = x, self._squares(x, layer)
-            held = self.input_squares.get(site)
-            squares = self.last[1]
-            self.input_squares[site] = squares.clone() if held is None else held + squares
-
-        return look
+    @torch.no_grad()
+    def _look(self, site: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if site not in self.waiting:  # evaluation, or the second forward of a checkpoint
+            return
+        self.waiting.discard(site)
+        (x,) = args
+        if self.last is None or self.last[0] is not x:
+            self.last = x, self._squares(x, layer)
+        held = self.input_squares.get(site)
+        squares = self.last[1]
+        self.input_squares[site] = squares.clone() if held is None else held + squares
 
     def _squares(self, x: Tensor, layer: Any) -> Tensor:
         """Sum of x² (in,) over all tokens that are not padding; a token id is one-hot."""

@@ -67,19 +67,20 @@ class FadeCombine(AbstractCombine):
     # -- the layer
 
     def forward(self, x: Tensor, base, update, kernel) -> Tensor:
-        fade = self.number
+        # A graph reads λ as a tensor: a number would be part of the graph, and made anew for each.
+        fade = None if torch.compiler.is_compiling() else self.number
         if fade == 1:
             y = kernel.product(x, base, update, bias=True)
         else:
             dropped, _ = update.drop(x)
             y = update.delta(dropped, base)
-            if fade:
+            if fade != 0:
                 frozen = base.linear(x)
                 if (carried := update.carried) is not None:
                     z = dropped if update.drop_carried else x  # as the start falls, so its anchor
                     B = carried.B * carried.scale
                     frozen = frozen + F.linear(F.linear(z, carried.A.to(z.dtype)), B.to(z.dtype))
-                y = y + fade * frozen
+                y = y + (self.share.to(y.dtype) if fade is None else fade) * frozen
         return y if self.c is None else y + self.c.to(y.dtype)
 
     def effective(self, base, update) -> tuple[Tensor, Tensor | None]:

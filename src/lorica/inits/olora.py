@@ -51,6 +51,6 @@ class Olora(AbstractInit):
 
     def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
         r = pair.A.shape[0]
-        q, upper = torch.linalg.qr(weight)
-        pair.B.copy_(q[:, :r])
-        pair.A.copy_(upper[:r])
+        q, upper = torch.linalg.qr(weight[:, :r])  # of all W the first r columns would be the same
+        pair.B.copy_(q)
+        pair.A.copy_(torch.cat([upper, q.T @ weight[:, r:]], dim=1))

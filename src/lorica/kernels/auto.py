@@ -30,6 +30,10 @@ class Auto(Fused):
         257
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        current()  # a table is read now: within a graph that would make the graph anew
+
     def order(self, call: Call) -> Order:
         table = current()
         measured = None if table is None else table.order(call)
