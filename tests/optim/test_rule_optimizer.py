@@ -308,6 +308,18 @@ def test_a_closure_is_called_with_gradients():
 # -- what may go wrong -----------------------------------------------------------------------------
 
 
+def test_a_run_that_diverged_does_not_fill_the_log(caplog):
+    adapters = stacked(2, method="lorarite")
+    optimizer = lorica.optimizer(adapters, lr=1e-2)
+    with caplog.at_level(logging.WARNING, logger="lorica"):
+        for step in range(20):
+            set_gradients(adapters, step)
+            adapters.layers["1"].update.delta.A.grad[0, 0] = torch.nan
+            optimizer.step()
+    told = [r for r in caplog.records if "not finite" in r.getMessage()]
+    assert len(told) == 5, "at the 1st, 2nd, 4th, 8th and 16th time"
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("method", VARIANTS)
 def test_a_gradient_that_is_not_finite_leaves_its_pair_out_and_says_so(method, bad, caplog):

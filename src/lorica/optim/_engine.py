@@ -219,6 +219,8 @@ class PairRule(EngineRule):
 class RuleOptimizer(torch.optim.Optimizer):
     """See the module's text. Made by a rule's `build`."""
 
+    left_out = 0  # steps in which some gradient was not finite
+
     def __init__(self, rule: EngineRule, groups: list[dict[str, Any]]) -> None:
         self.rule = rule
         super().__init__(groups, {"weight_decay": 0.0, "pair": False})
@@ -262,12 +264,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         bad = {id(p) for p, fine in zip(held, finite, strict=True) if not fine}
         rests = {id(p) for p in every if p.grad is None} | bad
         if bad:
+            self.left_out += 1
+            told = self.left_out & (self.left_out - 1) == 0  # the 1st, 2nd, 4th, 8th ... time
             for group in self.param_groups:
                 if group["pair"] and any(id(p) in bad for p in group["params"]):
                     rests.update(id(p) for p in group["params"])
-                    logger.warning("%s: a gradient is not finite, no step here", group["site"])
+                    if told:
+                        logger.warning("%s: a gradient is not finite, no step here", group["site"])
             loose = {id(p) for g in self.param_groups if not g["pair"] for p in g["params"]} & bad
-            if loose:
+            if loose and told:
                 logger.warning("%d gradients are not finite, no step there", len(loose))
         return rests
 
