@@ -324,8 +324,9 @@ def measure(part: Part, options: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     torch.set_num_threads(1)  # a forked child has no pool of threads
     runs = {name: make() for name, make in chosen}
-    facts = {n: (run.saved_bytes(), run.products(), run.peak_bytes()) for n, run in runs.items()}
+    peaks = {name: run.peak_bytes() for name, run in runs.items()}
     torch.set_num_threads(options.threads)
+    facts = {n: (run.saved_bytes(), run.products(), peaks[n]) for n, run in runs.items()}
     names = list(runs)
     for i in range(-2, options.rounds):
         k = i % len(names)

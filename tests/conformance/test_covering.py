@@ -84,3 +84,21 @@ def test_a_full_recipe_lives(part, tmp_path):
 @pytest.mark.parametrize("method", TRIPLES)
 def test_a_named_combination_lives(method, tmp_path):
     lives(method, tmp_path / "out")
+
+
+@functools.cache
+def alone() -> list[tuple[str, ...]]:
+    """Every lawful pair of words with nothing else beside it."""
+    return sorted(tuple(sorted(p)) for p in pairs(FIXED) if lawful(p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_lawful_pair_lives_by_itself(part, tmp_path):
+    """What a larger recipe might hide: there a third word may stand in for what two lack."""
+    for i, words in enumerate(alone()[part::PARTS]):
+        method = "+".join(map(spelt, words))
+        try:
+            lives(method, tmp_path / str(i))
+        except Exception as error:
+            raise AssertionError(f"`{method}`: {type(error).__name__}: {error}") from error

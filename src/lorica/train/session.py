@@ -596,7 +596,7 @@ def as_yaml(config: Mapping[str, Any], verb: str, defaults: Mapping[str, Mapping
         f"# Written by lorica {lorica.__version__}. To repeat the run:"
         f" lorica {verb} config.yaml --output-dir ANOTHER\n"
     )
-    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=10**9)
     for name, told in defaults.items():
         line = rf"^({name}: \S+)$"
         if config.get(name) == told["value"]:
