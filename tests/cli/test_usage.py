@@ -261,3 +261,14 @@ def test_a_process_prints_one_json_object(llama):
     assert "Traceback" not in failed.stderr
     shown = process("targets", "./nothing", LORICA_DEBUG="1")
     assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
+def test_how_often_to_save_says_how_often_to_evaluate(train, tmp_path):
+    """Also where a run of several passes would do both after every pass."""
+    ran = train(
+        "--r", 2, "--save-steps", 2, "--num-train-epochs", 2, "--eval-fraction", 0.2, steps=None
+    )
+    assert ran.status == 0, ran.err
+    lines = [json.loads(row) for row in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    told = [row["step"] for row in lines if "eval_loss" in row]
+    assert told[:2] == [2, 4]

@@ -215,7 +215,7 @@ class AbstractRun(ABC):
             cadence["eval_strategy"] = cadence["save_strategy"]
             if "eval_steps" in further:
                 cadence["eval_strategy"] = "steps"
-            elif "eval_strategy" not in further and not by_pass:
+            elif "eval_strategy" not in further and cadence["save_strategy"] == "steps":
                 cadence["eval_steps"] = further.get("save_steps", every)
         values: dict[str, Any] = {
             "logging_steps": max(1, min(LOG_STEPS, steps // LOG_LINES)),
@@ -293,8 +293,8 @@ class AbstractRun(ABC):
             self.args = TrainingArguments(**{**values, **fixed})
         except (ValueError, TypeError, OSError, KeyError, AttributeError) as error:
             raise UsageError(
-                f"transformers refuses these options: {' '.join(str(error).split())}. Leave out or"
-                " correct the one that it names"
+                f"transformers refuses these options: {' '.join(str(error).split()).rstrip('.')}."
+                " Leave out or correct the one that it names"
             ) from None
         self._refuse_best_without_checkpoint()
         if self.args.n_gpu > 1:
