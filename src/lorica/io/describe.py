@@ -147,6 +147,11 @@ def _scale(path: str, data: Mapping[str, Any]) -> float:
     def value(pattern: str, usual: str) -> float:
         patterns = data.get(pattern) or {}
         match = first_match(patterns, path)
+        if match is None and usual not in data:
+            raise ValueError(
+                f"adapter_config.json has no `{usual}`, which `{path}` needs; write the number in,"
+                " or save the adapter again"
+            )
         return patterns[match] if match is not None else data[usual]
 
     r, alpha = value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
