@@ -386,7 +386,8 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
     except ValueError as error:
         raise ValueError(
             f"{folder} does not fit this {type(model).__name__} (it was saved from"
-            f" {told(str(info['base'].get('class')))} {told(str(info['base'].get('name')))}): {error}"
+            f" {told(str(info['base'].get('class')))} {told(str(info['base'].get('name')))}):"
+            f" {error}"
         ) from None
     try:
         state = _own_state(adapters, info, tensors, folder)
