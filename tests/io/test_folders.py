@@ -240,7 +240,8 @@ def test_flipped_bits(folder, tmp_path, where, bit, head):
     try:
         read_tensors(out / "adapter_model.safetensors")
     except ValueError as error:
-        assert "no complete safetensors file" in str(error)
+        known = ("no complete safetensors file", "is no name", "was changed")
+        assert any(words in str(error) for words in known)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
