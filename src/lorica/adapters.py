@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorica import state
 from lorica.deltas import Pair
-from lorica.groups import Trained
+from lorica.groups import Trained, at_own_rate
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full, reshard
 from lorica.objectives import Context
@@ -110,17 +110,32 @@ class Adapters:
             out.append(Trained(n, parameters[n], role, n.rpartition(".")[0]))
         return out
 
-    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, modules_lr: float | None = None
+    ) -> list[dict[str, Any]]:
         """Optimizer groups as the recipe's rule wants them: one for each set of options, or one for
         each pair; decay spares vectors (magnitudes, norms, biases).
 
         Args:
             lr: rate of a parameter that no choice on the groups axis touches.
             weight_decay: decoupled decay of everything with two dimensions or more.
+            modules_lr: rate of the modules that train in full beside the targets (those to save, or
+                embeddings, norms and head); default `lr`.
+
+        Raises:
+            ValueError: `modules_lr` where no such module trains.
         """
         reshard(self.model)
         rule: Any = self.recipe.rule
-        return rule.groups(self, lr, weight_decay)
+        groups = rule.groups(self, lr, weight_decay)
+        if modules_lr is None:
+            return groups
+        if not (modules := [t.parameter for t in self.trained() if t.role == "module"]):
+            raise ValueError(
+                f"a rate of {modules_lr:g} for the modules that train in full, and none does; name"
+                " some in `modules_to_save`, or leave the rate out"
+            )
+        return at_own_rate(groups, modules, modules_lr)
 
     # -- loss and reference
 

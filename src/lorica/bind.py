@@ -151,6 +151,7 @@ def optimizer(
     lr: float | None = None,
     *,
     weight_decay: float = 0.0,
+    modules_lr: float | None = None,
     total_steps: int | None = None,
     seed: int = 0,
     **options: Any,
@@ -161,6 +162,7 @@ def optimizer(
     Args:
         lr: learning rate; default the method's own (see the contract).
         weight_decay: decoupled; spares vectors. Default 0, the Trainer's.
+        modules_lr: rate of the modules that train in full beside the targets. Default: `lr`.
         total_steps: the horizon, where a schedule needs it.
         **options: of the rule's optimizer, e.g. `betas`, `eps`.
 
@@ -177,5 +179,5 @@ def optimizer(
             raise ValueError(f"`{adapters.recipe.text()}` has no default rate; give `lr`")
         lr = float(default[0])
     rule: Any = adapters.recipe.rule
-    made = rule.build(adapters.param_groups(lr, weight_decay), options)
+    made = rule.build(adapters.param_groups(lr, weight_decay, modules_lr), options)
     return bind(made, adapters, total_steps=total_steps, seed=seed)

@@ -51,8 +51,9 @@ class TrainedModule(nn.Module):
         return _cast(y, own)
 
     def trained(self) -> list[tuple[str, nn.Parameter, str]]:
+        role = "module" if self.only is None else "bias"
         return [
-            (f"copy.{name}", p, "bias" if name.rsplit(".", 1)[-1] == "bias" else "module")
+            (f"copy.{name}", p, role)
             for name, p in self.copy.named_parameters()
             if self.only is None or name in self.only
         ]
@@ -126,9 +127,7 @@ def train_in_place(
 
 def _role(name: str, targets: Targets) -> str:
     owner, _, leaf = name.rpartition(".")
-    if leaf == "bias":
-        return "bias"
-    return "weight" if leaf == "weight" and owner in targets.layers else "module"
+    return leaf if leaf in ("weight", "bias") and owner in targets.layers else "module"
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

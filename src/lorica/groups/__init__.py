@@ -23,7 +23,9 @@ class Trained:
 
     name: str  # path in the model
     parameter: nn.Parameter
-    role: str  # "A", "B", "diagonal", "core", "magnitude", "bias", "weight" (a target's), "module"
+    # "A", "B", "diagonal", "core", "magnitude"; a target's own "weight" and "bias"; "module": of
+    # one that trains in full beside the targets
+    role: str
     site: str  # path of the layer it belongs to
     lookup: bool = False  # belongs to an adapted embedding
 
@@ -62,3 +64,15 @@ def grouped(
         group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
         group["params"].append(t.parameter)
     return list(groups.values())
+
+
+def at_own_rate(
+    groups: Iterable[dict[str, Any]], parameters: Iterable[nn.Parameter], lr: float
+) -> list[dict[str, Any]]:
+    """The same optimizer groups, but `parameters` stand apart and learn at `lr`."""
+    chosen, out = {id(p) for p in parameters}, []
+    for group in groups:
+        for own in (False, True):
+            if params := [p for p in group["params"] if (id(p) in chosen) is own]:
+                out.append({**group, "params": params, **({"lr": lr} if own else {})})
+    return out

@@ -247,6 +247,8 @@ class RunOptions(abc.ABC):
         rank_pattern: {module pattern: r}, over `r`.
         alpha_pattern: {module pattern: lora_alpha}, over `lora_alpha`.
         learning_rate: peak rate. Default: the method's own.
+        modules_learning_rate: peak rate of the modules that train in full beside the targets: those
+            to save, a new head; in pre-training embeddings, norms and head. Default: the same.
         lr_scheduler_type: transformers' name of the schedule.
         warmup_ratio: fraction of the steps in which the rate rises from 0.
         max_steps: optimizer steps, instead of passes.
@@ -277,6 +279,7 @@ class RunOptions(abc.ABC):
     rank_pattern: Annotated[dict[str, int] | None, JSON, HINT] = None
     alpha_pattern: Annotated[dict[str, float] | None, JSON, HINT] = None
     learning_rate: Annotated[float | None, NUMBER, HINT] = None
+    modules_learning_rate: Annotated[float | None, NUMBER, HINT] = None
     lr_scheduler_type: Annotated[str, TEXT, HINT] = "cosine"
     warmup_ratio: Annotated[float | None, NUMBER, HINT] = None
     num_train_epochs: Annotated[float | None, NUMBER, HINT] = None
@@ -331,7 +334,7 @@ class RunOptions(abc.ABC):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{_flag(name)} {value}`: it is a whole number of at least 1")
-        for name in ("learning_rate", "num_train_epochs"):
+        for name in ("learning_rate", "modules_learning_rate", "num_train_epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"`{_flag(name)} {value}`: it is a number above 0")

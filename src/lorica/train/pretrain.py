@@ -470,6 +470,7 @@ class Pretraining(AbstractRun):
                 self.streamed.resume(kept["place"], kept["consumed"])
         return Pretrainer(
             adapters=self.adapters,
+            modules_learning_rate=self.options.modules_learning_rate,
             model=self.model,
             args=self.args,
             train_dataset=self.streamed if self.options.streaming else Rows(self.rows),

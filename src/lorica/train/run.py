@@ -237,6 +237,7 @@ class FineTuning(AbstractRun):
         measured = self.scores.measure is not None
         return Tuner(
             adapters=self.adapters,
+            modules_learning_rate=self.options.modules_learning_rate,
             model=self.model,
             args=self.args,
             train_dataset=self.data.dataset,

@@ -42,10 +42,13 @@ class TrainerMixin(Guarded):
         args: as the Trainer's; `optim` has to be a kind of the recipe's rule, or the default. A
             rule that limits its own step sets `max_grad_norm` to 0 and says so.
         adapters: what `lorica.attach` returned; default: those of `model`.
+        modules_learning_rate: rate of the modules that train in full beside the targets. Default:
+            `args.learning_rate`.
 
     Raises:
-        ValueError: no adapters are attached, `optim` is of another kind than the recipe's rule, or
-            an engine that flattens parameters is asked for.
+        ValueError: no adapters are attached, `optim` is of another kind than the recipe's rule,
+            an engine that flattens parameters is asked for, or there is a rate for modules that
+            train in full and none does.
 
     Example:
         >>> from lorica.train import Trainer, TrainerMixin
@@ -65,9 +68,15 @@ class TrainerMixin(Guarded):
         args: Any = None,
         *,
         adapters: Adapters | None = None,
+        modules_learning_rate: float | None = None,
         **kwargs: Any,
     ):
         self.adapters = Adapters.of(model) if adapters is None else adapters
+        self.modules_learning_rate = modules_learning_rate
+        if (
+            modules_learning_rate is not None
+        ):  # told now where no module trains, not at the first step
+            self.adapters.param_groups(modules_learning_rate, modules_lr=modules_learning_rate)
         if args is not None:
             self._check_arguments(args)
         with _counts_as_adapted(model):
@@ -118,7 +127,9 @@ class TrainerMixin(Guarded):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             rule: Any = self.adapters.recipe.rule
-            groups = self.adapters.param_groups(self.args.learning_rate, self.args.weight_decay)
+            groups = self.adapters.param_groups(
+                self.args.learning_rate, self.args.weight_decay, self.modules_learning_rate
+            )
             self.optimizer = rule.build(groups, rule.options_from(self.args))
         return self.optimizer
 
