@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -440,12 +441,6 @@ def spread(values: Iterable[float], digits: int) -> str:
 
 def shown(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-
-
-def version(package: str) -> str:
-    from importlib import metadata
-
-    return metadata.version(package)
 
 
 def main() -> None:

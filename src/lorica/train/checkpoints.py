@@ -8,7 +8,6 @@ never gone on from.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lorica.io.strict import sha256
 
 LIST = "checkpoint.json"
 ASIDE = ".unfinished"  # where a checkpoint is written before it is named, or unnamed to be removed
@@ -37,7 +38,7 @@ def seal(folder: Path, **more: Any) -> None:
         more: what else to keep there, JSON-ready.
     """
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != LIST
     }
@@ -71,7 +72,7 @@ def flaw(folder: Path) -> str | None:
             return f"{name} is missing"
         if (now := path.stat().st_size) != size:
             return f"{name} has {now:,} bytes instead of {size:,}"
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             return f"{name} holds other bytes than were written"
     if not whole:
         return "it holds weights only (`save_only_model`), no state of the optimizer"
@@ -144,11 +145,3 @@ def _free(folder: Path) -> str:
     with contextlib.suppress(OSError):
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB"
     return "unknown MiB"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
