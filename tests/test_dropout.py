@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import lorica
 from lorica import dropout
-from models import llama
+from models import llama, perturb
 
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
 def test_the_share_that_falls_is_p_and_neighbours_are_independent(p):
     n = 400_000
-    gone = dropout.blank_(torch.ones(n), p, seed=1) == 0
+    gone = dropout.Mask(p, seed=1).blank_(torch.ones(n)) == 0
     assert abs(gone.double().mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
     for lag in (1, 2, 64):  # P(both) = p²
         both = (gone[:-lag] & gone[lag:]).double().mean()
@@ -90,3 +90,16 @@ def test_a_model_under_checkpointing_trains_as_without(method):
         grads.append([t.parameter.grad for t in adapters.trained()])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_layer_draws_once_forward_and_once_backward(monkeypatch):
+    drawn, draw = [], dropout._positions
+    monkeypatch.setattr(dropout, "_positions", lambda *call: drawn.append(call) or draw(*call))
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8))
+    adapters = lorica.attach(model, "lora", r=2, lora_dropout=0.3, verbose=False)
+    perturb(adapters)
+    model.train()
+    y = model(torch.randn(5, 12, requires_grad=True))
+    assert len(drawn) == 1
+    y.sum().backward()
+    assert drawn == [drawn[0]] * 2, "the gradients of x, A and B share one mask"

@@ -22,15 +22,26 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), dtype=torch.int64))
 
 
-def blank_(x: Tensor, p: float, seed: int) -> Tensor:
-    """Zero each element of x, contiguous, with probability p, in place; what stays is not
-    scaled. The same seed and number of elements drop the same positions."""
-    if x.device.type == "cpu":
-        x.view(-1).index_fill_(0, _positions(x.numel(), p, seed), 0.0)
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    return x.mul_(keep.bernoulli_(1 - p, generator=generator))
+class Mask:
+    """What a seed drops of a tensor with probability p; drawn once, where it is first needed."""
+
+    def __init__(self, p: float, seed: int) -> None:
+        self.p, self.seed = p, seed
+        self._drawn: Tensor | None = None
+
+    def blank_(self, x: Tensor) -> Tensor:
+        """Zero what is dropped of x, contiguous, in place; what stays is not scaled. Every x has to
+        have the same number of elements."""
+        if x.device.type == "cpu":
+            if self._drawn is None:
+                self._drawn = _positions(x.numel(), self.p, self.seed)
+            x.view(-1).index_fill_(0, self._drawn, 0.0)
+            return x
+        if self._drawn is None:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+            self._drawn = keep.bernoulli_(1 - self.p, generator=generator)
+        return x.mul_(self._drawn)
 
 
 def _positions(count: int, p: float, seed: int) -> Tensor:
@@ -51,12 +62,12 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
         ctx.p, ctx.seed = p, seed
-        return blank_(x.contiguous().clone(), p, seed).div_(1 - p)
+        return Mask(p, seed).blank_(x.contiguous().clone()).div_(1 - p)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         dy = grads[0].contiguous().clone()
-        return blank_(dy, ctx.p, ctx.seed).div_(1 - ctx.p), None, None
+        return Mask(ctx.p, ctx.seed).blank_(dy).div_(1 - ctx.p), None, None
 
 
 def drop(x: Tensor, p: float, seed: int | None = None) -> Tensor:

@@ -127,7 +127,8 @@ class _Call:
         self.a2: Any = cast(a2)
         self.b2: Any = cast(b2)
         self.bias: Any = cast(bias)
-        self.k, self.p, self.seed, self.still = a.shape[0], p, seed, scale
+        self.k, self.still = a.shape[0], scale
+        self.mask = dropout.Mask(p, seed) if p else None
         self.formed: Tensor | None = None
         self.scale = scale / (1 - p)  # with what dropout owes to the features that stay
         if drop_all and a2 is not None:  # one pair of all that dropout falls on
@@ -140,10 +141,9 @@ class _Call:
 
     def dropped(self) -> Tensor:
         """x after dropout, but for the scale."""
-        if not self.p:
+        if self.mask is None:
             return self.x
-        whole = self.x.clone(memory_format=torch.contiguous_format)
-        return dropout.blank_(whole, self.p, self.seed)
+        return self.mask.blank_(self.x.clone(memory_format=torch.contiguous_format))
 
     def small(self) -> Tensor:
         return self.dropped() @ self.a.T
@@ -215,7 +215,7 @@ class _Call:
     def _for_x(self, dy: Tensor, z: Tensor) -> Tensor:
         """dY W + (dY B) A, without their sum."""
         dx = z @ self.a
-        dx = dropout.blank_(dx, self.p, self.seed) if self.p else dx
+        dx = dx if self.mask is None else self.mask.blank_(dx)
         w, b2 = self.w, self.b2
         if self.g is not None and dy.shape[0] <= w.shape[1]:  # on the smaller of the two
             dy = dy * self.g
@@ -234,8 +234,8 @@ class _Call:
         return (dy * u).sum(0, dtype=wide)
 
     def _before_gain(self) -> Tensor:
-        u = self.x @ (self.w.T if self.p else self.sum(False).T)
-        if self.p:
+        u = self.x @ (self.sum(False).T if self.mask is None else self.w.T)
+        if self.mask is not None:
             u.addmm_(self.small(), self.b.T, alpha=self.scale)
             if self.a2 is not None:
                 u.addmm_(self.x @ self.a2.T, self.b2.T, alpha=self.still)
