@@ -14,6 +14,11 @@ One step is forward and backward over one batch, without the optimizer. The unit
 step*: the same model, every weight frozen, gradients flowing through activations only. No low-rank
 method can be faster than that plus its own small products: `products` is the number of multiplies
 in the matrix products of a step, attention's among them, as counted in one, over the frozen step's.
+`floor` is what the step should take: the frozen step's time, and for all that the method counts
+beyond it the rate at which this machine does such work alone, in the same run. Four things are
+counted: multiplies of products whose smallest side is at least 64, of thinner ones (less is made of
+each number loaded, and a second thread helps less), bytes that everything else reads and writes,
+and random numbers drawn.
 Runs are interleaved in rotating order, so that a change of the machine's speed meets all of them; a
 round's ratio is taken against the same round's frozen step, or PEFT's.
 
@@ -28,6 +33,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import os
 import pickle
@@ -48,6 +54,9 @@ import lorica
 from lorica import rooms
 
 RUN = 60  # steps over which the optimizer's step is averaged
+THIN = 64  # a product with a side below this is a thin one
+LINE = 64  # bytes of a cache line
+COLD = 2**28  # bytes that no cache holds
 ROOMS = ("combine", "scales", "inits", "deltas", "ranks", "groups", "optim", "objectives",
          "schedules")  # fmt: skip
 
@@ -146,15 +155,11 @@ class Runner:
         return torch.autocast(self.part.device, dtype=torch.bfloat16)
 
     def timed(self) -> float:
-        self._wait()
+        wait(self.part)
         began = time.perf_counter()
         self.step()
-        self._wait()
+        wait(self.part)
         return time.perf_counter() - began
-
-    def _wait(self) -> None:
-        if self.part.device == "cuda":
-            torch.cuda.synchronize()
 
     # -- what it takes
 
@@ -172,10 +177,10 @@ class Runner:
             self.step()
         return sum(seen.values())
 
-    def products(self) -> int:
-        with Multiplies() as counter:
+    def counts(self) -> Counts:
+        with Counter() as counter:
             self.step()
-        return counter.total
+        return counter.counts
 
     def peak_bytes(self) -> int:
         if self.part.device == "cuda":
@@ -205,33 +210,112 @@ class Runner:
             self.gradients() if not taken else None
             kept = [(p, p.grad) for p in self.net.parameters() if p.grad is not None]
             copies = [g.clone() for _, g in kept if g is not None]
-            self._wait()
+            wait(self.part)
             began = time.perf_counter()
             self.optimizer.step()
-            self._wait()
+            wait(self.part)
             taken.append(time.perf_counter() - began)
             for (p, _), g in zip(kept, copies, strict=True):
                 p.grad = g  # the same again: the time does not depend on the values
         return statistics.mean(taken)
 
 
-class Multiplies(TorchDispatchMode):
-    """Counts those of matrix products, in place or not, and of attention."""
+@dataclass
+class Counts:
+    """What a step does.
 
-    total = 0
+    Attributes:
+        thick: multiplies of products whose smallest side is at least `THIN`.
+        thin: of the others.
+        moved: bytes read and written by all that is no product.
+        drawn: random numbers.
+    """
+
+    thick: float = 0
+    thin: float = 0
+    moved: float = 0
+    drawn: float = 0
+
+    @property
+    def multiplies(self) -> float:
+        return self.thick + self.thin
+
+    def seconds(self, beyond: Counts, rates: Counts) -> float:
+        """What this takes longer than `beyond`, each kind of work at its rate a second."""
+        return sum(
+            (getattr(self, f.name) - getattr(beyond, f.name)) / getattr(rates, f.name)
+            for f in dataclasses.fields(self)
+        )
+
+
+class Counter(TorchDispatchMode):
+    """Counts what is done within it, in place or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm"):
-            self.total += out.numel() * args[0].shape[-1]
+            self.product(out, args[0])
         elif name in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
-            self.total += out.numel() * args[1].shape[-1]
+            self.product(out, args[1])
         elif name.startswith("_scaled_dot_product"):
             q, k = args[1 if "backward" in name else 0], args[2 if "backward" in name else 1]
             # Forward: two products of (tokens, tokens, width); backward: five.
-            self.total += q.numel() * k.shape[-2] * (5 if "backward" in name else 2)
+            self.counts.thick += q.numel() * k.shape[-2] * (5 if "backward" in name else 2)
+        elif name in ("rand", "uniform_", "bernoulli_"):
+            self.counts.drawn += out.numel()
+        elif name == "index_fill_":  # the positions, and a cache line of each
+            self.counts.moved += args[2].numel() * (args[2].element_size() + 2 * LINE)
+        elif not func.is_view and "empty" not in name and name != "detach":
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            self.counts.moved += sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
         return out
+
+    def product(self, out: torch.Tensor, left: torch.Tensor) -> None:
+        inner = left.shape[-1]
+        kind = "thin" if min(*out.shape[-2:], inner) < THIN else "thick"
+        setattr(self.counts, kind, getattr(self.counts, kind) + out.numel() * inner)
+
+
+def rates(part: Part) -> Counts:
+    """What this machine does in a second, with the part's shapes, one kind of work at a time. As in
+    a step, each call meets activations that no cache holds any more."""
+    like = {"device": part.device, "dtype": torch.bfloat16 if part.autocast else part.dtype}
+    n, m, r = part.tokens, part.width, part.ranks[0]
+    pool = [torch.randn(n, m, **like) for _ in range(COLD // (n * m * 4))]
+    w, a, h = (torch.randn(*shape, **like) for shape in ((m, m), (r, m), (n, r)))
+    thin = [lambda x, _: x @ a.T, lambda x, _: h.T @ x, lambda x, _: x.addmm_(h, a)]
+    number = n * m // 20
+    return Counts(
+        thick=n * m * m / alone([lambda x, _: x @ w.T], pool, part),
+        thin=3 * n * m * r / alone(thin, pool, part),
+        moved=3 * pool[0].nbytes / alone([lambda x, y: x * y], pool, part),
+        drawn=number / alone([lambda *_: torch.rand(number, device=part.device)], pool, part),
+    )
+
+
+def alone(calls: list[Callable[..., Any]], pool: list[torch.Tensor], part: Part) -> float:
+    """Seconds of all of them, each at its median over the pool."""
+    total = 0.0
+    for call in calls:
+        taken = []
+        for i in range(len(pool)):
+            wait(part)
+            began = time.perf_counter()
+            call(pool[i], pool[i - 1])
+            wait(part)
+            taken.append(time.perf_counter() - began)
+        total += statistics.median(taken)
+    return total
+
+
+def wait(part: Part) -> None:
+    if part.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def status(name: str) -> int:
@@ -326,7 +410,7 @@ def measure(part: Part, options: argparse.Namespace) -> list[str]:
     runs = {name: make() for name, make in chosen}
     peaks = {name: run.peak_bytes() for name, run in runs.items()}
     torch.set_num_threads(options.threads)
-    facts = {n: (run.saved_bytes(), run.products(), peaks[n]) for n, run in runs.items()}
+    facts = {n: (run.saved_bytes(), run.counts(), peaks[n]) for n, run in runs.items()}
     names = list(runs)
     for i in range(-2, options.rounds):
         k = i % len(names)
@@ -334,15 +418,20 @@ def measure(part: Part, options: argparse.Namespace) -> list[str]:
             taken = runs[name].timed()
             if i >= 0:
                 runs[name].seconds.append(taken)
-    frozen = statistics.median(runs["frozen"].seconds)
+    frozen, counted, rate = (
+        statistics.median(runs["frozen"].seconds),
+        facts["frozen"][1],
+        rates(part),
+    )
     steps = {name: run.optimizer_step() for name, run in runs.items()}
     lines = [
-        "| | step / frozen: median (quartiles) | fastest | products | step / PEFT's | saved MiB |"
-        " peak MiB | optimizer and schedule |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | step / frozen: median (quartiles) | fastest | floor | products | step / PEFT's |"
+        " saved MiB | peak MiB | optimizer and schedule |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
-        saved, products, peak = facts[name]
+        saved, counts, peak = facts[name]
+        floor = 1 + counts.seconds(counted, rate) / frozen
         ratios = over(run, runs["frozen"])
         low, _, high = statistics.quantiles(ratios, n=4)
         best = min(run.seconds) / min(runs["frozen"].seconds)
@@ -351,15 +440,18 @@ def measure(part: Part, options: argparse.Namespace) -> list[str]:
         own = steps[name]
         lines.append(
             f"| {name} | {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) | {best:.3f} |"
-            f" {products / facts['frozen'][1]:.3f} | {beside} | {saved / 2**20:.0f} |"
-            f" {peak / 2**20:.0f} | {'' if own is None else f'{own / frozen:.3f}'} |"
+            f" {floor:.3f} | {counts.multiplies / counted.multiplies:.3f} | {beside} |"
+            f" {saved / 2**20:.0f} | {peak / 2**20:.0f} |"
+            f" {'' if own is None else f'{own / frozen:.3f}'} |"
         )
-    multiplies = facts["frozen"][1]
+    multiplies = counted.multiplies
     return [
         f"## {part}",
         "",
         f"The frozen step took {frozen * 1e3:.0f} ms (median) for {multiplies / 1e9:.1f}e9"
-        f" multiplies, {2 * multiplies / frozen / 1e9:.0f} GFLOP/s.",
+        f" multiplies, {2 * multiplies / frozen / 1e9:.0f} GFLOP/s. Alone:"
+        f" {2 * rate.thick / 1e9:.0f} GFLOP/s, thin {2 * rate.thin / 1e9:.0f},"
+        f" {rate.moved / 1e9:.0f} GB/s, {rate.drawn / 1e6:.0f} million random numbers a second.",
         "",
         *lines,
         "",
