@@ -73,7 +73,7 @@ ENTRIES = (
     Entry("lora", "lora", R, 4e-3, note="B = 0 at the start, s = 2"),
     Entry("switchlora", "switchlora", R, 2e-2, note="interval 40, as in the paper"),
     Entry("galore", "galore", R, 2e-2, note="scale 0.25, a new basis every 200 steps"),
-    Entry("relora", "relora", R, 4e-3, note="three restarts, no warm start"),
+    Entry("relora", "relora", R, 2e-3, note="three restarts, no warm start"),
     Entry(
         "switchlora, as often as in the paper", "switchlora(interval=10, ratio=1.0)", R, 2e-2,
         note="about 76 swaps of each position in a full run: the shortest interval that 5 frozen"
@@ -94,7 +94,7 @@ ENTRIES = (
               note=f"embeddings, norms and head at {rate:g}")
         for rate, seeds in ((1e-2, ()), (2e-2, SEEDS))
     ),
-    Entry("lora, modules at 0.02", "lora", R, 4e-3, modules=2e-2, seeds=SEEDS[:1]),
+    Entry("lora, modules at 0.02", "lora", R, 2e-3, modules=2e-2, seeds=SEEDS[:1]),
     Entry(
         "switchlora, as often, modules at 0.02", "switchlora(interval=10, ratio=1.0)", R, 2e-2,
         modules=2e-2, seeds=SEEDS[:1],
@@ -255,12 +255,15 @@ class Bench:
                 done.result()
             if self.options.sweep:
                 return
-            runs = sorted((r for e in entries for r in self.finals(e)), key=lambda run: run.seed)
-            for _ in pool.map(self.do, runs):
+            # One seed of each, then what confirms it, then the others: of use whenever it is stopped.
+            whole = [r for e in entries for r in self.finals(e) if len(e.seeds) == len(SEEDS)]
+            once = [r for e in entries for r in self.finals(e) if len(e.seeds) < len(SEEDS)]
+            first, *others = ([r for r in whole if r.seed == seed] for seed in SEEDS)
+            confirming = [] if self.options.only else self.larger()
+            for _ in pool.map(
+                self.do, [*first, *once, *confirming, *(r for o in others for r in o)]
+            ):
                 pass
-            if not self.options.only:
-                for _ in pool.map(self.do, self.larger()):
-                    pass
 
     def sweep(self, entry: Entry) -> None:
         for runs in self.search(entry):

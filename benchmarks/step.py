@@ -48,6 +48,7 @@ import torch
 import transformers
 from optimizers import processor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
@@ -271,7 +272,7 @@ class Counter(TorchDispatchMode):
         elif name == "index_fill_":  # the positions, and a cache line of each
             self.counts.moved += args[2].numel() * (args[2].element_size() + 2 * LINE)
         elif not func.is_view and "empty" not in name and name != "detach":
-            leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            leaves = tree_leaves((args, kwargs, out))
             self.counts.moved += sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
         return out
 
