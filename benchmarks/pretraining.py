@@ -255,14 +255,13 @@ class Bench:
                 done.result()
             if self.options.sweep:
                 return
-            # One seed of each, then what confirms it, then the others: of use whenever it is stopped.
+            # One seed of each line and what confirms it come first: of use whenever it is stopped.
             whole = [r for e in entries for r in self.finals(e) if len(e.seeds) == len(SEEDS)]
             once = [r for e in entries for r in self.finals(e) if len(e.seeds) < len(SEEDS)]
             first, *others = ([r for r in whole if r.seed == seed] for seed in SEEDS)
             confirming = [] if self.options.only else self.larger()
-            for _ in pool.map(
-                self.do, [*first, *once, *confirming, *(r for o in others for r in o)]
-            ):
+            rest = [run for seed in others for run in seed]
+            for _ in pool.map(self.do, [*first, *confirming, *rest, *once]):
                 pass
 
     def sweep(self, entry: Entry) -> None:
