@@ -14,7 +14,8 @@ SAVED = {"modules_to_save": ["lm_head", "embed_tokens"]}
 REST = {"train_rest": True}
 CASES = [
     ("lora", SAVED), ("dora+loraplus", SAVED), ("riemannian", SAVED), ("lorarite", SAVED),
-    ("full", {}), ("galore", {"r": 4}), ("switchlora", {**REST, "r": 4}), ("relora+dora", {**REST, "r": 4}),
+    ("full", {}), ("galore", {"r": 4}), ("switchlora", {**REST, "r": 4}),
+    ("relora+dora", {**REST, "r": 4}),
 ]  # fmt: skip
 
 

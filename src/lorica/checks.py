@@ -12,6 +12,7 @@ from lorica.rooms import CAPABILITIES, ROOMS, load, words
 DENSE = frozenset(
     {"pristine", "writable_base", "base", "separate"}
 )  # what a dense base gives; attach asks the real one
+MOST = 3.4e38  # of float32
 _NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 _AXES = {name for name, _, _ in ROOMS.values()}
 _ALLOWED = {
@@ -88,10 +89,12 @@ def check_values(recipe: Any) -> None:
                 f"`{name}={getattr(recipe, name)!r}`{by} beside `{choice.word}`, which is defined"
                 f" for rank {choice.only_r} alone; leave one of the two out"
             )
-    if recipe.lora_alpha is not None and not (_number(recipe.lora_alpha) and recipe.lora_alpha > 0):
+    if recipe.lora_alpha is not None and not (
+        _number(recipe.lora_alpha) and 0 < recipe.lora_alpha <= MOST
+    ):
         raise ValueError(
-            f"`lora_alpha={recipe.lora_alpha!r}` must be a positive number; left out, the method's"
-            " own is taken"
+            f"`lora_alpha={recipe.lora_alpha!r}` must be a positive number that float32 holds; left"
+            " out, the method's own is taken"
         )
     for name, allowed in _ALLOWED.items():
         if getattr(recipe, name) not in allowed:
@@ -102,8 +105,11 @@ def check_values(recipe: Any) -> None:
         if not _whole(value):
             raise ValueError(f"`rank_pattern[{pattern!r}]={value!r}` is a whole number >= 1")
     for pattern, value in recipe.alpha_pattern.items():
-        if not _number(value) or value <= 0:
-            raise ValueError(f"`alpha_pattern[{pattern!r}]={value!r}` must be a positive number")
+        if not (_number(value) and 0 < value <= MOST):
+            raise ValueError(
+                f"`alpha_pattern[{pattern!r}]={value!r}` must be a positive number that float32"
+                " holds"
+            )
 
 
 def check_capabilities(recipe: Any, base: frozenset[str]) -> None:

@@ -76,6 +76,29 @@ def test_a_second_one_leaves_at_once(nursery, straight, tmp_path):
     assert straight[1].differences(Snapshot.of(out)) == []
 
 
+@pytest.mark.parametrize("phase, nth", [("step", 5), ("checkpoint", 2)])
+def test_of_weights_alone_it_leaves_a_whole_checkpoint(phase, nth, nursery, straight, tmp_path):
+    out = tmp_path / "out"
+    words = [*straight[2].words[:-2], "--save-only-model", "--output-dir", out]
+    child = signalled(nursery, words, [signal.SIGTERM], phase, nth)
+    assert child.status == 128 + signal.SIGTERM, child.said
+    named, command = GOES_ON.search(child.said).groups()
+    assert checkpoints.flaw(out / named) is None
+    again = nursery.run(shlex.split(command)[1:])
+    assert again.status == 0, again.said
+    result = json.loads((out / "result.json").read_text())
+    assert result["adapter_sha256"] == json.loads(
+        (straight[0] / "result.json").read_text()
+    )["adapter_sha256"]  # fmt: skip
+
+
+def test_it_promises_nothing_where_only_weights_are_left(nursery, straight, tmp_path):
+    out = tmp_path / "out"
+    words = [*straight[2].words[:-2], "--save-only-model", "--output-dir", out]
+    child = signalled(nursery, words, SIGNALS, "step", 8)
+    assert "hold weights only" in child.said and "To go on" not in child.said, child.said
+
+
 def test_before_the_first_step_it_leaves_at_once(nursery, straight, tmp_path):
     child = signalled(
         nursery, [*straight[2].words[:-2], "--output-dir", tmp_path / "out"],

@@ -102,10 +102,12 @@ def resumable(verb: str, options: RunOptions, run: Callable[..., dict[str, Any]]
     except Stopped as stop:
         folder = Path(options.output_dir).expanduser()
         if (folder / "config.yaml").is_file():
-            there = checkpoints.found(folder)
+            there = checkpoints.resumable(folder)
             last = f" from {there[-1].name}" if there else ", from its first step"
             words = ["lorica", verb, "--output-dir", options.output_dir, "--resume"]
             stop.how = f". To go on{last}: {shlex.join(words)}"
+            if not there and checkpoints.found(folder):
+                stop.how = ". Its checkpoints hold weights only, so it cannot go on from there"
         raise
 
 

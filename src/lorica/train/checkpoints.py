@@ -52,7 +52,16 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why a run cannot go on from this folder; None: it can.
+    """Why a run cannot go on from this folder; None: it can."""
+    if (why := damage(folder)) is not None:
+        return why
+    if not read(folder)["whole"]:
+        return "it holds weights only (`save_only_model`), no state of the optimizer"
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is amiss with what was written; None: nothing.
 
     Every byte is read: a file that was cut, or changed, or is gone is found.
     """
@@ -63,7 +72,7 @@ def flaw(folder: Path) -> str | None:
     try:
         told = read(folder)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in told["files"].items()}
-        whole = bool(told["whole"])
+        _ = told["whole"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{LIST} is cut or was changed"
     for name, (size, digest) in files.items():
@@ -74,8 +83,6 @@ def flaw(folder: Path) -> str | None:
             return f"{name} has {now:,} bytes instead of {size:,}"
         if sha256(path) != digest:
             return f"{name} holds other bytes than were written"
-    if not whole:
-        return "it holds weights only (`save_only_model`), no state of the optimizer"
     return None
 
 
@@ -87,6 +94,16 @@ def newest(folder: Path) -> tuple[Path | None, dict[str, str]]:
             return path, flaws
         flaws[path.name] = why
     return None, flaws
+
+
+def resumable(folder: Path) -> list[Path]:
+    """Those of `found` that hold more than weights, by what they say of themselves."""
+    out = []
+    for path in found(folder):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if read(path).get("whole"):
+                out.append(path)
+    return out
 
 
 def told(flaws: dict[str, str]) -> str:

@@ -437,7 +437,7 @@ class AbstractRun(ABC):
         if not (self.args.load_best_model_at_end and step):
             return
         best = self.checkpoint.with_name(f"checkpoint-{step}")
-        if best != self.checkpoint and (why := checkpoints.flaw(best)) is not None:
+        if best != self.checkpoint and (why := checkpoints.damage(best)) is not None:
             raise UsageError(
                 f"`--resume`: the best weights so far are those of {best}, which is damaged: {why}."
                 " Put its files back, or start anew with `--overwrite-output-dir`"

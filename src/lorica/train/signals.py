@@ -24,7 +24,8 @@ class SaveOnSignal(TrainerCallback):
     `train` by raising `Stopped`.
 
     The handlers stand while `train` runs, if it runs in the main thread, and those from before
-    stand again afterwards. A second signal raises at once, without a new checkpoint. A signal
+    stand again afterwards. A second signal raises at once, without a new checkpoint. The checkpoint
+    is one to go on from, also under `save_only_model`. A signal
     during an evaluation waits for its end, so that the run, resumed, is the one that was never
     stopped. Of several processes one that gets the signal is enough.
 
@@ -76,16 +77,21 @@ class SaveOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self._asked(args.device):
-            self.saving = control.should_save = True
+            self._save(args, control)
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.number is not None and not _several():
-            self.saving = control.should_save = True
+            self._save(args, control)
         return control
 
+    def _save(self, args: Any, control: Any) -> None:
+        args.save_only_model = False  # what is left behind can be gone on from
+        self.saving = control.should_save = True
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.saving or (self.number is not None and not _several()):
+        caught = self.number is not None and not _several() and not args.save_only_model
+        if self.saving or caught:
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             # Of several processes another may have got it.
             number = signal.SIGTERM if self.number is None else self.number
