@@ -73,7 +73,7 @@ ENTRIES = (
     Entry("lora", "lora", R, 4e-3, note="B = 0 at the start, s = 2"),
     Entry("switchlora", "switchlora", R, 2e-2, note="interval 40, as in the paper"),
     Entry("galore", "galore", R, 2e-2, note="scale 0.25, a new basis every 200 steps"),
-    Entry("relora", "relora", R, 2e-3, note="three restarts, no warm start"),
+    Entry("relora", "relora", R, 1e-3, note="three restarts, no warm start"),
     Entry(
         "switchlora, as often as in the paper", "switchlora(interval=10, ratio=1.0)", R, 2e-2,
         note="about 76 swaps of each position in a full run: the shortest interval that 5 frozen"
