@@ -116,6 +116,6 @@ def hash_values(named: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def as_bytes(tensor: Tensor) -> bytes:
-    """The raw bytes of a tensor, whatever its dtype."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, whatever its dtype; of one that lies on the CPU, no copy."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
