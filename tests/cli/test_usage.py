@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from lorica.cli._parse import read_mapping
 from lorica.train.folder import RunFolder
 
 
@@ -209,6 +211,22 @@ def test_a_yaml_file_that_is_not_there(lorica, tmp_path):
     refused(ran, tmp_path, 2, "cannot read", "no.yaml")
 
 
+def test_a_pipe_into_which_nobody_writes(lorica, tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    ran = lorica("train", tmp_path / "run.yaml")
+    refused(ran, tmp_path, 2, "cannot read", "nothing is written into it")
+
+
+def test_a_pipe_that_a_command_fills_is_read(tmp_path):
+    """As `lorica train <(command)` has it, however slow the command is."""
+    read, write = os.pipe()
+    filling = threading.Timer(0.2, lambda: (os.write(write, b"r: 4\n"), os.close(write)))
+    filling.start()
+    assert read_mapping(Path(f"/dev/fd/{read}"))["r"][0] == 4
+    filling.join()
+    os.close(read)
+
+
 # -- the process -----------------------------------------------------------------------------------
 
 
@@ -227,6 +245,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "peft", "accel
 def test_help_and_mistakes_import_nothing_heavy(words):
     code = f"""
 import sys
+import threading
 from lorica.cli import main
 status = main({words!r})
 heavy = [m for m in {HEAVY!r} if m in sys.modules]

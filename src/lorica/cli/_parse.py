@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
+from yaml.composer import ComposerError
 
 from lorica.cli._outcome import VerbOptions
 from lorica.train.options import Kind, UsageError, kinds, nearest
@@ -115,6 +118,13 @@ def _switch(value: Any) -> bool:
     return value
 
 
+def _at_once(path: str, flags: int) -> int:
+    """`os.open` that does not wait for somebody to write into a pipe; reading it does."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(number, True)
+    return number
+
+
 LONGEST = 1_000_000  # characters of a YAML file, which may be a device without an end
 
 
@@ -126,8 +136,13 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
             twice.
     """
     try:
-        with file.expanduser().open(encoding="utf-8") as open_file:
+        with open(file.expanduser(), encoding="utf-8", opener=_at_once) as open_file:
             text = open_file.read(LONGEST + 1)
+            if not text and stat.S_ISFIFO(os.fstat(open_file.fileno()).st_mode):
+                raise UsageError(
+                    f"cannot read {file}: it is a pipe, and nothing is written into it. Name a"
+                    " file, or a pipe that a command fills"
+                )
         if len(text) > LONGEST:
             raise UsageError(
                 f"cannot read {file}: it has more than {LONGEST:,} characters, and no run needs"
@@ -193,7 +208,7 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
             held += part if isinstance(part, tuple) else [part]
         known[id(node)] = 1 + sum(_written_out(part, known) for part in held)
         if known[id(node)] > 100_000:
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, "aliases stand for more than 100,000 values", node.start_mark
             )
     return known[id(node)]
