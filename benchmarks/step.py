@@ -271,9 +271,11 @@ class Counter(TorchDispatchMode):
             self.counts.drawn += out.numel()
         elif name == "index_fill_":  # the positions, and a cache line of each
             self.counts.moved += args[2].numel() * (args[2].element_size() + 2 * LINE)
-        elif not func.is_view and "empty" not in name and name != "detach":
-            leaves = tree_leaves((args, kwargs, out))
-            self.counts.moved += sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
+        elif not func.is_view and "empty" not in name and name not in ("detach", "_unsafe_view"):
+            read = args[1:] if name in ("copy_", "zero_", "fill_") else args  # what is only written
+            for t in tree_leaves((read, kwargs, out)):
+                if isinstance(t, torch.Tensor):  # an expanded one holds less than it shows
+                    self.counts.moved += min(t.nbytes, t.untyped_storage().nbytes())
         return out
 
     def product(self, out: torch.Tensor, left: torch.Tensor) -> None:

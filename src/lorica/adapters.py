@@ -123,19 +123,11 @@ class Adapters:
                 embeddings, norms and head); default `lr`.
 
         Raises:
-            ValueError: `modules_lr` where no such module trains.
+            ValueError: a rate below 0; `modules_lr` where no such module trains.
         """
         reshard(self.model)
         rule: Any = self.recipe.rule
-        groups = rule.groups(self, lr, weight_decay)
-        if modules_lr is None:
-            return groups
-        if not (modules := [t.parameter for t in self.trained() if t.role == "module"]):
-            raise ValueError(
-                f"a rate of {modules_lr:g} for the modules that train in full, and none does; name"
-                " some in `modules_to_save`, or leave the rate out"
-            )
-        return at_own_rate(groups, modules, modules_lr)
+        return at_own_rate(rule.groups(self, lr, weight_decay), self.trained(), lr, modules_lr)
 
     # -- loss and reference
 

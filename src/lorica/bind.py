@@ -56,8 +56,9 @@ class _Binding:
         self.proof.check(own["seen"], own["step"])
         training = Training(optimizer, self.adapters, own)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        for schedule in self.schedules:
-            schedule.before_step(own["schedules"][schedule.word], training)
+        with _in_full(optimizer):
+            for schedule in self.schedules:
+                schedule.before_step(own["schedules"][schedule.word], training)
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -65,8 +66,9 @@ class _Binding:
             return
         own = optimizer.param_groups[0][KEY]
         training = Training(optimizer, self.adapters, own)
-        for schedule in self.schedules:
-            schedule.after_step(own["schedules"][schedule.word], training)
+        with _in_full(optimizer):
+            for schedule in self.schedules:
+                schedule.after_step(own["schedules"][schedule.word], training)
         own["rate"] = float(optimizer.param_groups[0]["lr"])
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
@@ -94,6 +96,11 @@ class _Binding:
         states = own.setdefault("schedules", {})
         for schedule in self.schedules:  # an empty state may have been dropped on the way
             schedule.restore(states.setdefault(schedule.word, {}), self.adapters)
+
+
+def _in_full(optimizer: torch.optim.Optimizer) -> torch.autocast:
+    """No autocast: what an event rounds stays rounded."""
+    return torch.autocast(optimizer.param_groups[0]["params"][0].device.type, enabled=False)
 
 
 def _is_fake(optimizer: torch.optim.Optimizer) -> bool:

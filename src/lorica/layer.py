@@ -53,7 +53,8 @@ class AdaptedLinear(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) that this layer computes with, in at least float32."""
-        return self.combine.effective(self.store, self.update)
+        with torch.autocast(self.store.parameter.device.type, enabled=False):
+            return self.combine.effective(self.store, self.update)
 
     def trained(self) -> list[tuple[str, nn.Parameter, str]]:
         """(name within the layer, parameter, role) of everything an optimizer could train here."""

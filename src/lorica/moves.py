@@ -99,7 +99,7 @@ def swap_(
     A, B = read_full(pair.A)[where], read_full(pair.B)[:, where]  # (k, in), (out, k)
     rows = rows.to(A)
     left, right = (B, A - rows) if side == "A" else (B - rows.T, A)
-    right = right if pair.E is None else read_full(pair.E)[where] * right
+    right = right if (middle := pair.middle()) is None else middle[where] * right
     outer_add_(store.parameter, left, right, pair.scale, transposed=store.transposed)
     if side == "A":
         write_rows(pair.A, index, rows, axis=0)

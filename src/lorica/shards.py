@@ -159,7 +159,8 @@ def outer_add_(
     local, offset = shard_of(w)
     rows, columns = _window(local, offset)
     wide = torch.promote_types(torch.promote_types(local.dtype, B.dtype), torch.float32)
-    total = torch.addmm(local.to(wide), B[rows].to(wide), A[:, columns].to(wide), alpha=alpha)
+    with torch.autocast(local.device.type, enabled=False):
+        total = torch.addmm(local.to(wide), B[rows].to(wide), A[:, columns].to(wide), alpha=alpha)
     local.copy_(total)
 
 

@@ -121,6 +121,11 @@ def find(
             raise ValueError(
                 _nothing("modules_to_save", pattern, list(modules), "a name ends a path")
             )
+        if not any(True for n in found for _ in modules[n].parameters()):
+            raise ValueError(
+                f"`modules_to_save`: {pattern!r} matches {', '.join(found)}, where no parameter is"
+                " that could train; leave it out"
+            )
         out.saved += [n for n in found if n not in out.saved]
     out.saved = [n for n in out.saved if not any(n.startswith(o + ".") for o in out.saved)]
 

@@ -127,7 +127,8 @@ class Update(nn.Module):
         """ΔW (out, in) of the whole update, in at least float32."""
         if (factors := self.factors()) is not None:
             return factors.weight()
-        own, carried = self.delta.weight(base), self.carried
+        with torch.autocast(base.parameter.device.type, enabled=False):
+            own, carried = self.delta.weight(base), self.carried
         assert own is not None, "the combine needs a weight and the recipe's check let this pass"
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         return own if carried is None else own + carried.weight()

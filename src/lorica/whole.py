@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from lorica import state
 from lorica.targets import Targets
@@ -34,6 +35,8 @@ class TrainedModule(nn.Module):
         for name, p in self.copy.named_parameters():
             if only is None or name in only:
                 p.data = p.data.to(dtype)
+        for b in self.copy.buffers() if only is None else ():
+            b.data = _cast(b.data, dtype)
         self.only = only
         self.dtype = dtype
         self.disabled = False
@@ -47,8 +50,7 @@ class TrainedModule(nn.Module):
         if self.only is not None:  # the rest is shared with the base, so the few go to its dtype
             cast = {n: p.to(own) for n, p in self.copy.named_parameters() if n in self.only}
             return torch.func.functional_call(self.copy, cast, args, kwargs)
-        y = self.copy(*(_cast(a, self.dtype) for a in args), **kwargs)
-        return _cast(y, own)
+        return _cast(self.copy(*_cast(args, self.dtype), **_cast(kwargs, self.dtype)), own)
 
     def trained(self) -> list[tuple[str, nn.Parameter, str]]:
         role = "module" if self.only is None else "bias"
@@ -65,6 +67,8 @@ class TrainedModule(nn.Module):
             p.data = p.data.to(original.dtype)
             if self.only is not None:  # in place, for another module may share the parameter
                 original.data = p.data
+        for b, original in zip(self.copy.buffers(), self.base.buffers(), strict=True):
+            b.data = b.data.to(original.dtype)
         return self.copy if self.only is None else self.base
 
     def __getattr__(self, name: str):
@@ -74,9 +78,16 @@ class TrainedModule(nn.Module):
             return getattr(self.base if self.disabled else self.copy, name)
 
 
-def _cast(value, dtype: torch.dtype):
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floating else value
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors in `dtype`, also within tuples, lists and mappings of the plain kinds and
+    transformers' outputs; a cache stays the object that it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(v, dtype) for v in value)
+    if type(value) is dict or isinstance(value, ModelOutput):
+        return type(value)(**{k: _cast(v, dtype) for k, v in value.items()})
+    return value
 
 
 def bias_modules(
@@ -105,12 +116,11 @@ def train_in_place(
     roots = [*targets.layers, *targets.saved]
     stood_for = {id(p) for p in state.tensors(adapters).values()}
     whole = recipe.whole or recipe.train_rest
-    names = [
+    chosen = {id(p) for r in roots for p in model.get_submodule(r).parameters()}
+    names = [  # a shared parameter has one, which may lie outside of the module that was asked for
         n
         for n, p in model.named_parameters()
-        if p.is_floating_point()
-        and id(p) not in stood_for
-        and (whole or any(n.startswith(r + ".") for r in roots))
+        if p.is_floating_point() and id(p) not in stood_for and (whole or id(p) in chosen)
     ]
     if keep:  # the others are held in `dtype`, too, so that one forward has one dtype
         written = stood_for | {id(model.get_parameter(n)) for n in names}
@@ -122,12 +132,13 @@ def train_in_place(
     for p in model.parameters():
         if p.is_floating_point() and p.dtype != torch.float64:
             p.data = p.data.to(dtype)
-    adapters.direct = {n: _role(n, targets) for n in names}
-
-
-def _role(name: str, targets: Targets) -> str:
-    owner, _, leaf = name.rpartition(".")
-    return leaf if leaf in ("weight", "bias") and owner in targets.layers else "module"
+    roles: dict[int, str] = {}
+    for name in targets.layers:
+        layer = adapters.layers.get(name)
+        owner = model.get_submodule(name) if layer is None else layer.base
+        for leaf, p in owner.named_parameters(recurse=False):
+            roles[id(p)] = leaf if leaf in ("weight", "bias") else "module"
+    adapters.direct = {n: roles.get(id(model.get_parameter(n)), "module") for n in names}
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -42,7 +42,7 @@ class DoraCombine(AbstractCombine):
     def gain(self, base, update) -> Tensor:
         """g = m / c (out,); a row of zeros has c = 0 and stays a row of zeros."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            c = update.row_norms(base)
+            c = update.row_norms(base).to(self.m.dtype)  # rounded as m was at the start
             c = c.clamp_min(torch.finfo(c.dtype).tiny)
         return self.m / c
 
@@ -62,7 +62,8 @@ class DoraCombine(AbstractCombine):
 
         y = frozen(x, None)
         g = g.to(y.dtype)
-        y = y + (g - 1) * frozen(dropped, keep) + g * update.moving(dropped, base, keep)
+        moving = update.moving(dropped, base, keep)
+        y = (y + (g - 1) * frozen(dropped, keep) + g * moving).to(y.dtype)
         bias = base.bias()
         return y if bias is None else y + bias.to(y.dtype)
 

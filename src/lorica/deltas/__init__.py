@@ -49,7 +49,8 @@ class Factors:
     def weight(self) -> Tensor:
         """ΔW (out, in) in at least float32: half precision would lose small updates."""
         wide = torch.promote_types(self.A.dtype, torch.float32)
-        return self.scale * (self.B.to(wide) @ self.A.to(wide))
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.scale * (self.B.to(wide) @ self.A.to(wide))
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,19 @@ class Pair:
     scale: float
     lookup: bool = False
     E: nn.Parameter | None = None  # (r, 1), a trained diagonal between the two
+    mask: nn.Parameter | None = None  # (r, 1), frozen: 1 where a rank counts, 0 where it is gone
+
+    def middle(self) -> Tensor | None:
+        """What stands between the two (r, 1), whole: E, of the ranks that count; None: nothing."""
+        if self.E is None:
+            return None
+        E = read_full(self.E)
+        return E if self.mask is None else read_full(self.mask) * E
 
     def right(self) -> Tensor:
-        """The product's right factor (r, in), whole: A, or E∘A."""
-        A = read_full(self.A)
-        return A if self.E is None else read_full(self.E) * A
+        """The product's right factor (r, in), whole: A, or A with what stands before it."""
+        A, middle = read_full(self.A), self.middle()
+        return A if middle is None else middle * A
 
 
 class AbstractDelta(nn.Module, abc.ABC):

@@ -47,14 +47,15 @@ def delta_of(W: Tensor, D: Tensor) -> Tensor:
 
 
 def product(x: Tensor, W: Tensor, D: Tensor) -> Tensor:
-    """x ΔWᵀ for x (N, in), in the order with the fewest multiplies."""
+    """x ΔWᵀ for x (N, in), in x's dtype and the order with the fewest multiplies."""
+    W, D = W.to(x.dtype), D.to(x.dtype)
     count, r, _ = D.shape
     if x.shape[0] >= r:
         return F.linear(x, delta_of(W, D))
-    blocks = F.pad(x, (0, -x.shape[1] % r)).view(-1, r)  # (N·in/r, r)
-    h = (blocks @ D.mT).view(count, x.shape[0], -1)  # (out/r, N, in)
-    y = h @ block_rows(W, D).mT + h.unflatten(-1, (-1, r)).sum(2)  # (out/r, N, r)
-    return y.transpose(0, 1).reshape(x.shape[0], -1)[:, : W.shape[0]]
+    x = F.pad(x, (0, -x.shape[1] % r))
+    h = (x.view(-1, r) @ D.mT).view(count, *x.shape)  # (out/r, N, in)
+    y = h @ block_rows(W, D).mT + h.unflatten(-1, (x.shape[1] // r, r)).sum(2)  # (out/r, N, r)
+    return y.transpose(0, 1).reshape(x.shape[0], count * r)[:, : W.shape[0]]
 
 
 def _as_used(t: Tensor) -> Tensor:
@@ -71,11 +72,11 @@ class BlockAffine(AbstractDelta):
         self.D = nn.Parameter(torch.zeros(count, r, r, dtype=site.dtype, device=site.device))
 
     def forward(self, x: Tensor, base) -> Tensor:
-        W, D = _as_used(base.weight()).to(x.dtype), _as_used(self.D).to(x.dtype)
+        W, D = _as_used(base.weight()), _as_used(self.D)
         flat = x.reshape(-1, x.shape[-1])
         # What is kept are the arguments: x and W are there anyhow.
         y = checkpoint(product, flat, W, D, use_reentrant=False, preserve_rng_state=False)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], W.shape[0])
 
     def weight(self, base) -> Tensor:
         W, D = read_full(base.weight()), read_full(self.D)

@@ -52,7 +52,7 @@ class SvdDelta(AbstractDelta):
         return Factors(self.A, self.B * (self.E * self.mask).T, self.scale)
 
     def pair(self) -> Pair:
-        return Pair(self.A, self.B, self.scale, self.lookup, self.E)
+        return Pair(self.A, self.B, self.scale, self.lookup, self.E, self.mask)
 
     def restart(self, link: int, generator: torch.Generator) -> None:
         """The mask stays: how many ranks a layer has was decided."""

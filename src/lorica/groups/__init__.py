@@ -8,6 +8,7 @@ To add one: copy `loraplus.py`.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,12 +68,31 @@ def grouped(
 
 
 def at_own_rate(
-    groups: Iterable[dict[str, Any]], parameters: Iterable[nn.Parameter], lr: float
+    groups: Iterable[dict[str, Any]],
+    trained: Iterable[Trained],
+    lr: float,
+    modules_lr: float | None,
 ) -> list[dict[str, Any]]:
-    """The same optimizer groups, but `parameters` stand apart and learn at `lr`."""
-    chosen, out = {id(p) for p in parameters}, []
+    """The same optimizer groups, but modules that train in full stand apart and learn at
+    `modules_lr`, where that is given.
+
+    Raises:
+        ValueError: a rate below 0, of which torch checks the default alone; or one for such
+            modules, and none trains.
+    """
+    for name, rate in (("lr", lr), ("modules_lr", lr if modules_lr is None else modules_lr)):
+        if not 0 <= float(rate) < math.inf:
+            raise ValueError(f"`{name}={rate!r}`: a learning rate is a finite number, at least 0")
+    if modules_lr is None:
+        return [*groups]
+    if not (modules := {id(t.parameter) for t in trained if t.role == "module"}):
+        raise ValueError(
+            f"a rate of {modules_lr:g} for the modules that train in full, and none does; name"
+            " some in `modules_to_save`, or leave the rate out"
+        )
+    out = []
     for group in groups:
         for own in (False, True):
-            if params := [p for p in group["params"] if (id(p) in chosen) is own]:
-                out.append({**group, "params": params, **({"lr": lr} if own else {})})
+            if params := [p for p in group["params"] if (id(p) in modules) is own]:
+                out.append({**group, "params": params, **({"lr": modules_lr} if own else {})})
     return out

@@ -70,6 +70,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, bias, a, b, gain, a2, b2, h, u, formed, y = _unpack(ctx)
+        if torch.is_grad_enabled():  # a second derivative: what was kept would count as a constant
+            formed = None
+            if h is not None or u is not None:
+                raise RuntimeError(
+                    "this layer kept a product for backward that a second derivative would need"
+                    " again; add `+reference` to the method to differentiate twice"
+                )
         with torch.autocast(grads[0].device.type, enabled=False):
             call = _Call(x, w, bias, a, b, gain, a2, b2, *ctx.rest)
             call.formed = formed
@@ -137,7 +144,8 @@ class _Call:
         self.g: Any = None
         if gain is not None:
             g = gain.to(torch.promote_types(dtype, torch.float32))
-            self.g = torch.where(g.abs() < TINY, TINY, g).to(dtype)
+            least = max(TINY, torch.finfo(dtype).tiny)  # float16 has no TINY
+            self.g = torch.where(g.abs() < least, least, g).to(dtype)
 
     def dropped(self) -> Tensor:
         """x after dropout, but for the scale."""
@@ -283,6 +291,7 @@ class Fused(AbstractKernel):
             b2 = carried.B * (carried.scale / own.scale)
         device = x.device.type
         auto = torch.is_autocast_enabled(device)
+        auto = auto and x.dtype != torch.float64  # which torch's autocast leaves alone, too
         dtype = torch.get_autocast_dtype(device) if auto else x.dtype
         grad = torch.is_grad_enabled()
         order = self.order(Call(
