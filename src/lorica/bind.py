@@ -45,6 +45,7 @@ class _Binding:
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.real = not _is_fake(optimizer)
         if not self.real:
+            self.proof.skipped += 1
             return
         if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
             raise ValueError(

@@ -134,6 +134,7 @@ class Proof:
         self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
         self.hooks: list[Any] = []
         self.held = False
+        self.skipped = 0  # steps that counted as none: at rate 0, without any gradient
 
     def check_held(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
         """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
@@ -141,7 +142,8 @@ class Proof:
         if self.held:
             return
         # A run's first step alone does not tell an idle layer from one that no token reached.
-        self.watched = max(2, min(WATCHED_STEPS, total_steps or WATCHED_STEPS))
+        left = (total_steps or WATCHED_STEPS) - self.skipped
+        self.watched = max(1 if self.skipped else 2, min(WATCHED_STEPS, left))
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [t.name for t in self.adapters.trained() if id(t.parameter) not in held]
         if lost:

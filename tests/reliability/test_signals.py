@@ -21,6 +21,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 import lorica
 from lorica.train import Trainer, checkpoints
+from lorica.train.options import TrainOptions
+from lorica.train.run import train as fine_tune
 from lorica.train.signals import SaveOnSignal
 from lorica.train.stopping import SIGNALS, Stopped, terminable
 from models import LENGTH, VOCAB, llama
@@ -278,3 +280,82 @@ def test_of_two_processes_one_signal_is_enough(tmp_path):
     assert [process.returncode for process in made] == [143, 143], "\n".join(said)
     (last,) = checkpoints.found(tmp_path / "out")
     assert last.name == "checkpoint-5" and checkpoints.flaw(last) is None
+
+
+# -- a signal at an exact step ---------------------------------------------------------------------
+
+
+class Kick(TrainerCallback):
+    """Sends a signal as this step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def told(folder: Path) -> tuple:
+    """What a run says of itself: evaluations, the best step, the weights."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    return evaluations, result["best_step"], result["adapter_sha256"]
+
+
+@pytest.fixture
+def passes(tmp_path):
+    """A run of two passes of three steps, evaluated after each."""
+    rows = [
+        json.dumps({"prompt": f"{i} and {i + 1}", "completion": str(2 * i + 1)}) for i in range(32)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[:24]))
+    (tmp_path / "dev.jsonl").write_text("\n".join(rows[24:]))
+
+    def run(out: str, *callbacks, **more):
+        options = TrainOptions(
+            data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "dev.jsonl"), r=2,
+            num_train_epochs=2.0, learning_rate=1e-2, output_dir=str(tmp_path / out), **more,
+        )  # fmt: skip
+        fine_tune(options, callbacks=[SaveOnSignal(), *callbacks])
+        return tmp_path / out
+
+    return run
+
+
+@pytest.mark.parametrize("step", [3, 5, 6])
+def test_a_pass_that_ends_with_a_signal_is_evaluated(passes, step):
+    straight = told(passes("straight"))
+    with pytest.raises(Stopped) as stop:
+        passes("cut", Kick(step))
+    assert stop.value.step == step
+    assert told(passes("cut", resume="last")) == straight
+
+
+def test_it_saves_where_only_the_best_is_kept(passes):
+    more = {
+        "further": {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1,
+                    "metric_for_best_model": "eval_loss", "greater_is_better": True},
+    }  # fmt: skip
+    with pytest.raises(Stopped) as stop:
+        passes("cut", Kick(4), **more)
+    assert stop.value.step == 4 and checkpoints.flaw(stop.value.checkpoint) is None
+
+
+class Swallowing:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_within_a_finaliser_is_not_lost():
+    with pytest.raises(Stopped), terminable():
+        Swallowing()
+    with pytest.raises(Stopped), terminable():
+        Swallowing()
+        SaveOnSignal().on_train_begin(None, None, None)
+        raise AssertionError("training began")
+    with terminable():
+        pass  # an old signal stops nothing new

@@ -8,6 +8,7 @@ never gone on from.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -16,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorica.io.strict import sha256
-
 LIST = "checkpoint.json"
+_SEAL = "seal"  # of the list itself
 ASIDE = ".unfinished"  # where a checkpoint is written before it is named, or unnamed to be removed
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -37,18 +37,36 @@ def seal(folder: Path, **more: Any) -> None:
     Args:
         more: what else to keep there, JSON-ready.
     """
+    from lorica.io.strict import sha256  # torch's weight, borne only where there are checkpoints
+
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != LIST
     }
-    text = json.dumps({**more, "files": files}, indent=2)
+    data = {**more, "files": files}
+    text = json.dumps({**data, _SEAL: _digest(data)}, indent=2)
     (folder / LIST).write_text(text + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `seal` wrote of a whole checkpoint."""
-    return json.loads((folder / LIST).read_text(encoding="utf-8"))
+    """What `seal` wrote of a whole checkpoint.
+
+    Raises:
+        ValueError: it was changed since.
+        OSError: it cannot be read.
+    """
+    try:
+        data = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        if data.pop(_SEAL) != _digest(data):
+            raise ValueError("another digest")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{LIST} is cut or was changed") from error
+    return data
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def flaw(folder: Path) -> str | None:
@@ -69,14 +87,14 @@ def damage(folder: Path) -> str | None:
         return "there is no such folder"
     if not (folder / LIST).is_file():
         return f"it has no {LIST}, which is written last"
+    from lorica.io.strict import sha256
+
     try:
         told = read(folder)
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in told["files"].items()}
-        _ = told["whole"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{LIST} is cut or was changed"
-    for name, (size, digest) in files.items():
-        path = folder / name
+    except (ValueError, OSError) as error:
+        return str(error)
+    for name, entry in told["files"].items():
+        path, size, digest = folder / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
             return f"{name} is missing"
         if (now := path.stat().st_size) != size:
@@ -100,8 +118,8 @@ def resumable(folder: Path) -> list[Path]:
     """Those of `found` that hold more than weights, by what they say of themselves."""
     out = []
     for path in found(folder):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if read(path).get("whole"):
+        with contextlib.suppress(OSError, ValueError):
+            if read(path)["whole"]:
                 out.append(path)
     return out
 
@@ -142,12 +160,12 @@ def saving(what: str, folder: Path) -> Iterator[None]:
             raise
         first = (str(error) or type(error).__name__).splitlines()[0]
         why = error.strerror if isinstance(error, OSError) and error.strerror else first
-        named = [path.name for path in found(folder)]
+        named = [path.name for path in resumable(folder)]
         left = (
             f"{named[-1]} is there, and only what came after it is lost: once that is mended, go on"
             " from it with `--resume` (in Python: `resume_from_checkpoint=True`)"
             if named
-            else "There is no checkpoint yet: once that is mended, start again"
+            else "There is no checkpoint to go on from: once that is mended, start again"
         )
         raise NotSaved(
             f"{what} was not written to `{folder}`: {why} ({_free(folder)} are free there). {left}"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lorica.train.stopping import SIGNALS, Stopped, in_main_thread
+from lorica.train.stopping import SIGNALS, Stopped, check_stopped, in_main_thread
 
 ECHO = 1.0  # seconds in which a launcher's signal may arrive twice: from it, and from the terminal
 
@@ -25,9 +25,9 @@ class SaveOnSignal(TrainerCallback):
 
     The handlers stand while `train` runs, if it runs in the main thread, and those from before
     stand again afterwards. A second signal raises at once, without a new checkpoint. The checkpoint
-    is one to go on from, also under `save_only_model`. A signal
-    during an evaluation waits for its end, so that the run, resumed, is the one that was never
-    stopped. Of several processes one that gets the signal is enough.
+    is one to go on from, also under `save_only_model`. A signal during an evaluation waits for its
+    end, and one in the last step of a pass for the evaluation after it, so that the run, resumed,
+    is the one that was never stopped. Of several processes one that gets the signal is enough.
 
     Raises:
         Stopped: out of `train`; a SystemExit whose code is 128 + the signal's number.
@@ -42,13 +42,17 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.number: int | None = None
         self.saving = False  # what is being written is the checkpoint to leave with
+        self._asks = False  # some process got a signal
+        self._ends = False  # the step that was taken ends a pass over the data
         self._first = 0.0
         self._owner = 0
         self._before: dict[int, Any] = {}
         self._sent: torch.Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_stopped()
         self.number, self.saving, self._sent = None, False, None
+        self._asks = self._ends = False
         if in_main_thread() and not self._before:
             self._owner = os.getpid()
             self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
@@ -76,7 +80,15 @@ class SaveOnSignal(TrainerCallback):
             os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self._asked(args.device):
+        self._asks = self._asked(args.device)
+        self._ends = state.epoch is not None and state.epoch == int(state.epoch)
+        if self._asks and not self._ends:
+            self._save(args, control)
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._ends = False
+        if self._asks or (self.number is not None and not _several()):
             self._save(args, control)
         return control
 
@@ -91,7 +103,7 @@ class SaveOnSignal(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         caught = self.number is not None and not _several() and not args.save_only_model
-        if self.saving or caught:
+        if self.saving or (caught and not self._ends):
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             # Of several processes another may have got it.
             number = signal.SIGTERM if self.number is None else self.number

@@ -44,17 +44,32 @@ def in_main_thread() -> bool:
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Within this context SIGTERM and SIGINT raise `Stopped`, so that what is unfinished is cleared
-    away; in other threads than the main one nothing changes."""
+    away; in other threads than the main one nothing changes.
+
+    Python swallows what is raised within a finaliser, so the signal is also noted: `check_stopped`
+    and the end of this context raise what was lost."""
     if not in_main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
+        _caught.append(number)
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+        check_stopped()
     finally:
+        _caught.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_caught: list[int] = []
+
+
+def check_stopped() -> None:
+    """Raise `Stopped` for a signal that came and was swallowed."""
+    if _caught:
+        raise Stopped(_caught[0])

@@ -235,6 +235,12 @@ class TrainerMixin(Guarded):
             checkpoints.rotate(final, self.args.save_total_limit, kept)
         self.accelerator.wait_for_everyone()
 
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """What decides about saving under `save_strategy="best"`, where a signal has a say, too."""
+        best = super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
+        return best or any(isinstance(c, SaveOnSignal) and c.saving for c in callbacks)
+
     def _check_drift(self) -> None:
         if self.accelerator.num_processes == 1:
             return
