@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lorica.messages import cut
 from lorica.rooms import ROOMS, Choice, build, plain, room_of, unknown
 
 _PART = re.compile(r"\s*([A-Za-z][\w-]*(?:\.[\w-]+)?)\s*(?:\((.*)\))?\s*", re.S)
@@ -24,7 +25,10 @@ def choices_of(method: str | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown word or argument, a text that does not parse, two words on one axis.
     """
-    return _choices(_words(method))
+    try:
+        return _choices(_words(method))
+    except ValueError as error:
+        raise ValueError(cut(str(error))) from None
 
 
 def _words(method: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

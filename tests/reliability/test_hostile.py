@@ -406,6 +406,29 @@ def test_a_parquet_file_of_one_value_for_ever(tmp_path, monkeypatch):
         read(file)
 
 
+@pytest.mark.parametrize("rows, value", [(6 * 10**6, "the cat"), (3000, "a" * 200_000)])
+def test_a_parquet_file_of_words_for_repeated_values(tmp_path, rows, value):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), rows), [value])
+    pq.write_table(pa.table({"text": column}), file)
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        read(file)
+
+
+def test_categories_in_a_parquet_file_are_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    label = pa.DictionaryArray.from_arrays(pa.array([0, None, 1], pa.int8()), ["no", "yes"])
+    number = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1], pa.int8()), [3, 5])
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": label, "n": number}), file)
+    assert read(file)["n"][:] == [3, 5, 5]
+
+
 def test_ids_that_the_tokenizer_has_not(subjects, tmp_path):
     words = load.load_tokenizer(str(subjects.root / "model"))
     file = tmp_path / "a.jsonl"
