@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
+from reprlib import repr as short
 from typing import Any
 
+from lorica.ranks.pattern import flaw
 from lorica.rooms import CAPABILITIES, ROOMS, load, words
 
 DENSE = frozenset(
     {"pristine", "writable_base", "base", "separate"}
 )  # what a dense base gives; attach asks the real one
 MOST = 3.4e38  # of float32
+LEAST = 1e-37  # of a scale, in whole digits of float32
+MOST_R = 2**31 - 1  # above any layer's size
 _NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 _AXES = {name for name, _, _ in ROOMS.values()}
 _ALLOWED = {
@@ -76,10 +80,13 @@ def check_effects(recipe: Any) -> None:
 def check_values(recipe: Any) -> None:
     """Numbers are in their range."""
     if "r" in recipe.takes and not _whole(recipe.r):
-        raise ValueError(f"`r={recipe.r!r}`: the rank is a whole number of at least 1, e.g. `r=16`")
+        raise ValueError(
+            f"`r={short(recipe.r)}`: the rank is a whole number of at least 1, and of at most a"
+            " layer's size, e.g. `r=16`"
+        )
     if not _number(recipe.lora_dropout) or not 0 <= recipe.lora_dropout < 1:
         raise ValueError(
-            f"`lora_dropout={recipe.lora_dropout!r}` is a probability in [0, 1), e.g. 0.05"
+            f"`lora_dropout={short(recipe.lora_dropout)}` is a probability in [0, 1), e.g. 0.05"
         )
     for choice in recipe.choices if "r" in recipe.takes else ():
         if choice.only_r is not None and (recipe.r != choice.only_r or recipe.rank_pattern):
@@ -89,26 +96,37 @@ def check_values(recipe: Any) -> None:
                 f"`{name}={getattr(recipe, name)!r}`{by} beside `{choice.word}`, which is defined"
                 f" for rank {choice.only_r} alone; leave one of the two out"
             )
-    if recipe.lora_alpha is not None and not (
-        _number(recipe.lora_alpha) and 0 < recipe.lora_alpha <= MOST
-    ):
+    ranks = [r for r in (recipe.r, *recipe.rank_pattern.values()) if _whole(r)]
+    least = LEAST * max(ranks, default=1)
+    if recipe.lora_alpha is not None and not _alpha(recipe.lora_alpha, least):
         raise ValueError(
-            f"`lora_alpha={recipe.lora_alpha!r}` must be a positive number that float32 holds; left"
-            " out, the method's own is taken"
+            f"`lora_alpha={short(recipe.lora_alpha)}` must be a positive number that float32 holds,"
+            " also divided by the rank; left out, the method's own is taken"
         )
     for name, allowed in _ALLOWED.items():
         if getattr(recipe, name) not in allowed:
             raise ValueError(
                 f"`{name}={getattr(recipe, name)!r}`; allowed: {', '.join(map(str, allowed))}"
             )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(recipe, name):
+            if (why := flaw(pattern)) is not None:
+                raise ValueError(
+                    f"`{name}` has {pattern!r}, which is no regular expression ({why}); a"
+                    " pattern ends a module path, e.g. 'q_proj', and a character such as `(` is"
+                    r" written `\(`"
+                )
     for pattern, value in recipe.rank_pattern.items():
         if not _whole(value):
-            raise ValueError(f"`rank_pattern[{pattern!r}]={value!r}` is a whole number >= 1")
-    for pattern, value in recipe.alpha_pattern.items():
-        if not (_number(value) and 0 < value <= MOST):
             raise ValueError(
-                f"`alpha_pattern[{pattern!r}]={value!r}` must be a positive number that float32"
-                " holds"
+                f"`rank_pattern[{pattern!r}]={short(value)}` is a whole number >= 1, and at most a"
+                " layer's size"
+            )
+    for pattern, value in recipe.alpha_pattern.items():
+        if not _alpha(value, least):
+            raise ValueError(
+                f"`alpha_pattern[{pattern!r}]={short(value)}` must be a positive number that"
+                " float32 holds, also divided by the rank"
             )
 
 
@@ -160,4 +178,8 @@ def _number(value: Any) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_R
+
+
+def _alpha(value: Any, least: float) -> bool:
+    return _number(value) and least <= value <= MOST

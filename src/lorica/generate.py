@@ -109,6 +109,8 @@ class Decoding:
         for name in ("temperature", "repetition_penalty"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise refuse(name, "a number above 0; for greedy answers leave it out")
+        if self.temperature is not None and self.temperature < 1e-30:  # logits over it overflow
+            raise refuse("temperature", "1e-30 at least; for greedy answers leave it out")
         if self.top_k is not None and self.top_k < 0:
             raise refuse("top_k", "a whole number of tokens, 0 for all")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -70,7 +70,7 @@ def _select(spec: str | tuple[str, ...], paths: Iterable[str], what: str) -> lis
     if isinstance(spec, str):
         try:
             expression = re.compile(spec)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`{what}={spec!r}` is no regular expression ({error}); a list of names is "
                 "written as a list"

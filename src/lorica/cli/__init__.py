@@ -11,9 +11,12 @@ Ctrl-C, 143 after SIGTERM). With `--json` standard output holds one JSON object 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
 import importlib.util
+import io
+import json
 import logging
 import os
 import pkgutil
@@ -52,11 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _verb(words)
-    except BrokenPipeError:  # `lorica methods | head`
+        with _spelt_out():
+            status = _verb(words)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+    except (OSError, _Unheard) as error:
+        # What is left to write goes nowhere, instead of failing again at the end of the process.
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if sys.stdout is not None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cause = error.__cause__ or error
+        if not isinstance(cause, BrokenPipeError):  # `lorica methods | head`
+            why = getattr(cause, "strerror", None) or cause
+            with contextlib.suppress(OSError):
+                print(
+                    f"lorica: standard output cannot be written to ({why}), so the result was not"
+                    " said; send it to a place that takes it",
+                    file=sys.stderr,
+                )
         return 1
+
+
+class _Unheard(Exception):
+    """Standard output did not take what a verb has to say; the cause tells why."""
 
 
 def _verb(words: list[str]) -> int:
@@ -77,6 +99,15 @@ def _verb(words: list[str]) -> int:
         options = parse(verb.Options, words[1:], prog=f"lorica {words[0]}")
         with _logging(), _clean_stdout(), terminable():
             outcome = verb.run(options)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            try:
+                write(outcome, json=options.json)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+            except OSError as error:
+                raise _Unheard from error
+    except _Unheard:
+        raise
     except Stopped as stop:
         return _failed(str(stop), 128 + stop.number, wants_json)
     except SystemExit as stop:  # the parser's own answers: help (0) or an error it has printed (2)
@@ -90,8 +121,6 @@ def _verb(words: list[str]) -> int:
         if os.environ.get("LORICA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         return _failed(_message(error), 2 if isinstance(error, UsageError) else 1, wants_json)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        write(outcome, json=options.json)
     return 0
 
 
@@ -143,10 +172,35 @@ def _logging() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _spelt_out() -> Iterator[None]:
+    """A character that standard output's encoding lacks becomes `\\u0394`, which is JSON too."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="lorica.spelt")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            out.reconfigure(errors=before)
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("lorica.spelt", _spelt)
+
+
+@contextlib.contextmanager
 def _clean_stdout() -> Iterator[None]:
     """What a library prints while a verb runs goes to standard error, from C too."""
     kept = None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be none
         if sys.stdout.fileno() == 1:
             sys.stdout.flush()
             kept = os.dup(1)

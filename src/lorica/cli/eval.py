@@ -107,13 +107,20 @@ def run(options: Options) -> Outcome:
     options.check()
     from lorica.cli._model import Source, chosen_data
     from lorica.evaluate import compiled
+    from lorica.io.folder import home
 
     try:
         compiled(options.answer_pattern)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except (OverflowError, RecursionError) as error:
+        raise UsageError(
+            f"`--answer-pattern {options.answer_pattern}` is too large a regular expression"
+            f" ({error}); type a smaller one"
+        ) from None
     data, split = chosen_data(options.data, options.split)
-    return _Work(options, Source.find(options.model, options.adapter), data, split).outcome()
+    source = Source.find(home(options.model), home(options.adapter))
+    return _Work(options, source, data, split).outcome()
 
 
 @dataclass(frozen=True)

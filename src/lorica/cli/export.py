@@ -45,7 +45,7 @@ def run(options: Options) -> Outcome:
     from lorica import io
     from lorica.cli._model import quieten
     from lorica.io.export import marks
-    from lorica.io.folder import check_free
+    from lorica.io.folder import check_free, home
     from lorica.train.load import load_base
 
     whole = options.to != "peft"
@@ -57,13 +57,13 @@ def run(options: Options) -> Outcome:
         )
     if options.r is not None and options.r < 1:
         raise UsageError(f"`--r {options.r}`: the rank is a whole number of at least 1")
-    out = Path(options.output_dir).expanduser()
+    adapter, out = home(options.adapter), Path(home(options.output_dir))
     check_free(out, overwrite=options.overwrite, marks=marks(options.to))
     quieten()
-    model, tokenizer = load_base(options.adapter, options.model)
+    model, tokenizer = load_base(adapter, home(options.model))
     more: dict[str, Any] = {"tokenizer": tokenizer} if whole else {}
     done: Any = io.export(
-        options.adapter,
+        adapter,
         out,
         to=options.to,
         model=model,

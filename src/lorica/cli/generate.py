@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import re
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +40,8 @@ EXIT = "/exit"
 # where standard output is the same terminal. Asked here: within `run` there is no telling.
 _TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 _TEXTS = Kind("TEXT ...", tuple, nargs="*")  # as they are: a comma or a space may be one
+_STDOUT = re.compile(r"/dev/stdout|/(dev|proc/self)/fd/1")
+_HANDED = re.compile(r"/dev/std\w+|/(dev|proc/\w+)/fd/.*")  # names of what is open already
 _EACH = tyro.conf.arg(help_behavior_hint="(may be given again)")
 
 
@@ -137,13 +145,14 @@ def run(options: Options) -> Outcome:
     options.check()
     from lorica.cli._model import Source
     from lorica.generate import Decoding, Prompter, language_task
+    from lorica.io.folder import home
 
     names = Decoding.__dataclass_fields__
     try:
         decoding = Decoding(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         raise UsageError(str(error)) from None
-    source = Source.find(options.model, options.adapter)
+    source = Source.find(home(options.model), home(options.adapter))
     ask = Prompter(source.tokenizer, language_task(source.config), options.chat_template)
     work = _Work(options, source, ask, decoding)
     if options.chat:
@@ -211,15 +220,15 @@ class _Work:
             prompts = self.ask.texts(dataset["text"], dataset["__where__"])
         else:
             prompts = self.ask.rows(dataset)
-        if options.output is not None:
-            _check_writable(Path(options.output).expanduser())
-        answers = self.answer(prompts)
-        data = self._data(prompts, answers)
-        rows = [json.dumps(row, ensure_ascii=False) for row in data["answers"]]
         if options.output is None:
-            return Outcome(data, tuple(rows))
-        path = Path(options.output).expanduser()
-        _write(path, "".join(row + "\n" for row in rows))
+            data = self._data(prompts, self.answer(prompts))
+            return Outcome(data, tuple(_rows(data)))
+        path = Path(os.path.expanduser(options.output))
+        with _place(path) as write:
+            answers = self.answer(prompts)
+            data = self._data(prompts, answers)
+            rows = _rows(data)
+            write("".join(row + "\n" for row in rows))
         done = sum(answer.finished for several in answers for answer in several)
         return Outcome(
             {**data, "output": str(path)},
@@ -323,18 +332,91 @@ def _turns() -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
-def _check_writable(path: Path) -> None:
-    """Before an hour of answers is lost for want of a folder."""
+def _rows(data: dict[str, Any]) -> list[str]:
+    return [json.dumps(row, ensure_ascii=False) for row in data["answers"]]
+
+
+@contextlib.contextmanager
+def _place(path: Path) -> Iterator[Callable[[str], None]]:
+    """What writes a text to `path`. That it can is found out first, before an hour of answers.
+
+    Raises:
+        UsageError: it can't.
+    """
+    if _STDOUT.fullmatch(str(path)):
+        raise UsageError(
+            f"`--output {path}`: without `--output` the answers go to standard output; leave it out"
+        )
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(
             f"`--output {path}` "
             + ("is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist")
             + "; name a file in a folder that is there"
         )
+    try:
+        handle = _opened(path)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            why = "nobody reads from it; start what reads it before this"
+        else:
+            why = f"{error.strerror}; name a file in a folder that you may write to"
+        raise UsageError(f"`--output {path}` cannot be written: {why}") from None
+    try:
+        yield partial(_write, path, handle)
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
-def _write(path: Path, text: str) -> None:
-    """The file is whole or absent."""
-    aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+def _opened(path: Path) -> int | None:
+    """A handle of what is written straight into: pipes and devices, which are never replaced, and a
+    file whose folder takes no other. None: `path` is replaced by a finished file, as it can be."""
+    if _HANDED.fullmatch(str(path)) or (path.exists() and not path.is_file()):
+        # Not waiting: a pipe that nobody reads from would be waited for without end.
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+        os.set_blocking(handle, True)
+        return handle
+    aside = _aside(path)
+    try:
+        aside.touch(exist_ok=False)
+        aside.unlink()
+    except OSError:
+        if not path.is_file():
+            raise
+        return os.open(path, os.O_WRONLY)
+    return None
+
+
+def _aside(path: Path) -> Path:
+    """Beside the file itself, where `path` is a link to it."""
+    target = Path(os.path.realpath(path))
+    return target.with_name(f".{target.name[:40]}.{os.getpid()}.unfinished")
+
+
+def _write(path: Path, handle: int | None, text: str) -> None:
+    """A file is whole or as it was, wherever it can be replaced."""
+    data = text.encode("utf-8", "backslashreplace")  # half a surrogate pair, as JSON writes it
+    try:
+        if handle is None:
+            _replace(Path(os.path.realpath(path)), _aside(path), data)
+            return
+        if stat.S_ISREG(os.fstat(handle).st_mode) and not _HANDED.fullmatch(str(path)):
+            os.ftruncate(handle, 0)
+        with open(handle, "wb", closefd=False) as file:
+            file.write(data)
+    except OSError as error:
+        raise OSError(
+            f"the answers could not be written to {path}: {error.strerror}; name another file with"
+            " `--output`, or leave it out"
+        ) from None
+
+
+def _replace(path: Path, aside: Path, data: bytes) -> None:
+    try:
+        aside.write_bytes(data)
+        try:
+            aside.replace(path)
+        except OSError:  # a file that is mounted there by itself, as containers have it
+            path.write_bytes(data)
+    finally:
+        aside.unlink(missing_ok=True)

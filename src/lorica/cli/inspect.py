@@ -25,12 +25,14 @@ class Options(VerbOptions):
 def run(options: Options) -> Outcome:
     from lorica import io
     from lorica.io.compressed import is_packed, read_info
+    from lorica.io.folder import home
 
-    if is_packed(options.adapter):
-        info = read_info(options.adapter)
-        data = {"path": options.adapter, "type": "compressed", **info}
+    adapter = home(options.adapter)
+    if is_packed(adapter):
+        info = read_info(adapter)
+        data = {"path": adapter, "type": "compressed", **info}
         return Outcome(data, (*_small(data), _ranks(info["ranks"])))
-    data = io.inspect(options.adapter)
+    data = io.inspect(adapter)
     return Outcome(data, (*_head(data), _table(data), *_problems(data)))
 
 

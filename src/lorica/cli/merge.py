@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, PATH, TEXT
+from lorica.train.options import HINT, PATH, TEXT, UsageError
+
+_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", re.IGNORECASE)  # of transformers' shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +43,23 @@ class Options(VerbOptions):
 def run(options: Options) -> Outcome:
     from lorica import io
     from lorica.cli._model import quieten
-    from lorica.io.folder import check_free
+    from lorica.io.folder import check_free, home
     from lorica.io.merged import MARKS
     from lorica.train.load import load_base
 
-    check_free(Path(options.output_dir), overwrite=options.overwrite, marks=MARKS)
+    if not _SIZE.fullmatch(options.max_shard_size):
+        raise UsageError(
+            f"`--max-shard-size {options.max_shard_size}`: it is a number above 0 with one of the"
+            " units KB, MB, GB and TB, e.g. `--max-shard-size 5GB`"
+        )
+    adapter, out = home(options.adapter), Path(home(options.output_dir))
+    check_free(out, overwrite=options.overwrite, marks=MARKS)
     quieten()
-    model, tokenizer = load_base(options.adapter, options.model)
-    adapters = io.load(
-        model, options.adapter, check_base=not options.ignore_base_hash, trainable=False
-    )
+    model, tokenizer = load_base(adapter, home(options.model))
+    adapters = io.load(model, adapter, check_base=not options.ignore_base_hash, trainable=False)
     merged = io.merge_to(
         adapters,
-        options.output_dir,
+        out,
         tokenizer=tokenizer,
         max_shard_size=options.max_shard_size,
         approximate=options.approximate,

@@ -19,7 +19,7 @@ from lorica.contract import human
 from lorica.io.folder import check_free, first, together, writing
 from lorica.io.merged import Change, make_sample, outputs
 from lorica.io.native import write_tensors
-from lorica.io.strict import check_types, read_json, read_tensors, sha256
+from lorica.io.strict import check_items, check_types, read_json, read_tensors, sha256, told
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full, reshard
 from lorica.whole import replace
@@ -32,6 +32,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "ranks": (dict,), "parameters_before": (int,), "parameters": (int,), "bytes_before": (int,),
     "bytes": (int,), "tied": (dict,), "computed": (list,), "files": (dict,),
 }  # fmt: skip
+_ITEMS: dict[str, type] = {"ranks": int, "tied": str, "computed": str, "files": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +290,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
         )
     info = read_json(folder / PACKED_CONFIG)
     check_types(info, _TYPES, folder / PACKED_CONFIG)
+    check_items(info, _ITEMS, folder / PACKED_CONFIG)
     if missing := sorted(k for k in _TYPES if info.get(k) is None):
         raise ValueError(
             f"{folder / PACKED_CONFIG}: {missing} must be given; the file was cut. Copy the folder"
@@ -310,8 +312,9 @@ def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> Pre
         attn_implementation: transformers'; None: its own choice.
 
     Raises:
-        ValueError: no such folder, a newer format, a class that transformers does not have, or
-            weights that are missing, changed or of another shape.
+        ValueError: no such folder, a newer format, a class that transformers does not have,
+            weights that are missing, changed or of another shape, or a configuration that builds no
+            such model. Code that a folder brings is never run.
     """
     import transformers
 
@@ -329,18 +332,22 @@ def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> Pre
             f" {transformers.__version__} does not have; install the one it was written with"
         )
     state = {**tensors, **{n: tensors[o] for n, o in info["tied"].items() if o in tensors}}
+    config: Any = None
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{str(folder)!r} has no config.json that tells its model ({error}); copy the whole"
-            " folder again from where it came"
-        ) from None
-    with torch.random.fork_rng(devices=[]):  # weights are drawn, and written over
-        model = cls._from_config(config, attn_implementation=attn_implementation)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, and written over
+            model = cls._from_config(config, attn_implementation=attn_implementation)
+    except Exception as error:  # transformers and torch say what is wrong in many ways
+        raise ValueError(_misfit(folder / "config.json", error, info["class"], config)) from None
     computed = {name: state.pop(name) for name in info["computed"] if name in state}
     for name, buffer in model.named_buffers():
-        buffer.data = computed.get(name, buffer.data)
+        if (value := computed.get(name, buffer)).shape != buffer.shape:
+            raise ValueError(
+                f"{folder / PACKED_TENSORS}: {told(name)} is {tuple(value.shape)}, and"
+                f" {info['class']} has {tuple(buffer.shape)} there. Copy the folder again, or"
+                " install the transformers it was written with"
+            )
+        buffer.data = value.data
     try:
         load_compressed(model, state)
     except RuntimeError as error:
@@ -349,8 +356,40 @@ def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> Pre
             " again, or install the transformers it was written with"
         ) from None
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # see above
+            raise ValueError(_misfit(folder / "generation_config.json", error)) from None
     return model.eval()
+
+
+def _misfit(file: Path, error: Exception, builds: str = "", config: Any = None) -> str:
+    """What is wrong with a configuration of transformers', and with which field, if that shows."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        reason = "it brings Python code of its own, which is never run here"
+    elif not isinstance(error, (OSError, ValueError)) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    bad = [
+        f"`{name}` is {told(value)}"
+        for name, value in ({} if config is None else vars(config)).items()
+        if _wrong_size(name, value) or (isinstance(error, KeyError) and value in error.args)
+    ]
+    what = (
+        f"builds no {builds}, which {PACKED_CONFIG} names"
+        if builds
+        else "is no configuration of how answers are made"
+    )
+    return (
+        f"{file} {what} ({', '.join([*bad[:4], told(reason, 300)[1:-1]])}). Copy the whole folder"
+        " again from where it came"
+    )
+
+
+def _wrong_size(name: str, value: Any) -> bool:
+    """Whether this is one of a model's sizes, by its name, and no model can have it."""
+    size = name.startswith(("n_", "num_")) or name.endswith("_size")
+    return size and type(value) in (int, float) and not 0 < value < 2**31
 
 
 def _pair(name: str, layer: AdaptedLinear, method: str) -> nn.Sequential:

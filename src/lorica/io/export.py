@@ -18,7 +18,7 @@ from lorica.io import native, peft
 from lorica.io.compressed import PACKED_MARKS, Packed, pack
 from lorica.io.folder import ADAPTER_MARKS, check_free, first, together, writing
 from lorica.io.merged import MARKS, Change, Merged, make_sample, merge_to, outputs, stand_in
-from lorica.io.strict import PEFT_TENSORS
+from lorica.io.strict import PEFT_TENSORS, told
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full
 
@@ -134,6 +134,8 @@ def export(
         raise ValueError(
             "`sample` is what a cut is measured on, and without `r` nothing is cut; leave it out"
         )
+    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
+        raise ValueError(f"`r={told(r)}`: the rank is a whole number of at least 1, e.g. `r=16`")
     whole = _TO[to][0]
     if first():
         check_free(Path(out), overwrite=overwrite, marks=marks(to))
@@ -166,6 +168,12 @@ def _export(
 ) -> Exported:
     state = native.full_state(adapters)
     native.check_values(adapters, state)
+    most = max((min(x.in_features, x.out_features) for _, x in adapters), default=None)
+    if r is not None and most is not None and r > most:
+        raise ValueError(
+            f"`r={told(r)}` (`--r`) is above {most}, which is min(in, out) of the largest layer and"
+            f" so the most that any ΔW needs; give at most `r={most}`"
+        )
     lost: dict[str, Any] = {}
     if r is not None:
         sample, lost["not_measured"] = _sample(adapters, sample)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import overload
 
 import torch.distributed as dist
 
@@ -22,6 +23,17 @@ _OURS = re.compile(
     r"|model.*\.safetensors(\.index\.json)?|(generation_)?config\.json"
 )
 ADAPTER_MARKS = (OWN_CONFIG, PEFT_CONFIG)
+# What a process that died while it wrote into a folder in place has left there.
+_LEFT = re.compile(r"\..*\.writing")
+
+
+@overload
+def home(path: str) -> str: ...
+@overload
+def home(path: None) -> None: ...
+def home(path: str | None) -> str | None:
+    """A path of the command line, where no shell has replaced `~` (`--output-dir='~/out'`)."""
+    return None if path is None else os.path.expanduser(path)
 
 
 def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_MARKS) -> None:
@@ -33,7 +45,7 @@ def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file; name a folder that does not exist yet")
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or all(_LEFT.fullmatch(entry.name) for entry in path.iterdir()):
         return
     if not any((path / mark).exists() for mark in marks):
         raise ValueError(
@@ -80,14 +92,17 @@ def writing(
         ['a.txt']
     """
     check_free(path, overwrite=overwrite, marks=marks)
+    path = Path(os.path.realpath(path))  # a link is kept, and `.` has a name
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
+    around = path if _stays(path) else path.parent
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=around))
     try:
         fresh.chmod(0o777 & ~umask())  # mkdtemp makes it private
         yield fresh
         if path.exists():
             for entry in path.iterdir():
-                if not _OURS.fullmatch(entry.name) and not (fresh / entry.name).exists():
+                ours = _OURS.fullmatch(entry.name) or _LEFT.fullmatch(entry.name)
+                if not ours and not (fresh / entry.name).exists():
                     _copy(entry, fresh / entry.name)
         for file in fresh.rglob("*"):
             if file.is_file():
@@ -104,16 +119,29 @@ def place(fresh: Path, path: Path) -> None:
 
     There is no moment without a whole folder of that name where the system can swap two of them
     (Linux, on most file systems). Elsewhere the old one is for a moment at `.NAME.*.old`, as a
-    folder cannot be renamed over one that holds something; see `mend`.
+    folder cannot be renamed over one that holds something; see `mend`. A folder that has to stay
+    (something is mounted there, or it is the current one) gets the entries one by one.
     """
-    if not path.exists() or not any(path.iterdir()):
+    if _stays(path):
+        _fill(fresh, path)
+    elif not path.exists():
         os.replace(fresh, path)
+    elif not any(path.iterdir()):
+        try:
+            os.replace(fresh, path)
+        except OSError:  # a mount that does not look like one
+            _fill(fresh, path)
     elif _exchange(fresh, path):
         sync(path.parent)
         shutil.rmtree(fresh)
     else:
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.replace(path, old)
+        try:
+            os.replace(path, old)
+        except OSError:
+            old.rmdir()
+            _fill(fresh, path)
+            return
         try:
             os.replace(fresh, path)
         except OSError:
@@ -122,6 +150,47 @@ def place(fresh: Path, path: Path) -> None:
         sync(path.parent)
         shutil.rmtree(old)
     sync(path.parent)
+
+
+def _stays(path: Path) -> bool:
+    """Whether a folder is there that cannot be renamed, or should not be: who stands in it would be
+    left in one without a name."""
+    if not path.is_dir():
+        return False
+    try:
+        here = path.samefile(os.curdir)
+    except OSError:  # the current folder was removed
+        here = False
+    return here or os.path.ismount(path) or not os.access(path.parent, os.W_OK)
+
+
+def _fill(fresh: Path, path: Path) -> None:
+    """Move what is in `fresh` into `path`, in the place of all that is there; an error brings that
+    back. Configurations go last: without one a folder is refused."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path))
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for source, target in ((path, old), (fresh, path)):
+            for entry in sorted(source.iterdir(), key=lambda e: (e.suffix == ".json", e.name)):
+                if entry not in (old, fresh):
+                    moved.append((entry, target / entry.name))
+                    shutil.move(entry, target / entry.name)
+    except BaseException:
+        for entry, to in reversed(moved):
+            if not os.path.lexists(entry):
+                shutil.move(to, entry)
+            elif to.parent == path and to.is_dir():  # half a copy, from another disk
+                shutil.rmtree(to)
+            elif to.parent == path:
+                to.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            old.rmdir()
+        raise
+    for _, file in moved:
+        if file.parent == path and (file.is_file() or file.is_dir()):
+            sync(file)
+    sync(path)
+    shutil.rmtree(old)
 
 
 def mend(path: Path) -> None:

@@ -43,6 +43,7 @@ from lorica.io.strict import (
     tensor_file,
     told,
 )
+from lorica.messages import cut
 from lorica.moves import copy_, read_full
 from lorica.recipe import Recipe
 from lorica.state import buffers
@@ -387,7 +388,7 @@ def _load_own(model: nn.Module, folder: Path, *, check_base: bool, verbose: bool
         raise ValueError(
             f"{folder} does not fit this {type(model).__name__} (it was saved from"
             f" {told(str(info['base'].get('class')))} {told(str(info['base'].get('name')))}):"
-            f" {error}"
+            f" {cut(str(error))}"
         ) from None
     try:
         state = _own_state(adapters, info, tensors, folder)

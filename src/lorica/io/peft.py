@@ -27,12 +27,13 @@ from transformers.models.auto import modeling_auto as auto
 
 from lorica.adapters import Adapters
 from lorica.bases import base_for
+from lorica.checks import MOST, MOST_R
 from lorica.deltas import DeltaChoice, Factors, PeftForm
 from lorica.io.names import plain_modules, shadows, shortest, trained_names
 from lorica.io.strict import PEFT_CONFIG, check_items, check_patterns, check_types, told
 from lorica.layer import AdaptedLinear
 from lorica.moves import read_full
-from lorica.ranks.pattern import first_match
+from lorica.ranks.pattern import first_match, flaw
 from lorica.recipe import Recipe
 from lorica.rooms import ROOMS, load, words
 from lorica.targets import matches
@@ -368,11 +369,25 @@ def check_config(data: dict[str, Any], file: Path) -> None:
     check_types(data, {**TYPES, **_PAIR_TYPES, **dict.fromkeys(_flags(), (bool,))}, file)
     check_items(data, {**ITEMS, "rank_pattern": int, "alpha_pattern": float}, file)
     ranks = [data.get("r"), *(data.get("rank_pattern") or {}).values()]
-    if bad := [r for r in ranks if r is not None and r < 1]:
+    if bad := [r for r in ranks if r is not None and not 1 <= r <= MOST_R]:
         raise ValueError(
-            f"{file}: the rank {bad[0]} in `r` or `rank_pattern` is a whole number of at least 1."
-            " Correct the file, or copy it again from where it came"
+            f"{file}: the rank {told(bad[0])} in `r` or `rank_pattern` is a whole number of at"
+            " least 1, and of at most a layer's size. Correct the file, or copy it again from where"
+            " it came"
         )
+    alphas = [data.get("lora_alpha"), *(data.get("alpha_pattern") or {}).values()]
+    if bad := [a for a in alphas if a is not None and not -MOST <= a <= MOST]:
+        raise ValueError(
+            f"{file}: the number {told(bad[0])} in `lora_alpha` or `alpha_pattern` is none that"
+            " float32 holds. Correct the file, or copy it again from where it came"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in data.get(key) or {}:
+            if (why := flaw(pattern)) is not None:
+                raise ValueError(
+                    f"{file}: `{key}` has {told(pattern)}, which is no regular expression ({why})."
+                    " Correct the file, or copy it again from where it came"
+                )
 
 
 def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -561,8 +576,8 @@ def _pair_method(
         "lora_dropout": data.get("lora_dropout") or 0.0,
         "lora_dropout_on": "delta" if anchor else "update",  # PEFT's base has no dropout
         "bias": data.get("bias") or "none",
-        "rank_pattern": _used(data.get("rank_pattern") or {}, layers, file),
-        "alpha_pattern": _used(data.get("alpha_pattern") or {}, layers, file),
+        "rank_pattern": _used(data.get("rank_pattern") or {}, layers),
+        "alpha_pattern": _used(data.get("alpha_pattern") or {}, layers),
     }
     return "+".join(method), fields, anchor is not None
 
@@ -583,15 +598,9 @@ def _exact(wanted: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str
     return tuple(wanted) if isinstance(names, str) else names
 
 
-def _used(patterns: Mapping[str, Any], layers: Sequence[str], file: Path) -> dict[str, Any]:
+def _used(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
     """Patterns that match something: PEFT overlooks the others, a recipe does not."""
-    try:
-        return {p: v for p, v in patterns.items() if any(first_match({p: 0}, n) for n in layers)}
-    except re.error as error:
-        raise ValueError(
-            f"{file}: a pattern of `rank_pattern` or `alpha_pattern` is no regular expression"
-            f" ({error}). Correct the file, or copy it again from where it came"
-        ) from None
+    return {p: v for p, v in patterns.items() if any(first_match({p: 0}, n) for n in layers)}
 
 
 def _targets(
@@ -616,7 +625,7 @@ def _targets(
         found = [
             n for n in found if not any(shadows(p, [n]) for p in data.get("modules_to_save") or [])
         ]
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{file}: {told(spec)}, or another of its patterns, is no regular expression"
             f" ({error}). Correct the file, or copy it again from where it came"

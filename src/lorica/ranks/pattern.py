@@ -10,6 +10,16 @@ from typing import Any, ClassVar
 from lorica.ranks import AbstractRank
 
 
+def flaw(pattern: Any) -> str | None:
+    """Why this is no pattern that `first_match` can take; None: it is one."""
+    for form in ("{}", r"(.*\.)?({})"):
+        try:
+            re.compile(form.format(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            return str(error)
+    return None
+
+
 def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
     """The first pattern that ends the module path `name` on whole components, PEFT's rule."""
     return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), None)
