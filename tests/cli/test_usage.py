@@ -245,7 +245,6 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "peft", "accel
 def test_help_and_mistakes_import_nothing_heavy(words):
     code = f"""
 import sys
-import threading
 from lorica.cli import main
 status = main({words!r})
 heavy = [m for m in {HEAVY!r} if m in sys.modules]
@@ -291,3 +290,10 @@ def test_how_often_to_save_says_how_often_to_evaluate(train, tmp_path):
     lines = [json.loads(row) for row in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     told = [row["step"] for row in lines if "eval_loss" in row]
     assert told[:2] == [2, 4]
+
+
+@pytest.mark.parametrize("method", ["a" * 9000, "lora+" * 3000, "pissa(niter=" + "1" * 9000])
+def test_what_is_quoted_at_length_is_cut(lorica, tmp_path, method):
+    ran = lorica("train", "--method", method, "--output-dir", tmp_path / "out")
+    refused(ran, tmp_path, 2, "a" * 9 if method[0] == "a" else method[:5])
+    assert len(ran.err) < 3000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -424,3 +425,30 @@ def test_nothing_to_go_on_with(nursery, tmp_path):
     child = nursery.run(["train", "--resume", "--output-dir", tmp_path / "none"])
     assert child.status == 2 and "there is no run in" in child.said
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"losses"', '"lossez"'),
+        lambda text: text.replace('"bytes": ', '"bytes": 1'),
+        lambda text: "[" * 100_000,
+        lambda text: json.dumps({"files": {"x" * 5000: {"bytes": 1, "sha256": ""}}, "whole": True}),
+        lambda text: '{"files": {}, "whole": true}',
+    ],
+    ids=["another name", "another size", "nested", "a long name", "an empty list"],
+)
+def test_a_list_that_was_changed_is_named_and_passed_over(cut, change):
+    last, before = checkpoints.found(cut)[-1], checkpoints.found(cut)[-2]
+    file = last / checkpoints.LIST
+    file.write_text(change(file.read_text()))
+    newest, flaws = checkpoints.newest(cut)
+    assert newest == before and "is cut or was changed" in flaws[last.name]
+    assert last not in checkpoints.resumable(cut)
+
+
+def test_foreign_lines_in_the_log_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '[]\n{"mine": 1}\n{"step": 2, "seconds": 1.5, "loss": 1.0}\n{"step": 3, "se'
+    )
+    assert RunFolder(tmp_path).lines() == [{"step": 2, "seconds": 1.5, "loss": 1.0}]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli._outcome import Others
-from lorica.train.options import RunOptions, UsageError
+from lorica.train.options import RunOptions, UsageError, checkpoint_path
 from lorica.train.stopping import Stopped
 
 
@@ -71,7 +71,11 @@ class TrainingFields(Others):
         return {name: _plain(made[name]) for name in names if name in self.fields}
 
     def value(self, name: str, value: Any, place: str) -> Any:
-        if value is None or isinstance(value, dict):
+        if value is None:
+            return None  # unset
+        if isinstance(value, dict):
+            if "dict" not in str(self.fields[name].type):
+                raise UsageError(f"{place}: `{name}`: one value is wanted, not a mapping")
             return value
         words = [json.dumps(v) if isinstance(v, bool) else str(v) for v in _listed(value)]
         try:
@@ -86,6 +90,19 @@ def _listed(value: Any) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # transformers' enumerations, as their text
+
+
+def loss(result: dict[str, Any]) -> str:
+    """The last loss, where the run told one."""
+    return "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+
+
+def evaluation(result: dict[str, Any]) -> list[str]:
+    """A line a figure; one that is no finite number is `null` in JSON."""
+    return [
+        f"  {name[5:]:<12}" + ("no finite number" if value is None else f"{value:.4f}")
+        for name, value in (result["evaluation"] or {}).items()
+    ]
 
 
 def resumable(verb: str, options: RunOptions, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -115,6 +132,7 @@ def resumed_file(options: RunOptions) -> Path | None:
     """config.yaml of the run that is gone on with, or None."""
     if options.resume is None:
         return None
-    folder = Path(options.output_dir if options.resume == "last" else options.resume).expanduser()
-    file = (folder if options.resume == "last" else folder.parent) / "config.yaml"
+    last = options.resume == "last"
+    folder = Path(options.output_dir) if last else checkpoint_path(options.resume).parent
+    file = folder.expanduser() / "config.yaml"
     return file if file.is_file() else None

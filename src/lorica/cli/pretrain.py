@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.cli._training import TrainingFields, resumable, resumed_file
+from lorica.cli._training import TrainingFields, evaluation, loss, resumable, resumed_file
 from lorica.train.options import PretrainOptions
 
 
@@ -28,12 +28,10 @@ def run(options: Options) -> Outcome:
     if options.dry_run:
         found = dry_run(options)
         return Outcome(found.as_dict(), (str(found),))
-    result = resumable("pretrain", options, pretrain)
+    result = resumable("pretrain", options.placed(), pretrain)
     lines = [
-        f"{result['method']}: {result['steps']} steps, {result['tokens']:,} tokens, loss"
-        f" {result['loss']:.4f}"
+        f"{result['method']}: {result['steps']} steps, {result['tokens']:,} tokens{loss(result)}",
+        *evaluation(result),
+        f"written: {result['output']}",
     ]
-    for name, value in (result["evaluation"] or {}).items():
-        lines.append(f"  {name[5:]:<12}{value:.4f}")
-    lines.append(f"written: {result['output']}")
     return Outcome(result, tuple(lines))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.cli._training import TrainingFields, resumable, resumed_file
+from lorica.cli._training import TrainingFields, evaluation, loss, resumable, resumed_file
 from lorica.train.options import TrainOptions
 
 
@@ -25,10 +25,8 @@ class Options(TrainOptions, VerbOptions):
 def run(options: Options) -> Outcome:
     from lorica.train.run import train
 
-    result = resumable("train", options, train)
-    lines = [f"{result['method']}: {result['steps']} steps, loss {result['loss']:.4f}"]
-    for name, value in (result["evaluation"] or {}).items():
-        lines.append(f"  {name[5:]:<12}{value:.4f}")
+    result = resumable("train", options.placed(), train)
+    lines = [f"{result['method']}: {result['steps']} steps{loss(result)}", *evaluation(result)]
     if result["best_step"] is not None:
         lines.append(f"  best step   {result['best_step']}")
     lines.append(f"written: {result['output']}")

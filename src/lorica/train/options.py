@@ -10,14 +10,18 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import tyro
 
+from lorica.messages import cut
 from lorica.world.source import is_embedded
 
 SHAPES = (
@@ -27,8 +31,18 @@ SHAPES = (
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
 
+O = TypeVar("O", bound="RunOptions")  # noqa: E741
+
+
 class UsageError(ValueError):
-    """What was typed cannot be run as it stands: exit status 2, where any other error is 1."""
+    """What was typed cannot be run as it stands: exit status 2, where any other error is 1.
+
+    Args:
+        message: for a person, so what it quotes at length is cut.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(cut(str(message)))
 
 
 def nearest(name: str, known: Iterable[str], *, flag: bool = False) -> str:
@@ -85,6 +99,18 @@ class Kind(tyro.constructors.PrimitiveConstructorSpec):
         if isinstance(value, list) and self.nargs != "*":
             raise ValueError(f"one {self.metavar} is wanted, not a list")
         return self.instance_from_str([str(v) for v in (value if type(value) is list else [value])])
+
+
+class Unsaid(str):
+    """A text that nobody typed: a default's, or a file's."""
+
+
+class _Where(Kind):
+    """Text that is known for `Unsaid` where a file says it."""
+
+    def from_yaml(self, value: Any) -> Any:
+        read = super().from_yaml(value)
+        return None if read is None else Unsaid(read)
 
 
 def shown(value: Any) -> list[str]:
@@ -194,6 +220,7 @@ def _paths(words: Sequence[str]) -> tuple[str, ...]:
 
 TEXT = Kind("TEXT", _first)
 PATH = Kind("PATH", _first)
+FOLDER = _Where("PATH", _first)
 PATHS = Kind("PATH ...", _paths, nargs="*")
 METHOD = Kind("METHOD", _first, mapping=method_text)
 WHOLE = Kind("INT", _whole)
@@ -261,7 +288,7 @@ class RunOptions(abc.ABC):
         attn_implementation: transformers' name, e.g. `sdpa`, `eager`. Default: transformers'.
         output_dir: the run's folder.
         resume: go on from a checkpoint: a path, or without one the last of `output_dir`. Options
-            left out come from that run's config.yaml.
+            left out come from that run's config.yaml, and it goes on where the checkpoint lies.
         overwrite_output_dir: remove the run that is in `output_dir`.
         report_to: where else to log: `tensorboard`, `wandb`, ..., or `none`.
         split: split of the data to train on. Default: train, else everything.
@@ -290,7 +317,7 @@ class RunOptions(abc.ABC):
     bf16: bool = False
     gradient_checkpointing: bool = False
     attn_implementation: Annotated[str | None, TEXT, HINT] = None
-    output_dir: Annotated[str, PATH, HINT] = "lorica-run"
+    output_dir: Annotated[str, FOLDER, HINT] = Unsaid("lorica-run")
     resume: Annotated[
         str | None,
         RESUME,
@@ -312,8 +339,21 @@ class RunOptions(abc.ABC):
         "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
     )  # fmt: skip
     counts: ClassVar[tuple[str, ...]] = (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_length",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        # `null` leaves an option unset, transformers' as well as ours.
+        given = {name: value for name, value in self.further.items() if value is not None}
+        object.__setattr__(self, "further", given)
+
+    def placed(self: O) -> O:
+        """The same with the folder that is meant: a checkpoint that is named goes on where it lies,
+        unless a folder was typed."""
+        folder = str(self.output_dir)
+        if isinstance(self.output_dir, Unsaid) and self.resume not in (None, "last"):
+            folder = str(checkpoint_path(self.resume).parent)
+        return dataclasses.replace(self, output_dir=folder)
 
     def recipe_fields(self) -> dict[str, Any]:
         """The fields of `Recipe` that were given."""
@@ -334,10 +374,22 @@ class RunOptions(abc.ABC):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{_flag(name)} {value}`: it is a whole number of at least 1")
+            most = MOST_TOKENS if name.endswith("_tokens") else MOST
+            if value is not None and value > most:
+                raise UsageError(f"`{_flag(name)} {value}`: it is {most:,} at most")
         for name in ("learning_rate", "modules_learning_rate", "num_train_epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"`{_flag(name)} {value}`: it is a number above 0")
+        if self.num_train_epochs is not None and self.num_train_epochs > MOST:
+            raise UsageError(
+                f"`--num-train-epochs {self.num_train_epochs:g}`: a run has {MOST:,} passes at most"
+            )
+        for name in ("output_dir", "resume", *self.paths):
+            value = getattr(self, name)
+            if value == "" or (isinstance(value, tuple) and "" in value):
+                raise UsageError(f"`{_flag(name)} ''`: a path is wanted; leave it out for none")
+        self._check_further()
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise UsageError(
                 f"`--warmup-ratio {self.warmup_ratio}`: it is a fraction of the steps, at least 0"
@@ -355,6 +407,34 @@ class RunOptions(abc.ABC):
         if self.warmup_ratio is not None and "warmup_steps" in self.further:
             raise UsageError(
                 "`--warmup-ratio` and `--warmup-steps` say the same thing; leave one of the two out"
+            )
+
+    def _check_further(self) -> None:
+        """Values that transformers would take, and stumble over in the midst of the run."""
+        for name, value in self.further.items():
+            typed = f"{value:g}" if isinstance(value, float) else value
+            told = f"`{_flag(name)} {typed}`"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{told}: a finite number is wanted")
+            counts = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if counts and name in _AT_LEAST and value < _AT_LEAST[name]:
+                least = _AT_LEAST[name]
+                raise UsageError(f"{told}: it is a whole number of at least {least}")
+            if counts and name in _AT_LEAST and value > MOST:
+                raise UsageError(f"{told}: it is {MOST:,} at most")
+            if counts and name in ("save_steps", "eval_steps", "logging_steps") and value <= 0:
+                never = name.replace("steps", "strategy")
+                raise UsageError(
+                    f"{told}: it is a number of steps above 0, or a fraction of them; to have none"
+                    f" type `{_flag(never)} no`"
+                )
+            if name in _FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
+                if not Path(value).expanduser().is_file():
+                    raise UsageError(f"{told}: there is no such file; name one of JSON")
+        if self.further.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+            raise UsageError(
+                f"`--deepspeed {self.further['deepspeed']}`: the package deepspeed is not"
+                " installed; install it, or leave the option out"
             )
 
     def refuse_late(self, remedy: str, **more: bool) -> None:
@@ -463,8 +543,8 @@ class TrainOptions(RunOptions, _Tuned):
         """
         self.check_run()
         self.contradict("eval_split", "eval_fraction", "evaluation rows come from one place")
-        self.contradict("resume", "adapter", "a checkpoint holds its adapter")
-        if self.adapter is not None and (self.method is not None or self.recipe_fields()):
+        fresh = self.resume is None  # else the run's own config.yaml tells what was changed
+        if fresh and self.adapter is not None and (self.method is not None or self.recipe_fields()):
             given = (["method"] if self.method is not None else []) + list(self.recipe_fields())
             raise UsageError(
                 f"`{_flag(given[0])}` was given with `--adapter {self.adapter}`, whose own file"
@@ -599,10 +679,23 @@ class PretrainOptions(RunOptions, _Scratch):
                 )
 
 
+MOST = 10**9  # steps, passes, rows: whoever types more has slipped
+MOST_TOKENS = 10**15
+_AT_LEAST = {
+    "per_device_eval_batch_size": 1, "eval_accumulation_steps": 1, "torch_empty_cache_steps": 1,
+    "dataloader_num_workers": 0,
+}  # fmt: skip
+_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 _NEEDS_EVALUATION = (
     "eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size",
 )  # fmt: skip
+
+
+def checkpoint_path(resume: str | None) -> Path:
+    """The folder that `--resume PATH` names, with its name even from within."""
+    path = Path(resume or "").expanduser()
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _flag(name: str) -> str:

@@ -54,6 +54,7 @@ def pretrain(
             is complete in the folder stays.
     """
     options.check()
+    options = options.placed()
     return Pretraining.start(options, scratch_recipe(options), then, callbacks)
 
 
@@ -200,6 +201,7 @@ class Pretraining(AbstractRun):
     """A configuration learns running text."""
 
     verb: ClassVar[str] = "pretrain"
+    writes: ClassVar[tuple[str, ...]] = ("model", "tokenizer")
 
     # -- data --------------------------------------------------------------------------------------
 

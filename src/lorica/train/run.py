@@ -40,6 +40,7 @@ def train(
             folder stays.
     """
     options.check()
+    options = options.placed()
     recipe = None if options.adapter is not None else recipe_of(options)
     return FineTuning.start(options, recipe, then, callbacks)
 
@@ -49,6 +50,7 @@ class FineTuning(AbstractRun):
     """A checkpoint learns a data set."""
 
     verb: ClassVar[str] = "train"
+    writes: ClassVar[tuple[str, ...]] = ("adapter", "model")
     remedy: ClassVar[str] = "; with float16 weights type `--dtype float32`"
 
     # -- data --------------------------------------------------------------------------------------
@@ -153,6 +155,10 @@ class FineTuning(AbstractRun):
     @property
     def evaluates(self) -> bool:
         return self.held is not None
+
+    @property
+    def own_recipe(self) -> bool:
+        return self.options.adapter is None
 
     @property
     def _packs(self) -> bool:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorica.train import checkpoints
-from lorica.train.folder import RunFolder, strict
-from lorica.train.options import RunOptions, UsageError
+from lorica.train.folder import HEAD, RunFolder, strict
+from lorica.train.options import MOST, RunOptions, UsageError
 
 if TYPE_CHECKING:
     from lorica.adapters import Adapters
@@ -95,6 +95,7 @@ class AbstractRun(ABC):
     callbacks: Sequence[Any] = ()  # of the Trainer's kind, beside the run's own
 
     verb: ClassVar[str]
+    writes: ClassVar[tuple[str, ...]]  # folders, beside the checkpoints
     remedy: ClassVar[str] = ""  # against a loss that is no number, beside the usual ones
 
     # What `load_data` finds: the data's name, and what a checkpoint remembers of it.
@@ -123,9 +124,13 @@ class AbstractRun(ABC):
         main = int(os.environ.get("RANK", "0")) == 0
         if recipe is not None:
             check_optim(options, recipe)
+        folder.refuse_inputs(_paths(options))
         with folder.held() if main else contextlib.nullcontext():
             checkpoint = folder.check(
-                resume=options.resume, overwrite=options.overwrite_output_dir, silent=not main
+                resume=options.resume,
+                overwrite=options.overwrite_output_dir,
+                silent=not main,
+                writes=cls.writes,
             )
             run = cls(options, recipe, folder, checkpoint, main, callbacks)
             result = run.go()
@@ -143,7 +148,9 @@ class AbstractRun(ABC):
         self.device = torch.device("cpu" if cpu else "cuda")
         set_seed(self.options.seed)
         self._check_given()
+        _check_reports(self.options.report_to)
         self.load_data()
+        self.facts["processes"] = self.processes
         self.plan()
         self._check_resumed()
         self.load_model()
@@ -191,6 +198,11 @@ class AbstractRun(ABC):
         """Whether there are rows to evaluate on."""
 
     # -- arguments ---------------------------------------------------------------------------------
+
+    @property
+    def own_recipe(self) -> bool:
+        """Whether the options say what trains; else a file does, which they name."""
+        return True
 
     @property
     def processes(self) -> int:
@@ -260,6 +272,11 @@ class AbstractRun(ABC):
         from transformers import TrainingArguments
 
         options, values = self.options, dict(values)
+        if steps > MOST:
+            raise UsageError(
+                f"this run would take {steps:,} steps, and {MOST:,} is the most; give a smaller"
+                " `--max-steps`, or fewer tokens or passes"
+            )
         warmup = warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
         if options.warmup_ratio is None and math.ceil(warmup * steps) >= steps:
             warmup = 0.0  # the first step of a warm-up has rate 0: a run of one would move nothing
@@ -291,7 +308,9 @@ class AbstractRun(ABC):
             fixed[name], values[f"{name}_kwargs"] = True, {"use_reentrant": False}
         try:
             self.args = TrainingArguments(**{**values, **fixed})
-        except (ValueError, TypeError, OSError, KeyError, AttributeError) as error:
+        except (
+            ValueError, TypeError, OSError, KeyError, AttributeError, RuntimeError, ImportError,
+        ) as error:  # fmt: skip
             raise UsageError(
                 f"transformers refuses these options: {' '.join(str(error).split()).rstrip('.')}."
                 " Leave out or correct the one that it names"
@@ -356,7 +375,7 @@ class AbstractRun(ABC):
             options["num_train_epochs"] = self.args.num_train_epochs
         if "warmup_steps" not in further:
             options["warmup_ratio"] = float(self.args.warmup_steps)
-        if self.recipe is not None:
+        if self.recipe is not None and self.own_recipe:
             options |= {"method": self.recipe.text()}
             told = self.recipe.to_dict()
             for name in self.options.recipe_fields() | self.recipe.filled:
@@ -382,7 +401,16 @@ class AbstractRun(ABC):
         file = folder / "config.yaml"
         if not file.is_file():
             return None
-        return file, yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise UsageError(
+                f"`--resume`: {file} does not say any more what the run is: a mapping `key: value`"
+                " is wanted. Put the old one back, or start a run of its own"
+            )
+        return file, before
 
     def _refuse_changed(self, now: Mapping[str, Any], names: set[str]) -> None:
         """Of `names`, none has another value than it had."""
@@ -409,6 +437,22 @@ class AbstractRun(ABC):
             told = self.recipe.to_dict()
             now |= {name: plain(told[name]) for name in ("method", *self.options.recipe_names)}
         self._refuse_changed(now, given - {"further", *_OF_A_CALL})
+        self._refuse_other_processes()
+
+    def _refuse_other_processes(self) -> None:
+        """More or fewer processes would read other rows a step."""
+        if self.checkpoint is None:
+            return
+        facts = _facts(_state(self.checkpoint))
+        before, now = facts.get("processes", self.processes), self.processes
+        if before != now:
+            raise UsageError(
+                f"`--resume`: {self.checkpoint} was trained by {before}"
+                f" process{'' if before == 1 else 'es'}, not {now}, which would read other rows; go"
+                " on with"
+                f" `torchrun --nproc-per-node {before} -m lorica {self.verb} ...`, or start a run"
+                " of its own with another `--output-dir`"
+            )
 
     def _check_resumed(self) -> None:
         """A resumed run is the same run: the same options, the same rows."""
@@ -418,10 +462,9 @@ class AbstractRun(ABC):
         self._refuse_changed(now, {*now, *(found[1] if found else {})})
         if self.checkpoint is None:
             return
-        state = json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = _state(self.checkpoint)
         self.before = state.get("stateful_callbacks", {})
-        facts = self.before.get("RunLog", {}).get("attributes", {}).get("facts", {})
-        for name, value in facts.items():
+        for name, value in _facts(state).items():
             if self.facts.get(name) != value:
                 raise ValueError(
                     f"the rows of `{self.source}` are not those that"
@@ -535,7 +578,8 @@ class AbstractRun(ABC):
         from lorica.train.log import peak_memory
 
         adapters, state, contract = self.adapters, trainer.state, self.adapters.contract
-        lines = [line for line in self.folder.lines() if "loss" in line]
+        # Not those of metrics.jsonl: in another folder they begin with the resumption.
+        lines = [line for line in state.log_history if "loss" in line]
         best = bool(self.args.load_best_model_at_end and state.best_global_step)
         return {
             "method": adapters.recipe.text(),
@@ -561,6 +605,49 @@ class AbstractRun(ABC):
             **self.figures(trainer, log),
             "versions": versions(),
         }
+
+
+def _paths(options: RunOptions) -> list[tuple[str, str]]:
+    """The flags that may name files, and what they were given."""
+    found = []
+    for name, words in options.paths.items():
+        value = getattr(options, name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if path is not None and path not in words:
+                found.append((f"--{name.replace('_', '-')}", path))
+    return found
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """Where else to log is known and installed, before anything is read.
+
+    Raises:
+        UsageError: it is not.
+    """
+    from transformers.integrations.integration_utils import (
+        get_available_reporting_integrations,
+        get_reporting_integration_callbacks,
+    )
+
+    for name in names:
+        if name in ("none", "all", *get_available_reporting_integrations()):
+            continue
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            why = " ".join(str(error).split()).rstrip(".")
+            raise UsageError(f"`--report-to {name}`: {why}; or leave it out") from None
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def _facts(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint remembers of the data and the processes."""
+    callbacks = state.get("stateful_callbacks", {})
+    return callbacks.get("RunLog", {}).get("attributes", {}).get("facts", {})
 
 
 def quieten() -> None:
@@ -593,7 +680,7 @@ def as_yaml(config: Mapping[str, Any], verb: str, defaults: Mapping[str, Mapping
     import lorica
 
     head = (
-        f"# Written by lorica {lorica.__version__}. To repeat the run:"
+        f"{HEAD} {lorica.__version__}. To repeat the run:"
         f" lorica {verb} config.yaml --output-dir ANOTHER\n"
     )
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=10**9)
