@@ -429,6 +429,13 @@ def test_categories_in_a_parquet_file_are_read(tmp_path):
     assert read(file)["n"][:] == [3, 5, 5]
 
 
+def test_half_a_surrogate_pair_within_a_list(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"tokens": ["a", "\\ud800"], "tags": ["O", "B"]}\n')
+    with pytest.raises(ValueError, match="`tokens` holds half a surrogate pair"):
+        read(file)
+
+
 def test_ids_that_the_tokenizer_has_not(subjects, tmp_path):
     words = load.load_tokenizer(str(subjects.root / "model"))
     file = tmp_path / "a.jsonl"

@@ -140,7 +140,7 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
             text = open_file.read(LONGEST + 1)
             if not text and stat.S_ISFIFO(os.fstat(open_file.fileno()).st_mode):
                 raise UsageError(
-                    f"cannot read {file}: it is a pipe, and nothing is written into it. Name a"
+                    f"cannot read `{file}`: it is a pipe, and nothing is written into it. Name a"
                     " file, or a pipe that a command fills"
                 )
         if len(text) > LONGEST:

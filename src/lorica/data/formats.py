@@ -301,6 +301,10 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
         array = pa.array(values)
         if array.to_pylist() == values:
             return array
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: `{name}` holds half a surrogate pair ({error}); texts hold whole characters"
+        ) from error
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         pass
     # Arrow would give every dictionary the keys of all the others, or refuses their types.
