@@ -332,6 +332,11 @@ def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> Pre
             f" {transformers.__version__} does not have; install the one it was written with"
         )
     state = {**tensors, **{n: tensors[o] for n, o in info["tied"].items() if o in tensors}}
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} has no config.json that tells its model; copy the whole folder again"
+            " from where it came"
+        )
     config: Any = None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

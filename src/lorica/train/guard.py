@@ -162,7 +162,7 @@ class Guard:
         for path in reversed(checkpoints.found(self.folder)):
             if int(path.name.rpartition("-")[2]) < step and checkpoints.flaw(path) is None:
                 return f"The last good checkpoint is {path}"
-        return "There is no checkpoint before it to go on from"
+        return "There is no checkpoint before it"
 
 
 class Guarded:
