@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what a terminal would obey
+
+
+def told(value: Any, width: int = 120) -> str:
+    """A value of a file as an error message shows it: as Python writes it, and cut.
+
+    Example:
+        >>> told("q" * 300, width=10)
+        "'qqqqqq..."
+    """
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def cut(text: str) -> str:
     """The text, of whose words none is longer than 1,000 characters, with control characters as
-    Python writes them: a terminal obeys them.
+    Python writes them.
 
     Example:
         >>> len(cut("a" * 9000))
         503
     """
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], _LONG.sub(r"\1...", text))
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], _LONG.sub(r"\1...", text))

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import lorica
 from lorica.train import Trainer
-from models import llama, logits, perturb
+from models import batch, llama, logits, perturb
 
 
 def rows(count: int = 16, *, masked: int = 0) -> Dataset:
@@ -274,6 +274,22 @@ def test_an_adapter_without_gradient_stops_a_run_however_short(steps, tmp_path):
         trainer(model, tmp_path / "out", max_steps=steps).train()
     words = f"1 adapter(s) had no gradient in {min(steps, 10)} steps"
     assert words in str(caught.value) and "model.layers.1.mlp.up_proj.inner" in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10])
+def test_a_first_step_at_rate_zero_hides_no_adapter_without_gradient(steps):
+    """A warm-up begins at rate 0, and without any gradient such a step counts as none."""
+    model = llama()
+    adapters = lorica.attach(model, "lora", r=2, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-3, total_steps=steps)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0))
+    with pytest.raises(ValueError, match="had no gradient"):
+        for _ in range(steps):
+            for t in adapters.trained():
+                t.parameter.grad = torch.zeros_like(t.parameter)
+            model(**batch(model))
+            optimizer.step()
+            warm.step()
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora+lorarite"])

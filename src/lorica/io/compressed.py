@@ -19,8 +19,9 @@ from lorica.contract import human
 from lorica.io.folder import check_free, first, together, writing
 from lorica.io.merged import Change, make_sample, outputs
 from lorica.io.native import write_tensors
-from lorica.io.strict import check_items, check_types, read_json, read_tensors, sha256, told
+from lorica.io.strict import check_items, check_types, read_json, read_tensors, sha256
 from lorica.layer import AdaptedLinear
+from lorica.messages import told
 from lorica.moves import read_full, reshard
 from lorica.whole import replace
 

@@ -18,8 +18,9 @@ from lorica.io import native, peft
 from lorica.io.compressed import PACKED_MARKS, Packed, pack
 from lorica.io.folder import ADAPTER_MARKS, check_free, first, together, writing
 from lorica.io.merged import MARKS, Change, Merged, make_sample, merge_to, outputs, stand_in
-from lorica.io.strict import PEFT_TENSORS, told
+from lorica.io.strict import PEFT_TENSORS
 from lorica.layer import AdaptedLinear
+from lorica.messages import told
 from lorica.moves import read_full
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -41,9 +41,8 @@ from lorica.io.strict import (
     read_tensors,
     sha256,
     tensor_file,
-    told,
 )
-from lorica.messages import cut
+from lorica.messages import cut, told
 from lorica.moves import copy_, read_full
 from lorica.recipe import Recipe
 from lorica.state import buffers

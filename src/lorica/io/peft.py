@@ -30,8 +30,9 @@ from lorica.bases import base_for
 from lorica.checks import MOST, MOST_R
 from lorica.deltas import DeltaChoice, Factors, PeftForm
 from lorica.io.names import plain_modules, shadows, shortest, trained_names
-from lorica.io.strict import PEFT_CONFIG, check_items, check_patterns, check_types, told
+from lorica.io.strict import PEFT_CONFIG, check_items, check_patterns, check_types
 from lorica.layer import AdaptedLinear
+from lorica.messages import told
 from lorica.moves import read_full
 from lorica.ranks.pattern import first_match, flaw
 from lorica.recipe import Recipe

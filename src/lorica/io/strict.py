@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorica.messages import CONTROL, told
+
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
@@ -28,18 +30,6 @@ DTYPES = (
 )  # fmt: skip
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what a terminal would obey
-
-
-def told(value: Any, width: int = 120) -> str:
-    """A value of a file as an error message shows it: as Python writes it, and cut.
-
-    Example:
-        >>> told("q" * 300, width=10)
-        "'qqqqqq..."
-    """
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def check_file(path: Path) -> None:
@@ -66,7 +56,7 @@ def check_name(name: str, path: Path) -> None:
     Raises:
         ValueError: it holds control characters, or half surrogate pairs, or is endless.
     """
-    if len(name) > 1000 or _STRANGE.search(name):
+    if len(name) > 1000 or CONTROL.search(name):
         raise ValueError(
             f"{path}: {told(name)} is no name: names are at most 1000 printable characters. The"
             " file was changed; copy it again from where it came"
@@ -116,7 +106,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_texts(value: Any) -> None:
     """Strings at any depth are texts that a terminal can be shown."""
-    if isinstance(value, str) and _STRANGE.search(value):
+    if isinstance(value, str) and CONTROL.search(value):
         raise ValueError(f"{told(value)} holds control characters")
     for part in [*value, *value.values()] if isinstance(value, dict) else ():
         _check_texts(part)

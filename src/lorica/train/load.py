@@ -89,7 +89,8 @@ def check_parts(name: str) -> None:
     Raises:
         ValueError: a name that leads out of the folder, or no name.
     """
-    from lorica.io.strict import read_json, told
+    from lorica.io.strict import read_json
+    from lorica.messages import told
 
     index = Path(name).expanduser() / "model.safetensors.index.json"
     if not index.is_file():

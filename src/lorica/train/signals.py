@@ -88,22 +88,25 @@ class SaveOnSignal(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._ends = False
-        if self._asks or (self.number is not None and not _several()):
+        if self._asks or self._alone():
             self._save(args, control)
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.number is not None and not _several():
+        if self._alone():
             self._save(args, control)
         return control
+
+    def _alone(self) -> bool:
+        """Whether a signal came and no other process has to agree."""
+        return self.number is not None and not _several()
 
     def _save(self, args: Any, control: Any) -> None:
         args.save_only_model = False  # what is left behind can be gone on from
         self.saving = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        caught = self.number is not None and not _several() and not args.save_only_model
-        if self.saving or (caught and not self._ends):
+        if self.saving or (self._alone() and not args.save_only_model and not self._ends):
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             # Of several processes another may have got it.
             number = signal.SIGTERM if self.number is None else self.number
