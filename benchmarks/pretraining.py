@@ -259,7 +259,7 @@ class Bench:
             whole = [r for e in entries for r in self.finals(e) if len(e.seeds) == len(SEEDS)]
             once = [r for e in entries for r in self.finals(e) if len(e.seeds) < len(SEEDS)]
             first, *others = ([r for r in whole if r.seed == seed] for seed in SEEDS)
-            confirming = [] if self.options.only else self.larger()
+            confirming = self.larger() if set(LARGER) <= set(wanted) else []
             rest = [run for seed in others for run in seed]
             for _ in pool.map(self.do, [*first, *confirming, *rest, *once]):
                 pass

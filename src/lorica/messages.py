@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 _LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
@@ -29,3 +30,19 @@ def cut(text: str) -> str:
         503
     """
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], _LONG.sub(r"\1...", text))
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, of the machine or of an accelerator.
+
+    Example:
+        >>> no_memory(MemoryError())
+        True
+    """
+    torch: Any = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    # The CPU's allocator, and cuBLAS, have no error of their own.
+    words = ("DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

@@ -297,3 +297,19 @@ def test_what_is_quoted_at_length_is_cut(lorica, tmp_path, method):
     ran = lorica("train", "--method", method, "--output-dir", tmp_path / "out")
     refused(ran, tmp_path, 2, "a" * 9 if method[0] == "a" else method[:5])
     assert len(ran.err) < 3000
+
+
+def test_where_memory_runs_out_it_says_what_takes_less(lorica, train, llama, tmp_path, monkeypatch):
+    words = ["--prompt", "the cat", "--temperature", 1, "--num-return-sequences", 1 << 40]
+    ran = lorica("generate", "--model", llama, *words)
+    refused(ran, tmp_path, 1, "memory ran out", "`--num-return-sequences`")
+
+    import torch
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore")
+
+    monkeypatch.setattr("lorica.train.trainer.TrainerMixin.training_step", full)
+    ran = train()
+    refused(ran, tmp_path, 1, "CUDA out of memory", "`--gradient-checkpointing`", "size`")
+    assert "More" not in ran.err

@@ -136,6 +136,7 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(nursery, straight, ground
     assert nursery.run(words).status == 0
     child = nursery.run(["train", "--resume", "--output-dir", folder])
     assert child.status == 2 and "holds weights only" in child.said
+    assert "damaged" not in child.said and "Put the files back" not in child.said, child.said
 
 
 # -- the folder ------------------------------------------------------------------------------------
@@ -215,9 +216,12 @@ import os, signal, sys, time
 from pathlib import Path
 from lorica.train import lock
 lock.take(Path(sys.argv[1]))
+read, write = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(write, b"x")
     time.sleep(60)
+os.read(read, 1)
 os.write(1, b"%d\\n" % child)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -29,6 +29,7 @@ from typing import Any
 from lorica import __version__
 from lorica.cli._outcome import as_json, write
 from lorica.cli._parse import parse
+from lorica.messages import no_memory
 from lorica.train.options import UsageError, nearest
 from lorica.train.stopping import Stopped, terminable
 
@@ -89,6 +90,7 @@ def _verb(words: list[str]) -> int:
         print(f"lorica {__version__}")
         return 0
     wants_json = "--json" in words
+    smaller = ""
     try:
         if words[0] not in verbs():
             raise UsageError(
@@ -97,6 +99,7 @@ def _verb(words: list[str]) -> int:
             )
         verb: Any = importlib.import_module(f"{__name__}.{words[0]}")
         options = parse(verb.Options, words[1:], prog=f"lorica {words[0]}")
+        smaller = options.smaller
         with _logging(), _clean_stdout(), terminable():
             outcome = verb.run(options)
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
@@ -120,7 +123,8 @@ def _verb(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("LORICA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        return _failed(_message(error), 2 if isinstance(error, UsageError) else 1, wants_json)
+        told = _message(error, smaller)
+        return _failed(told, 2 if isinstance(error, UsageError) else 1, wants_json)
     return 0
 
 
@@ -147,8 +151,11 @@ def _failed(message: str, status: int, wants_json: bool) -> int:
     return status
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, smaller: str) -> str:
     """One message for people: our own errors as they are, others with their kind."""
+    if smaller and no_memory(error):
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        return f"memory ran out: {why}. Free some, or {smaller} (LORICA_DEBUG=1 shows where)"
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error} (LORICA_DEBUG=1 shows where)"

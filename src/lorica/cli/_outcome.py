@@ -43,6 +43,7 @@ class VerbOptions:
     json: bool = False
 
     aliases: ClassVar[Mapping[str, str]] = {}  # other names of keys
+    smaller: ClassVar[str] = "take a smaller model"  # what to type where memory runs out
 
     @classmethod
     def others(cls) -> Others | None:

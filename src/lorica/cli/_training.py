@@ -15,6 +15,12 @@ from lorica.cli._outcome import Others
 from lorica.train.options import RunOptions, UsageError, checkpoint_path
 from lorica.train.stopping import Stopped
 
+SMALLER = (
+    "type `--gradient-checkpointing`, a smaller `--per-device-train-batch-size` (with as many more"
+    " `--gradient-accumulation-steps` the step stays the same; of an evaluation it is"
+    " `--per-device-eval-batch-size`), or a smaller `--max-length`"
+)
+
 
 class TrainingFields(Others):
     """Fields of transformers' TrainingArguments, under their own names; only asked where a flag or

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from lorica.cli._outcome import Outcome, VerbOptions
 from lorica.train.options import (
@@ -82,6 +82,8 @@ class Options(VerbOptions):
     compare_base: bool = False
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
+
+    smaller: ClassVar[str] = "type a smaller `--per-device-eval-batch-size` or `--max-length`"
 
     def check(self) -> None:
         """What can be told from the options alone.

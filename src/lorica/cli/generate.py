@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -108,6 +108,11 @@ class Options(VerbOptions):
     limit: Annotated[int | None, WHOLE, HINT] = None
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
+
+    smaller: ClassVar[str] = (
+        "type a smaller `--batch-size`, `--num-return-sequences`, `--num-beams` or"
+        " `--max-new-tokens`"
+    )
 
     def check(self) -> None:
         """What can be told from the options alone.

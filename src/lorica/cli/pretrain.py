@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.cli._training import TrainingFields, evaluation, loss, resumable, resumed_file
+from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
 from lorica.train.options import PretrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PretrainOptions, VerbOptions):
     __doc__ = PretrainOptions.__doc__
+    smaller: ClassVar[str] = SMALLER
 
     @classmethod
     def others(cls) -> Others:

@@ -19,6 +19,7 @@ from typing import Any
 
 LIST = "checkpoint.json"
 _SEAL = "seal"  # of the list itself
+_BARE = "it holds weights only (`save_only_model`), no state of the optimizer"
 ASIDE = ".unfinished"  # where a checkpoint is written before it is named, or unnamed to be removed
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -74,7 +75,7 @@ def flaw(folder: Path) -> str | None:
     if (why := damage(folder)) is not None:
         return why
     if not read(folder)["whole"]:
-        return "it holds weights only (`save_only_model`), no state of the optimizer"
+        return _BARE
     return None
 
 
@@ -126,7 +127,15 @@ def resumable(folder: Path) -> list[Path]:
 
 def told(flaws: dict[str, str]) -> str:
     """The flaws as one clause."""
-    return "; ".join(f"{name} is damaged: {why}" for name, why in flaws.items())
+    return "; ".join(
+        f"{name} {why.removeprefix('it ') if why == _BARE else f'is damaged: {why}'}"
+        for name, why in flaws.items()
+    )
+
+
+def mendable(flaws: dict[str, str]) -> bool:
+    """Whether files that are put back would make one of them whole."""
+    return any(why != _BARE for why in flaws.values())
 
 
 def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:

@@ -174,9 +174,10 @@ class RunFolder:
             _refuse_bare("--resume", last)
             return last
         if flaws:
+            first = "Put the files back, or start" if checkpoints.mendable(flaws) else "Start"
             raise UsageError(
                 f"`--resume`: no checkpoint in `{self.path}` is whole: {checkpoints.told(flaws)}."
-                " Put the files back, or start anew with `--overwrite-output-dir`"
+                f" {first} anew with `--overwrite-output-dir`"
             )
         if (self / "result.json").is_file():
             raise UsageError(
