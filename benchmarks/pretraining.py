@@ -6,8 +6,8 @@ Every run is one `lorica pretrain` on one thread under bfloat16 autocast: Englis
 a Llama 128 wide with 4 layers and a vocabulary of 2,048 (`llama-1m`), 16 rows of 256 tokens a step,
 rank 32 = a quarter of the width. Each method's rate is searched on a quarter of the tokens, by
 factors of two until the best one has a worse neighbour on both sides; then three seeds run in full
-at that rate. Last, one confirming run each of full, LoRA and SwitchLoRA on `llama-4m`, of half the
-length.
+at that rate. Last, one confirming run each of full, LoRA and SwitchLoRA (both intervals) on
+`llama-4m`, of half the length.
 
 The papers give one rate to everything. Embeddings and head then learn at the rate of the method,
 which for the low-rank ones is ten times that of full training, so a part of the table holds them at
@@ -103,6 +103,7 @@ ENTRIES = (
 LARGER = (
     "full, modules at 0.02",
     "lora",
+    "switchlora",
     "switchlora, as often as in the paper",
 )  # confirmed on llama-4m
 

@@ -17,7 +17,7 @@ from lorica.deltas import Site
 from lorica.layer import AdaptedLinear
 from lorica.proof import expect
 from lorica.recipe import Recipe
-from lorica.shards import reshard, seeded
+from lorica.shards import on_cpu, reshard, seeded
 from lorica.taps import Taps
 from lorica.targets import find, fresh_modules, refuse, refuse_idle, sites_of
 from lorica.update import Update
@@ -26,6 +26,7 @@ from lorica.whole import TrainedModule, bias_modules, keep, replace, restore, tr
 logger = logging.getLogger("lorica")
 
 
+@on_cpu
 def attach(
     model: nn.Module,
     method: str | Recipe = "lora",

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from lorica.adapters import Adapters
-from lorica.moves import reduce_scalar
 from lorica.proof import Proof
 from lorica.recipe import Recipe
 from lorica.schedules import Training
+from lorica.shards import on_cpu
+from lorica.steps import in_full, is_fake, is_skipped, unscale
 
 logger = logging.getLogger("lorica")
 KEY = "lorica"
@@ -41,12 +42,15 @@ class _Binding:
 
     # -- around a step
 
+    @on_cpu
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self.real = not _is_fake(optimizer)
+        self.real = not (fake := is_fake(optimizer)) and not is_skipped(optimizer)
+        self.proof.skipped += fake
         if not self.real:
-            self.proof.skipped += 1
             return
+        if self.schedules:
+            unscale(optimizer)
         if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
             raise ValueError(
                 "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
@@ -57,17 +61,18 @@ class _Binding:
         self.proof.check(own["seen"], own["step"])
         training = Training(optimizer, self.adapters, own)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        with _in_full(optimizer):
+        with in_full(optimizer):
             for schedule in self.schedules:
                 schedule.before_step(own["schedules"][schedule.word], training)
 
+    @on_cpu
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not self.real:
             return
         own = optimizer.param_groups[0][KEY]
         training = Training(optimizer, self.adapters, own)
-        with _in_full(optimizer):
+        with in_full(optimizer):
             for schedule in self.schedules:
                 schedule.after_step(own["schedules"][schedule.word], training)
         own["rate"] = float(optimizer.param_groups[0]["lr"])
@@ -92,6 +97,7 @@ class _Binding:
                     f" with the same {name}, or start anew in another folder"
                 )
 
+    @on_cpu
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
         own = optimizer.param_groups[0][KEY]
         states = own.setdefault("schedules", {})
@@ -99,20 +105,7 @@ class _Binding:
             schedule.restore(states.setdefault(schedule.word, {}), self.adapters)
 
 
-def _in_full(optimizer: torch.optim.Optimizer) -> torch.autocast:
-    """No autocast: what an event rounds stays rounded."""
-    return torch.autocast(optimizer.param_groups[0]["params"][0].device.type, enabled=False)
-
-
-def _is_fake(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's checkpoint API steps an optimizer without state once, with zero rates and
-    gradients."""
-    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
-        return False
-    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    return not any(reduce_scalar(grads))
-
-
+@on_cpu
 def bind(
     optimizer: torch.optim.Optimizer,
     adapters: Adapters,

@@ -17,9 +17,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def seeded() -> bool:
+    """Whether a mask can be kept as a seed: it could not change within a graph that is compiled or
+    captured, and would not be drawn anew for each row of a `vmap`."""
+    if torch.compiler.is_compiling():
+        return False
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not (capturing or transformed())
+
+
+def transformed() -> bool:
+    """Whether this runs within a transform of `torch.func`."""
+    inner: Any = torch._C
+    return inner._functorch.peek_interpreter_stack() is not None
+
+
 def draw_seed() -> int:
     """One number from torch's generator on the CPU."""
-    return int(torch.randint(2**62, (), dtype=torch.int64))
+    return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
 
 class Mask:
@@ -46,11 +61,12 @@ class Mask:
 
 def _positions(count: int, p: float, seed: int) -> Tensor:
     """Where Bernoulli(p) falls among so many trials, ascending."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     found, last = [], -1
     while last < count:
         left = (count - 1 - last) * p
-        more = torch.rand(int(left + 6 * math.sqrt(left)) + 8, generator=generator)
+        more = torch.rand(int(left + 6 * math.sqrt(left)) + 8, **like)
         gaps = more.neg_().log1p_().div_(math.log1p(-p)).to(torch.int64) + 1
         found.append(gaps.cumsum_(0).add_(last))
         last = int(found[-1][-1])
@@ -76,7 +92,8 @@ def drop(x: Tensor, p: float, seed: int | None = None) -> Tensor:
     Args:
         x: (...), floating.
         p: probability in [0, 1) of an element to be dropped.
-        seed: of the mask; default: drawn. A compiler draws and keeps masks its own way.
+        seed: of the mask; default: drawn. A compiler draws and keeps masks its own way, and so do
+            CUDA graphs and transforms of functions (`torch.func`).
 
     Example:
         >>> import torch
@@ -84,6 +101,6 @@ def drop(x: Tensor, p: float, seed: int | None = None) -> Tensor:
         >>> drop(torch.ones(4), 0.5, seed=1).unique().tolist()
         [0.0, 2.0]
     """
-    if torch.compiler.is_compiling():
+    if not seeded():
         return F.dropout(x, p)
     return _Dropped.apply(x, p, draw_seed() if seed is None else seed)  # type: ignore[return-value]

@@ -7,8 +7,10 @@ silently lost or different on shards.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def on_cpu(call: F) -> F:
+    """What this makes without naming a device lies on the CPU, whatever the default device."""
+
+    @functools.wraps(call)
+    def there(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return call(*args, **kwargs)
+
+    return there  # type: ignore[return-value]
 
 
 def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -168,18 +183,19 @@ def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
     """Sum of squares of each tensor over its whole, the same floats on every process."""
     if not values:
         return []
-    total = torch.stack([shard_of(v)[0].detach().float().square().sum() for v in values])
+    sums = [shard_of(v)[0].detach().float().square().sum() for v in values]
+    total = torch.stack([s.to(sums[0].device) for s in sums])  # a model may lie on several devices
     layouts: dict[tuple, list[int]] = {}
     for i, v in enumerate(values):
         if isinstance(v, DTensor):
             layouts.setdefault((v.device_mesh, v.placements), []).append(i)
     for (mesh, placements), where in layouts.items():
-        summed = total[where]
+        summed = total[where].to(sums[where[0]].device)
         # Replicas of a shard (HSDP) hold the same part: only over the sharded axes is summed.
         for dim, placement in enumerate(placements):
             if not isinstance(placement, Replicate):
                 dist.all_reduce(summed, group=mesh.get_group(dim))
-        total[where] = summed
+        total[where] = summed.to(total.device)
     return total.tolist()
 
 
@@ -195,11 +211,12 @@ def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def draw(shape: Sequence[int], generator: torch.Generator, *, bound: float | None = None) -> Tensor:
-    """Full-size float32 draw on the CPU: N(0, 1), or uniform in ±bound; the same on every
-    process."""
+    """Full-size float32 draw on the CPU, whatever the default device: N(0, 1), or uniform in
+    ±bound; the same on every process."""
+    like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     if bound is None:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32)
-    return (2 * torch.rand(*shape, generator=generator, dtype=torch.float32) - 1) * bound
+        return torch.randn(*shape, **like)
+    return (2 * torch.rand(*shape, **like) - 1) * bound
 
 
 @torch.no_grad()
@@ -212,4 +229,4 @@ def seeded(key: str) -> torch.Generator:
     """A CPU generator that depends on `key` alone, not on the order of layers or the number of
     processes."""
     digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

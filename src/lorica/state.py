@@ -80,6 +80,9 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
         layer.combine.loaded()
 
 
+_CHUNK = 1 << 24  # elements: bounded memory for large tables
+
+
 def base_parameters(adapters: Any) -> dict[str, nn.Parameter]:
     """See `Adapters.base_parameters`."""
     inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
@@ -99,7 +102,8 @@ def hash_exactly(named: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(named.items()):
         digest.update(name.encode())
-        digest.update(as_bytes(value))
+        for chunk in value.detach().reshape(-1).split(_CHUNK):
+            digest.update(as_bytes(chunk))
     return digest.hexdigest()
 
 
@@ -111,11 +115,13 @@ def hash_values(named: Mapping[str, Tensor]) -> str:
         full = read_full(p).detach()
         digest.update(f"{name}{tuple(full.shape)}".encode())
         if not full.is_meta:
-            for chunk in full.reshape(-1).split(1 << 24):  # bounded memory for large tables
+            for chunk in full.reshape(-1).split(_CHUNK):
                 digest.update(as_bytes(chunk.float()))
     return digest.hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor, whatever its dtype; of one that lies on the CPU, no copy."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The raw bytes of a tensor, whatever its dtype; of a copy, since numpy locks the storage that
+    it looks into, and FSDP2 resizes its own."""
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy.contiguous().reshape(-1).view(torch.uint8).numpy().data

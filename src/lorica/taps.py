@@ -84,8 +84,15 @@ class Taps:
     def _squares(self, x: Tensor, layer: Any) -> Tensor:
         """Sum of x² (in,) over all tokens that are not padding; a token id is one-hot."""
         lookup: bool = layer.site.lookup
+        kept: Tensor | None = None
         if self.mask is not None and self.mask.shape == (x.shape if lookup else x.shape[:-1]):
-            x = x[self.mask.bool()]
+            kept = self.mask.to(x.device).bool()
         if lookup:
-            return torch.bincount(x.flatten(), minlength=layer.in_features).float()
-        return x.reshape(-1, x.shape[-1]).float().square().sum(0)
+            ones = torch.ones(x.shape, device=x.device) if kept is None else kept.float()
+            counts = torch.zeros(layer.in_features, device=x.device)
+            return counts.index_add_(0, x.flatten(), ones.flatten())
+        if kept is not None:  # nothing is picked out: a GPU would wait for how much that is
+            x = x.masked_fill(~kept[..., None], 0)
+        x = x.reshape(-1, x.shape[-1])
+        x = x.float() if x.dtype == torch.float64 else x
+        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()

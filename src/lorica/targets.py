@@ -242,7 +242,8 @@ def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
     """What the targets and the recipe together rule out.
 
     Raises:
-        ValueError: a base that lacks what the recipe needs, a token-id input, a sharded weight.
+        ValueError: a base that lacks what the recipe needs, a token-id input, an offloaded or
+            sharded weight.
     """
     delta = recipe.delta
     for name, kind in targets.layers.items():
@@ -267,6 +268,15 @@ def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
         check_ranks(
             recipe, {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
         )
+    for name in targets.layers:
+        hook: Any = vars(model.get_submodule(name)).get("_hf_hook")
+        hooks = () if hook is None else vars(hook).get("hooks", (hook,))
+        if any(vars(h).get("offload") for h in hooks):
+            raise ValueError(
+                f"the weight of {name!r} is offloaded (Accelerate brings it to the device for the"
+                " layer's own forward alone), so no update could be computed with it. Load the"
+                " model without offloading, or leave such layers out with `exclude_modules`"
+            )
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
             raise ValueError(

@@ -44,7 +44,7 @@ class DoraCombine(AbstractCombine):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             c = update.row_norms(base).to(self.m.dtype)  # rounded as m was at the start
             c = c.clamp_min(torch.finfo(c.dtype).tiny)
-        return self.m / c
+        return self.m / (c.detach() if self.detach else c)  # forward mode differentiates all else
 
     def forward(self, x: Tensor, base, update, kernel) -> Tensor:
         g = self.gain(base, update)

@@ -11,6 +11,7 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lorica.kernels._measured import Table, measured
@@ -43,6 +44,7 @@ def plain(x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) ->
     if gain is None:
         return (base.linear(x) if bias else base.product(x)) + update(x, base)
     y = base.product(x) + update(x, base)
-    y = y * gain.to(y.dtype)
+    wide = gain.dtype if y.dtype == torch.float16 else y.dtype  # which g's gradient would overflow
+    y = (y.to(wide) * gain.to(wide)).to(y.dtype)
     offset = base.bias() if bias else None
     return y if offset is None else y + offset.to(y.dtype)

@@ -32,9 +32,10 @@ from torch.nn import functional as F
 
 from lorica import dropout
 from lorica.kernels import AbstractKernel, plain
-from lorica.kernels._orders import Call, Order
+from lorica.kernels._orders import Call, Order, rounds
 
 SAVES = ("output", "product", "nothing")
+SLICE = 256  # tokens
 TINY = 2.0**-60  # |g| is at least this, so that y / g gives back what g scaled
 
 
@@ -44,9 +45,10 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
         gain: Tensor | None, a2: Tensor | None, b2: Tensor | None, scale: float,
         forward_sum: bool, input_sum: bool, outer: bool, keep_sum: bool, p: float, seed: int,
-        drop_all: bool, saves: str, dtype: torch.dtype,
+        drop_all: bool, saves: str, dtype: torch.dtype, grad: bool,
     ) -> Tensor:  # fmt: skip
-        need_x, need_w, _, need_a, need_b, need_gain, *_ = ctx.needs_input_grad
+        needs = (grad and need for need in ctx.needs_input_grad)  # which says nothing of no_grad
+        need_x, need_w, _, need_a, need_b, need_gain, *_ = needs
         call = _Call(x, w, bias, a, b, gain, a2, b2, scale, p, seed, drop_all, dtype)
         keep = need_gain and saves == "product"
         again = need_gain and saves == "nothing"
@@ -81,7 +83,7 @@ class _Linear(torch.autograd.Function):
             call = _Call(x, w, bias, a, b, gain, a2, b2, *ctx.rest)
             call.formed = formed
             out = call.backward(grads[0], h, u, y, ctx.needs_input_grad, *ctx.order)
-        return *out, *[None] * 12
+        return *out, *[None] * 13
 
 
 def _marked(y: Tensor) -> int:
@@ -116,6 +118,34 @@ def _unpack(ctx: Any) -> tuple[Any, ...]:
 
 def _compiling() -> bool:
     return torch.compiler.is_compiling()
+
+
+def _watched() -> bool:
+    """Whether somebody sees each operation, and may keep its result: a policy of selective
+    checkpointing, which a change in place would spoil."""
+    return not _compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def _plus(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """y + scale·left right, in place where nobody else has y."""
+    if _watched():
+        return torch.addmm(y, left, right, alpha=scale)
+    return y.addmm_(left, right, alpha=scale)
+
+
+def _times(y: Tensor, factor: Tensor) -> Tensor:
+    return y * factor if _watched() else y.mul_(factor)
+
+
+def _over_tokens(dy: Tensor, y: Tensor) -> Tensor:
+    """Σ dY ∘ y (out,), in at least float32; float16 would overflow in the products already."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if dy.dtype != torch.float16:
+        return (dy * y).sum(0, dtype=wide)
+    if _compiling():
+        return (dy.to(wide) * y).sum(0)
+    parts = zip(dy.split(SLICE), y.split(SLICE), strict=True)  # no wide copy of an activation
+    return torch.stack([(d.to(wide) * v).sum(0) for d, v in parts]).sum(0)
 
 
 class _Call:
@@ -162,8 +192,8 @@ class _Call:
             return self.formed
         v = torch.addmm(self.w, self.b, self.a, alpha=self.scale)
         if self.a2 is not None:
-            v.addmm_(self.b2, self.a2, alpha=self.still)
-        v = v if self.g is None or not gained else v.mul_(self.g[:, None])
+            v = _plus(v, self.b2, self.a2, self.still)
+        v = v if self.g is None or not gained else _times(v, self.g[:, None])
         self.formed = v if gained else None
         return v
 
@@ -176,15 +206,17 @@ class _Call:
             y = F.linear(self.x, self.sum(not late), bias)
         else:
             h = self.small()
-            y = F.linear(self.x, self.w, bias).addmm_(h, self.b.T, alpha=self.scale)
+            y = _plus(F.linear(self.x, self.w, bias), h, self.b.T, self.scale)
             if self.a2 is not None:
-                y.addmm_(self.x @ self.a2.T, self.b2.T, alpha=self.still)
+                y = _plus(y, self.x @ self.a2.T, self.b2.T, self.still)
         if not late:
             return y, h, None
         g: Any = self.g
         u = y if keep else None
-        y = y * g if keep else y.mul_(g)
-        return y if self.bias is None else y.add_(self.bias), h, u
+        y = y * g if keep else _times(y, g)
+        if self.bias is not None:
+            y = y + self.bias if _watched() else y.add_(self.bias)
+        return y, h, u
 
     def backward(
         self, dy: Tensor, h: Tensor | None, u: Tensor | None, y: Tensor | None, needs: Any,
@@ -234,12 +266,9 @@ class _Call:
         return dx if b2 is None else dx.addmm_(dy @ b2, self.a2, alpha=self.still)
 
     def _for_gain(self, dy: Tensor, u: Tensor | None, y: Tensor | None) -> Tensor:
-        wide = torch.promote_types(dy.dtype, torch.float32)
         if y is not None:
-            return (dy * y).sum(0, dtype=wide) / self.g
-        if u is None:
-            u = self._before_gain()
-        return (dy * u).sum(0, dtype=wide)
+            return _over_tokens(dy, y) / self.g
+        return _over_tokens(dy, self._before_gain() if u is None else u)
 
     def _before_gain(self) -> Tensor:
         u = self.x @ (self.sum(False).T if self.mask is None else self.w.T)
@@ -278,11 +307,11 @@ class Fused(AbstractKernel):
         return False
 
     def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out). What has no pair of factors knows its own order, and under a
-        compiler dropout is the compiler's."""
+        """(..., in) -> (..., out). What has no pair of factors knows its own order; where a mask
+        cannot be a seed, dropout is the compiler's; a transform sees through plain products."""
         dropping = update.dropping
-        pair = update.delta.pair()
-        if pair is None or base.lookup or (dropping and torch.compiler.is_compiling()):
+        unlike = (dropping and not dropout.seeded()) or (not _compiling() and dropout.transformed())
+        if update.delta.pair() is None or base.lookup or unlike:
             return plain(x, base, update, bias=bias, gain=gain)
         own, carried = update.delta.factors(), update.carried
         w, offset = base.weight(), base.bias() if bias else None
@@ -298,17 +327,18 @@ class Fused(AbstractKernel):
             tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
             out_features=w.shape[0], r=own.A.shape[0],
             carried=0 if a2 is None else a2.shape[0], dtype=dtype, device=device,
-            dropping=dropping, needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
+            exact=not rounds(device), dropping=dropping,
+            needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
             needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
         ))  # fmt: skip
         saves = self.saves
-        if saves == "output" and offset is not None:
+        if saves == "output" and (offset is not None or _watched()):
             saves = "product"  # a small g would be lost in the bias' rounding
         with torch.autocast(device, enabled=False):
             y = _Linear.apply(
                 x.reshape(-1, x.shape[-1]), w, offset, own.A, own.B, gain, a2, b2, own.scale,
                 order.forward_sum, order.input_sum, order.outer, self.keeps_sum(),
                 update.dropout if dropping else 0.0, dropout.draw_seed() if dropping else 0,
-                update.drop_carried, saves, dtype,
+                update.drop_carried, saves, dtype, grad,
             )  # fmt: skip
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]

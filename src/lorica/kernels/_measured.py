@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lorica.kernels._orders import WIDE, Call, Order
+from lorica.kernels._orders import WIDE, Call, Order, sums_kept
 
 VARIABLE = "LORICA_ORDERS"
 _SIZES = ("tokens", "in_features", "out_features", "r")
@@ -42,9 +42,14 @@ class Table:
 
     def order(self, call: Call) -> Order | None:
         """That of the nearest entry, or None."""
-        near = [(_distance(call, entry), order) for entry, order in self.entries]
-        distance, order = min(near, key=lambda pair: pair[0], default=(math.inf, None))
-        return order if distance <= 1 else None
+        best: Order | None = None
+        least = 0
+        for entry, order in self.entries:
+            if _alike(call, entry) and _near(call, entry):
+                far = _far(call, entry)
+                if best is None or far < least:
+                    best, least = order, far
+        return best
 
     @classmethod
     def read(cls, path: str | Path) -> Table:
@@ -70,14 +75,41 @@ class Table:
         Path(path).write_text(json.dumps({"orders": entries}, indent=1) + "\n", encoding="utf-8")
 
 
-def _distance(one: Call, other: Call) -> float:
-    """In doublings, the largest of four; infinite between calls that differ in kind."""
-    plain = {name: 1 for name in _SIZES}
-    kinds = [dataclasses.replace(c, **plain, carried=min(c.carried, 1)) for c in (one, other)]
-    if kinds[0] != kinds[1]:
-        return math.inf
-    sizes = zip((getattr(one, n) for n in _SIZES), (getattr(other, n) for n in _SIZES), strict=True)
-    return max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
+def _alike(call: Call, entry: Call) -> bool:
+    """Whether all but the sizes agree."""
+    if call.dropping:  # asked first: to a compiler it may be a symbol, which equals nothing
+        if not entry.dropping:
+            return False
+    elif entry.dropping:
+        return False
+    one, other = (
+        (min(c.carried, 1), c.dtype, c.device, c.exact, c.needs_x, c.needs_w, c.needs_a, c.needs_b)
+        for c in (call, entry)
+    )
+    return one == other
+
+
+# Whole numbers alone: the sizes may be a compiler's symbols.
+
+
+def _sizes(call: Call) -> tuple[int, ...]:
+    return call.tokens, call.in_features, call.out_features, call.r
+
+
+def _near(one: Call, other: Call) -> bool:
+    """Whether they differ by a factor of two at most in each size."""
+    for a, b in zip(_sizes(one), _sizes(other), strict=True):
+        if a > 2 * b or b > 2 * a:
+            return False
+    return True
+
+
+def _far(call: Call, entry: Call) -> int:
+    """The sum over the sizes of how far they are apart, in thousandths of the entry's."""
+    far = 0
+    for a, b in zip(_sizes(call), _sizes(entry), strict=True):
+        far += (a - b if a > b else b - a) * 1000 // max(b, 1)
+    return far
 
 
 def _call(data: dict[str, Any]) -> Call:
@@ -147,7 +179,7 @@ def seconds(call: Call, rounds: int = 5, seed: int = 0) -> dict[Order, tuple[flo
             rest = (order.forward_sum, order.input_sum, order.outer, False, p, 1, False, "output")
             y, forward = _timed(
                 lambda rest=rest: _Linear.apply(
-                    x, w, None, a, b, None, *pair, 1.0, *rest, call.dtype
+                    x, w, None, a, b, None, *pair, 1.0, *rest, call.dtype, True
                 ),
                 call.device,
             )
@@ -162,7 +194,7 @@ def seconds(call: Call, rounds: int = 5, seed: int = 0) -> dict[Order, tuple[flo
 
 def lawful(call: Call) -> list[Order]:
     """Orders that compute this call: all, or without sums where rounding or dropout forbid them."""
-    if call.dropping or call.dtype not in WIDE:
+    if not sums_kept(call):
         return [Order()]
     pick = (False, True)
     return [Order(f, s, o) for f in pick for s in pick for o in pick]

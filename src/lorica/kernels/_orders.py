@@ -6,13 +6,15 @@ With N tokens, m inputs, n outputs, rank k, in multiplies beside the product wit
     for x      factors  Nkm (+ Nkn for dY B)    sum  mnk
     for A, B   small    2Nk(m + n)              outer  Nmn + 2mnk, which wants a large k
 
-dY B serves x and A both, so the two parts of backward are chosen together. In half precision W + ΔW
-would lose small updates to rounding, and under dropout no one weight exists: no sums there.
+dY B serves x and A both, so the two parts of backward are chosen together. In half precision, and
+where float32 is rounded to TF32 in products, W + ΔW would lose small updates; under dropout no one
+weight exists: no sums there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +39,7 @@ class Call:
         tokens: N, rows of the input.
         r, carried: ranks that train, and that are carried frozen.
         dtype, device: that the products are computed in, and the device's type.
+        exact: whether products of float32 keep its digits, see `rounds`.
         needs_x, needs_w, needs_a, needs_b: of what a gradient is wanted.
     """
 
@@ -47,6 +50,7 @@ class Call:
     carried: int = 0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    exact: bool = True
     dropping: bool = False
     needs_x: bool = True
     needs_w: bool = False
@@ -59,6 +63,24 @@ def threshold(in_features: int, out_features: int) -> int:
     return in_features * out_features // (in_features + out_features) + 1
 
 
+@torch.compiler.assume_constant_result
+def rounds(device: str) -> bool:
+    """Whether products of float32 are computed with fewer digits on this type of device: in TF32,
+    or in bfloat16."""
+    backends: Any = torch.backends
+    try:
+        backend = backends.cuda.matmul if device == "cuda" else backends.mkldnn.matmul
+        return backend.fp32_precision not in ("ieee", "none")
+    except AttributeError:  # torch before 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+
+
+def sums_kept(call: Call) -> bool:
+    """Whether W + ΔW may be formed."""
+    exact = call.dtype is torch.float64 or call.exact
+    return call.dtype in WIDE and exact and not call.dropping
+
+
 def choose(call: Call) -> Order:
     """The order with the fewest multiplies; of equals the one that forms less.
 
@@ -69,7 +91,7 @@ def choose(call: Call) -> Order:
         >>> choose(Call(tokens=64, in_features=512, out_features=512, r=16))
         Order(forward_sum=False, input_sum=False, outer=False)
     """
-    sums = call.dtype in WIDE and not call.dropping
+    sums = sums_kept(call)
     forward = sums and call.tokens >= threshold(call.in_features, call.out_features)
     best, fewest = (False, False), backward_multiplies(call, False, False)
     for pick in ((True, False), (False, True), (True, True)) if sums else ():

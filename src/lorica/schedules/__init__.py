@@ -62,6 +62,11 @@ class AbstractSchedule(Choice, abc.ABC):
         """Whether the targets' own weights train for a while."""
         return False
 
+    @property
+    def rests(self) -> bool:
+        """Whether some of what trains rests for a while, and has no gradient then."""
+        return self.trains_base
+
     def with_curve(self, name: str, warmup_steps: int) -> AbstractSchedule:
         """The same with one of the curves that it brings; such a file has these two arguments."""
         fields: Any = {"lr_scheduler_type": name, "warmup_steps": warmup_steps}

@@ -72,6 +72,7 @@ class Xgblora(Chain):
 
     links: ClassVar[int] = 49
     default_r: ClassVar[int | None] = 1
+    rests: ClassVar[bool] = True  # type: ignore[misc]
     only_r: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:

@@ -83,6 +83,12 @@ class TrainerMixin(Guarded):
             super().__init__(model=model, args=args, **kwargs)  # type: ignore[call-arg]
         if args is None:
             self._check_arguments(self.args)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process trains on one GPU, and this one sees {self.args.n_gpu}: the Trainer"
+                " would copy the model to each (`nn.DataParallel`), away from its adapters. Start a"
+                " process a GPU with `torchrun --nproc-per-node N`, or set CUDA_VISIBLE_DEVICES=0"
+            )
         rule: Any = self.adapters.recipe.rule
         if rule.clips and self.args.max_grad_norm:
             logger.warning(
@@ -116,11 +122,31 @@ class TrainerMixin(Guarded):
                 f"`optim_args={args.optim_args!r}` is read by nobody here: arguments of a rule"
                 f" stand in the method, e.g. `{rule.word}(...)`"
             )
+        self._check_phases(args)
         if args.deepspeed and (self.adapters.recipe.schedules or "pair" in rule.needs):
             raise ValueError(
                 "DeepSpeed flattens parameters, so schedules and rules that see A and B together"
                 " cannot reach them; use DDP or FSDP2 instead"
             )
+
+    def _check_phases(self, args: Any) -> None:
+        """Where something rests for a while, DDP has to look for it, and FSDP2 cannot resume."""
+        schedules: Any = self.adapters.recipe.schedules
+        resting = [s.word for s in schedules if s.rests]
+        if not resting:
+            return
+        if args.fsdp:
+            raise ValueError(
+                f"`{resting[0]}` lets some of what trains rest for a while, and torch restores a"
+                " sharded optimizer only where every parameter has a state, so no checkpoint of"
+                " this run could be gone on from; leave `fsdp` out (DDP)"
+            )
+        if args.ddp_find_unused_parameters is False:
+            raise ValueError(
+                f"`ddp_find_unused_parameters=False`, and `{resting[0]}` lets some of what trains"
+                " rest for a while, for which DDP would wait for ever; leave it out"
+            )
+        args.ddp_find_unused_parameters = True  # the Trainer's default, but under checkpointing
 
     # -- optimizer, scheduler, loss --------------------------------------------------------------
 
