@@ -13,7 +13,8 @@ What is replaced in a command, and nothing else:
 * the hub models in `HUB_MODELS` are tiny random models of the same family, made by `make_world`;
 * `lorica train` gets `--max-steps 2` where the command neither says how long it runs nor reads a
   file that does, in place of a longer `--max-steps`, and `--max-samples 24` on the embedded data;
-  `lorica pretrain` gets `--max-steps 2` in the same way.
+  `lorica pretrain` gets `--max-steps 2` in the same way. A checkpoint that a command names is
+  then the one of step 2.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-OTHER_COMMANDS = {"make", ".", "pip", "tensorboard", "git", "python"}
+OTHER_COMMANDS = {"make", ".", "pip", "tensorboard", "git", "python", "torchrun"}
 LENGTHS = {"--num-train-epochs", "--max-tokens", "--resume", "--dry-run"}
 HUB_MODELS = {
     "HuggingFaceTB/SmolLM2-135M": "llama",
@@ -108,6 +109,7 @@ def without_hub(text: str, folder: Path) -> str:
 def shortened(words: list[str], folder: Path) -> list[str]:
     """The command as it is run here."""
     words = [without_hub(word, folder) for word in words]
+    words = [re.sub(r"(?<=/checkpoint-)\d+$", "2", word) for word in words]
     if words[0] not in ("train", "pretrain"):
         return words
     if "--max-steps" in words:

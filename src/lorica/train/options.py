@@ -475,7 +475,8 @@ class TrainOptions(RunOptions, _Tuned):
     0.01`, `--save-steps 50`, `--optim adamw_torch`.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the embedded one.
+        model: folder or hub id of a transformers model. Default: the one that the adapter names,
+            else the embedded one.
         data: file, folder or hub id; its columns decide what it is. Embedded tasks are
             `lorica:new`, `lorica:old` and `lorica:new+old`. Default: `lorica:new`.
         method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
