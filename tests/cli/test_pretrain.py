@@ -117,6 +117,25 @@ def test_a_run_leaves_an_ordinary_model(pretrain, tmp_path, monkeypatch, method)
     assert told["parameters"] == sum(p.numel() for p in plain.parameters())
     assert told["gradient_bytes"] == 4 * told["trainable"]
     assert told["optimizer_bytes"] == told["contract"]["memory"]["optimizer"]
+    assert told["schedule_bytes"] == 0
+
+
+def test_the_pools_of_a_schedule_are_among_the_figures(pretrain, lorica, tiny, tmp_path):
+    import torch
+
+    words = small("switchlora(interval=10)")
+    ran = pretrain(*words)
+    assert ran.status == 0, ran.err
+    saved = torch.load(tmp_path / "out" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    (state,) = saved["param_groups"][0]["lorica"]["schedules"].values()
+    pools = [p for side in "AB" for p in state[side].values()]
+    held = sum(p.numel() * p.element_size() for p in pools)
+    assert ran.json["schedule_bytes"] == held > 0
+    # min(in, out) spare vectors of either side: attention is 16 x 16, the rest 16 x 24.
+    assert held == 2 * 4 * 16 * (4 * (16 + 16) + 3 * (16 + 24))
+    dry = ("pretrain", "--model-config", tiny, *words, "--dry-run")
+    assert lorica(*dry, "--json").json["schedule_bytes"] == held
+    assert "of the optimizer's state, 31.0 KiB of schedules' state" in lorica(*dry).out
 
 
 def test_tokens_are_counted(pretrain, tmp_path):
@@ -174,6 +193,19 @@ def test_a_held_fraction_is_not_trained_on(pretrain):
     held, kept = part.json["eval_data"]["rows"], part.json["data"]["rows"]
     assert held == pytest.approx(whole.json["data"]["rows"] / 4, abs=4)
     assert kept + held == pytest.approx(whole.json["data"]["rows"], abs=4)
+
+
+def test_the_first_tokens_of_a_held_fraction(pretrain):
+    words = ("--eval-fraction", 0.25)
+    whole = pretrain(*words, out="whole")
+    found = {n: pretrain(*words, "--max-eval-tokens", n, out=str(n)) for n in (16, 40, 10**6)}
+    for n, ran in found.items():
+        assert ran.status == 0, ran.err
+        most = whole.json["eval_data"]["rows"]
+        assert ran.json["eval_data"]["rows"] == min(math.ceil(n / 16), most)
+        assert ran.json["data"] == whole.json["data"]  # the rest is not trained on
+    assert found[10**6].json["evaluation"] == whole.json["evaluation"]
+    assert found[16].json["evaluation"] != whole.json["evaluation"]
 
 
 def test_splits_and_the_first_tokens_to_evaluate_on(pretrain, shards):
@@ -386,6 +418,31 @@ def test_a_stream_is_gone_on_with_where_it_stood(
     assert resumed.json["tokens"] == straight.json["tokens"] == 30 * 12 * 16
 
 
+@pytest.mark.parametrize("warm", [(), ("--warmup-ratio", 0.5), ("--warmup-steps", 2)])
+def test_a_curve_that_a_schedule_brings_is_resumed_with_the_same_words(
+    pretrain, tmp_path, die, warm
+):
+    """config.yaml has it in its method, with a warm-up that follows from the run's length."""
+    curve = ("--lr-scheduler-type", "jagged_cosine", *warm, "--save-steps", 2)
+    words = (*small("relora(every=2)"), *curve)
+    straight = pretrain(*words, out="straight")
+    assert straight.status == 0, straight.err
+    die(5)
+    assert pretrain(*words).status == 1
+    die(None)
+    method = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["method"]
+    assert "lr_scheduler_type='jagged_cosine', warmup_steps=" in method
+    for other in ("relora(every=3)", "dora+relora(every=2)"):
+        ran = pretrain(*small(other), *curve, "--resume")
+        assert ran.status == 2 and f"`method` is {method!r}, not {other!r}" in ran.err, ran.err
+    flag, value = ("--warmup-steps", 3) if "--warmup-steps" in warm else ("--warmup-ratio", 0.4)
+    ran = pretrain(*words, flag, value, "--resume")
+    assert ran.status == 2 and f"`{flag[2:].replace('-', '_')}` is" in ran.err, ran.err
+    resumed = pretrain(*words, "--resume")
+    assert resumed.status == 0, resumed.err
+    assert same(tmp_path / "straight", tmp_path / "out")
+
+
 def test_a_resumed_run_is_the_same_run(pretrain, lorica, book, tmp_path, monkeypatch):
     from lorica.data.stream import Text
 
@@ -512,6 +569,7 @@ def test_a_dry_run_counts_and_writes_nothing(lorica, tmp_path, monkeypatch):
     assert told.json["optimizer_bytes"] == 8 * 609_720_320
     shown = lorica(*words)
     assert "609,720,320 train (54.5% less)" in shown.out and "GiB of gradients" in shown.out
+    assert told.json["schedule_bytes"] == 0 and "schedules" not in shown.out
     wider = lorica("pretrain", "--vocab-size", 4096, "--dry-run", "--json")
     assert wider.json["parameters"] - 1_328_256 == 2 * 2048 * 128
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -320,3 +321,35 @@ def test_two_processes_equal_one(train, llama, text, tmp_path):
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-6)
         assert a.get("tokens") == b.get("tokens")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_equals_processes_that_hold_the_model_and_resumes(llama, text, tmp_path):
+    """FSDP2 by the Trainer, its branch forced on the CPU: shards of base and update are trained,
+    saved whole, and gone on from to the bit."""
+    import os
+    import subprocess
+    import sys
+
+    words = ["--model", llama, "--data", text, "--method", "dora", "--r", "2", "--max-steps", "4",
+             "--save-steps", "2", "--learning-rate", "1e-2", "--use-cpu"]  # fmt: skip
+    wrap = '{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
+
+    def run(script: list[Any], *more: Any) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             "2", *script, "train", *map(str, more), "--json"],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    forced = ["--", Path(__file__).with_name("sharding.py")]
+    whole = run(["-m", "--", "lorica"], *words, "--output-dir", tmp_path / "whole")
+    fsdp = ["--fsdp", "full_shard", "--fsdp-config", wrap]
+    sharded = run(forced, *words, *fsdp, "--output-dir", tmp_path / "sharded")
+    assert (tmp_path / "sharded" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
+    assert sharded["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    cut = tmp_path / "sharded" / "checkpoint-2"
+    again = run(forced, "--resume", cut, "--output-dir", tmp_path / "again")
+    assert again["adapter_sha256"] == sharded["adapter_sha256"]

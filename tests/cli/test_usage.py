@@ -47,6 +47,9 @@ METHODS = [
     ("hash", ["--ignore-base-hash"], "no effect without `--adapter`"),
     ("scheduler", ["--lr-scheduler-type", "cosin"], "cosin"),
     ("too long", ["--max-length", "500"], "ends at 64 tokens"),
+    ("shards on the CPU", ["--fsdp", "full_shard", "--use-cpu"], "shards over accelerators only"),
+    ("flat shards", ["--fsdp", "full_shard", "--fsdp-config", '{"version": 1}'], '`"version": 2`'),
+    ("shards and a merge", ["--method", "relora", "--fsdp", "full_shard"], "writes a whole model"),
 ]
 
 

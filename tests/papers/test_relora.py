@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -64,23 +65,27 @@ def test_the_ramp_multiplies_any_schedulers_rate():
 # -- the twin --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jaggedly", [False, True])
-def test_it_is_the_twin_over_sixty_steps(jaggedly):
+@pytest.mark.parametrize(("jaggedly", "cycle"), [(False, 20), (True, 20), (False, 15), (True, 30),
+                                                 (False, 8)])  # fmt: skip
+def test_it_is_the_twin_over_sixty_steps(jaggedly, cycle):
+    """A reset has its own period: it may fall on a merge, on some of them, or beside all."""
     curve = "lr_scheduler_type='jagged_cosine', warmup_steps=5" if jaggedly else "warm_start=0"
-    adapters, optimizer = one(f"relora(every=20, rewarm=4, {curve})")
+    adapters, optimizer = one(f"relora(every=20, cycle={cycle}, rewarm=4, {curve})")
     layer = adapters.layers["0"]
     pair = next(adapters.pairs())[1]
     run = twin.Run(layer.store.weight().detach(), pair.A.detach(), pair.scale)
     for u in range(STEPS):
         if jaggedly:
-            factor = twin.jagged(u, STEPS, 5, 20, 4, 0.1)
+            factor = twin.jagged(u, STEPS, 5, cycle, 4, 0.1)
         else:
-            factor = u % 20 / 4 if u >= 20 and u % 20 < 4 else 1.0
+            factor = u % cycle / 4 if u >= cycle and u % cycle < 4 else 1.0
         run.step(gradient(run.effective(), u)[2], 0.02 * factor)
         move(adapters, optimizer, u)
-        if u in (20, 40):
+        if twin.after(u, 20, STEPS):
             run.restart(pair.A.detach())
             assert not pair.B.any()
+        if twin.after(u, cycle, STEPS):
+            run.reset()
         torch.testing.assert_close(
             layer.effective()[0].detach(), run.effective(), rtol=1e-9, atol=1e-11
         )
@@ -183,6 +188,53 @@ def test_a_reset_may_come_less_often_than_a_merge():
         counts.append(int(optimizer.state[pair.A]["step"]))
     assert counts[4] == 5 and counts[8] == 0 and counts[12] == 4 and counts[16] == 0
     assert optimizer.param_groups[0]["lorica"]["schedules"]["relora"]["links"] == 4
+
+
+@pytest.mark.parametrize(("every", "cycle", "warm"), [(4, 6, 0), (6, 4, 0), (4, 3, 5), (7, 7, 0)])
+def test_resets_and_merges_fall_where_each_has_its_period(every, cycle, warm):
+    """At the steps that have rate 0, whether a merge is due there or not."""
+    T = 27
+    method = f"relora(every={every}, cycle={cycle}, rewarm=1, warm_start={warm})"
+    adapters, optimizer = one(method, steps=T)
+    pair, own = next(adapters.pairs())[1], optimizer.param_groups[0]["lorica"]
+    resets, merges, rested, links = [], [], [], 0
+    for step in range(T):
+        move(adapters, optimizer, step)
+        state = optimizer.state.get(pair.A, {})
+        if state and step >= warm and not state["step"]:
+            assert not any(v.any() for p in (pair.A, pair.B) for v in optimizer.state[p].values())
+            resets.append(step - warm)
+        if own["schedules"]["relora"]["links"] > links:
+            links += 1
+            merges.append(step - warm)
+        if own["rate"] == 0:
+            rested.append(step - warm)
+    assert merges == [u for u in range(T - warm) if twin.after(u, every, T - warm)]
+    assert resets == [u for u in range(T - warm) if twin.after(u, cycle, T - warm)]
+    assert [u for u in rested if 0 < u < T - warm - 1] == resets
+
+
+@pytest.mark.parametrize("reset", ["zero", "magnitude", "random"])
+def test_resets_without_merges_resume_to_the_bit(reset):
+    method = f"relora(every=4, cycle=3, rewarm=1, reset='{reset}')"
+    straight, ends = one(method, steps=14), []
+    saved = []
+    for step in range(14):
+        saved.append(copy.deepcopy([part.state_dict() for part in straight]))
+        move(*straight, step)
+    for cut in range(1, 14):
+        resumed = one(method, steps=14)
+        for part, state in zip(resumed, copy.deepcopy(saved[cut]), strict=True):
+            part.load_state_dict(state)
+        for step in range(cut, 14):
+            move(*resumed, step)
+        ends.append(resumed)
+    for adapters, optimizer in ends:
+        for name, value in straight[0].state_dict().items():
+            assert torch.equal(adapters.state_dict()[name], value), name
+        moments = straight[1].state_dict()["state"]
+        for i, state in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(v, moments[i][k]) for k, v in state.items())
 
 
 # -- what it is for --------------------------------------------------------------------------------
@@ -296,6 +348,9 @@ def test_arguments_out_of_range(method, message):
     ("relora(every=19)", 20, r"would restart 0 times in 20 steps; give at most 18"),
     ("relora", None, "cannot be fitted"),
     ("relora", 3, "too few"),
+    ("relora(every=4, cycle=19)", 20, r"would reset 0 times in 20 steps; give at most 18, or"),
+    ("relora(every=4, cycle=12, warm_start=7)", 20, r"would reset 0 times in 20 .* at most 11, or"),
+    ("relora(every=1)", 2, "would restart 0 times in 2 steps; train for at least 3 steps$"),
     ("relora(every=4, rewarm=4)", 20, "does not end within"),
     ("relora(every=4, lr_scheduler_type='jagged_cosine')", None, "curve over the whole run"),
 ])  # fmt: skip
@@ -304,7 +359,36 @@ def test_a_run_that_it_does_not_fit(method, steps, message):
         one(method, steps=steps)
 
 
+@pytest.mark.parametrize(("given", "also"), [
+    ("every=1", ""), ("every=30", ""), ("every=1000", " and leave `every` out"), ("", ""),
+])  # fmt: skip
+def test_a_warm_start_that_leaves_no_room_is_named_and_its_bound_is_right(given, also):
+    """What is told to be typed has to run, and one step more must not."""
+    with pytest.raises(ValueError, match="`warm_start=500` leaves no room") as told:
+        one(f"relora(warm_start=500{given and ', ' + given})", steps=400)
+    found = re.search(r"at most (\d+) steps( and leave `every` out)?$", str(told.value))
+    assert found is not None, told.value
+    assert (found[2] or "") == also
+    most, kept = int(found[1]), "" if also else given and ", " + given
+    one(f"relora(warm_start={most}{kept})", steps=400)
+    with pytest.raises(ValueError, match="times in 400 steps|too few"):
+        one(f"relora(warm_start={most + 1}{kept})", steps=400)
+
+
+def test_a_bound_of_the_interval_is_right_and_leaving_it_out_too():
+    for warm in (0, 350, 396, 397):
+        with pytest.raises(ValueError, match="give at most") as told:
+            one(f"relora(warm_start={warm}, every=399)", steps=400)
+        bound = re.search(r"give at most (\d+)(.*)$", str(told.value))
+        assert bound is not None
+        one(f"relora(warm_start={warm}, every={bound[1]})", steps=400)
+        if bound[2]:
+            one(f"relora(warm_start={warm})", steps=400)
+
+
 def test_left_out_the_interval_is_fitted_to_the_run(caplog):
     caplog.set_level("INFO", logger="lorica")
     one("relora", steps=1000)
-    assert "relora: every=250, 3 restarts" in caplog.text
+    assert "relora: every=250, 3 restarts, cycle=250, 3 resets" in caplog.text
+    one("relora(every=100, cycle=150, warm_start=200)", steps=1000)
+    assert "relora: every=100, 7 restarts, cycle=150, 5 resets" in caplog.text

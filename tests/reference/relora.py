@@ -41,10 +41,18 @@ class Run:
         self.B = adamw.step(self.B, gB, self.adam["B"], lr=lr)
 
     def restart(self, A: Tensor) -> None:
-        """Merge, take the fresh A, forget moments and step count."""
+        """Merge, take the fresh A."""
         self.W = self.effective()
         self.A, self.B = A.clone(), torch.zeros_like(self.B)
+
+    def reset(self) -> None:
+        """Forget moments and step count."""
         self.adam = {"A": {}, "B": {}}
+
+
+def after(u: int, q: int, T: int) -> bool:
+    """Whether an event of period q comes after step u of T; restarts and resets have one each."""
+    return 0 < u < T - 1 and u % q == 0
 
 
 def keep_largest(state: list[Tensor], ratio: float) -> list[Tensor]:

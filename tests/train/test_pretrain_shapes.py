@@ -42,6 +42,17 @@ def test_half_of_what_is_exchanged_is_saved_at_1b():
     ))  # fmt: skip
 
 
+def test_pools_are_counted_beside_what_is_exchanged():
+    """min(in, out) vectors of either side a layer, at 1b about as much as a half of the model."""
+    lora, switch = (cost("llama-1b", m, r=512) for m in ("lora", "switchlora"))
+    s = shapes.SHAPES["llama-1b"]
+    pools = 4 * s.layers * s.width * (4 * 2 * s.width + 3 * (s.width + s.ffn))
+    assert switch.schedule_bytes == pools and lora.schedule_bytes == 0
+    assert f"{pools / 2**30:.1f} GiB of schedules' state" in str(switch)
+    assert switch.trainable == lora.trainable and switch.gradient_bytes == lora.gradient_bytes
+    assert switch.as_dict()["schedule_bytes"] == pools
+
+
 def test_a_closed_form_of_the_trainable_count():
     """2·V·h + (2L+1)·h + L·(8·r·h + 3·r·(h+f)): embedding and head, norms, two factors a layer."""
     for name, r in (("llama-1m", 8), ("llama-20m", 32)):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -157,6 +161,105 @@ def test_a_stream_is_gone_on_with_from_every_row(stream, monkeypatch, characters
     )
 
 
+READ: list[str] = []
+
+
+def counted():
+    for text in TEXTS:
+        READ.append(text)
+        yield {"text": text}
+
+
+@pytest.fixture
+def counting(tokenizer, monkeypatch):
+    """A stream of the same documents that tells in `READ` which rows are read; small blocks."""
+    monkeypatch.setattr(streamed, "BATCH", 100)
+    monkeypatch.setattr(
+        streamed, "_open", lambda *_: datasets.IterableDataset.from_generator(counted)
+    )
+
+    def make() -> Streamed:
+        found = Streamed("counted")
+        found.lay(tokenizer, 16, 0)
+        READ.clear()  # of the first row, which tells the columns
+        return found
+
+    return make
+
+
+def test_each_row_of_a_source_is_read_once_a_pass(counting, stream):
+    """`datasets` goes back to a place by reading the shard from its beginning, which is done once:
+    after the first block, of two rows here."""
+    found = counting()
+    straight = take(found, 110)
+    assert [place["epoch"] for place in found.places].count(0) > 15
+    a_pass = TEXTS[:2] + TEXTS
+    assert len(READ) > 2 * len(a_pass) and READ == (3 * a_pass)[: len(READ)]
+    assert straight == take(stream(), len(straight))  # as from a file
+
+    for consumed in (20, 60):  # in the first pass, and in the second
+        first, again = counting(), counting()
+        take(first, consumed + 1)
+        READ.clear()
+        again.resume(json.loads(json.dumps(first.place(consumed))), consumed)
+        assert take(again, 30) == straight[consumed : consumed + 30]
+        assert len(again.places) > 5
+        assert READ == (TEXTS + 2 * a_pass)[: len(READ)]
+
+
+def test_a_stream_s_places_are_those_of_a_resumed_one(stream, jsonl, monkeypatch):
+    """What a checkpoint holds does not depend on how often the run was cut, over several files."""
+    for i in (1, 2):
+        jsonl.with_name(f"train-{i}.jsonl").write_text(jsonl.read_text())
+    monkeypatch.setattr(streamed, "BATCH", 300)
+    straight = stream()
+    rows = take(straight, 300)
+    assert straight.places[-1]["epoch"] >= 1
+    for i, place in enumerate(straight.places[:-1]):
+        cut = stream()
+        cut.resume(json.loads(json.dumps(place)), place["rows"])
+        expected = rows[place["rows"] : place["rows"] + 100]
+        assert take(cut, len(expected)) == expected
+        several = straight.places[i : i + len(cut.places)]
+        assert cut.places[: len(several)] == several
+
+
+def test_a_stream_can_be_read_anew_and_in_turns(stream, monkeypatch):
+    monkeypatch.setattr(streamed, "BATCH", 300)
+    found, straight = stream(), take(stream(), 120)
+    assert take(found, 30) == straight[:30] == take(found, 30)
+    assert next(iter(found.texts(1))) == TEXTS[0]
+    one, other = iter(found), iter(found)
+    turns = [(next(one).tolist(), next(other).tolist()) for _ in range(100)]
+    assert turns == [(row, row) for row in straight[:100]]
+
+
+def test_a_stream_that_breaks_off_in_a_block_reads_it_again(tokenizer, monkeypatch):
+    """An iterator that has raised says that it is at its end."""
+    broken = []
+
+    def rows():
+        for i, text in enumerate(TEXTS):
+            if i == 20 and not broken:
+                broken.append(i)
+                raise OSError("the network is gone")
+            yield {"text": text}
+
+    monkeypatch.setattr(streamed, "BATCH", 100)
+    monkeypatch.setattr(streamed, "_open", lambda *_: datasets.IterableDataset.from_generator(rows))
+    found = Streamed("rows")
+    found.lay(tokenizer, 16, 0)
+    place, ids = streamed.START, []
+    while not place["epoch"]:
+        try:
+            block, place = found._block(place)
+        except OSError:
+            continue
+        ids.append(block)
+    whole = np.concatenate([*map(np.ravel, ids), place["carry"]])
+    assert broken and tokenizer.decode(whole) == END.join(TEXTS) + END
+
+
 def test_a_stream_that_is_too_short_says_so(stream):
     with pytest.raises(ValueError, match="too short: [0-9,]+ tokens, and one row has 100000"):
         take(stream(length=100_000), 1)
@@ -170,3 +273,22 @@ def test_a_stream_s_columns(tmp_path, tokenizer):
     assert len(take(found, 3)) == 3
     with pytest.raises(ValueError, match="`columns` names `boody`.*Did you mean `body`"):
         Streamed(str(tmp_path), columns={"text": "boody"})
+
+
+def test_a_stream_that_is_left_open_ends_quietly(tokenizer, tmp_path):
+    """Its iterator is closed before the modules that it needs for that are gone."""
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(tmp_path / "train.parquet"))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = f"""
+        from transformers import AutoTokenizer
+        from lorica.data import streamed
+        streamed.BATCH = 100
+        found = streamed.Streamed({str(tmp_path)!r})
+        found.lay(AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}), 16, 0)
+        rows = iter(found)
+        print([len(next(rows)) for _ in range(20)], len(found.live))
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.endswith("16] 3\n") and "Exception ignored" not in ran.stderr

@@ -251,3 +251,35 @@ def test_a_deep_copy_trains_by_itself(tmp_path: Path) -> None:
     before = weights(model)
     Trainer(model=twin, args=arguments(tmp_path), train_dataset=data()).train()
     assert equal(before, weights(model)) and not equal(before, weights(twin))
+
+
+# -- several processes and devices -----------------------------------------------------------------
+
+
+def test_replicas_of_one_process_are_refused(tmp_path):
+    given = arguments(tmp_path)
+    given._n_gpu = 2
+    model = llama()
+    adapters = lorica.attach(model, recipe("lora"), verbose=False)
+    with pytest.raises(ValueError, match=r"this one sees 2.*torchrun"):
+        Trainer(model=model, args=given, adapters=adapters, train_dataset=data())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("method", ["relora(every=3, warm_start=3)", "xgblora(every=3)"])
+def test_ddp_looks_for_what_rests_also_under_checkpointing(method, tmp_path):
+    made = trainer(tmp_path, recipe(method), gradient_checkpointing=True)
+    assert made.args.ddp_find_unused_parameters is True
+    with pytest.raises(ValueError, match="rest for a while"):
+        trainer(tmp_path, recipe(method), ddp_find_unused_parameters=False)
+
+
+def test_ddp_is_left_alone_where_nothing_rests(tmp_path):
+    for method in ("lora", "relora(every=3)"):
+        assert trainer(tmp_path, recipe(method)).args.ddp_find_unused_parameters is None
+
+
+def test_shards_that_could_not_be_resumed_are_refused(tmp_path):
+    method = "relora(every=3, warm_start=3)"
+    with pytest.raises(ValueError, match=r"no checkpoint of this run could be gone on from"):
+        trainer(tmp_path, recipe(method), fsdp="full_shard")

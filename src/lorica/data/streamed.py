@@ -9,6 +9,7 @@ again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class Streamed(IterableDataset):
         self, source: str, *, split: str | None = None, columns: Mapping[str, str] | None = None
     ) -> None:
         self.source, self.data = source, _open(source, split or "train")
+        self.live: list[Any] = []  # an iterator, after where it stands: epoch, source
+        weakref.finalize(self, self.live.clear)  # closed before the modules go that it closes with
         first = next(iter(self.data), None)
         if first is None:
             raise ValueError(f"`{source}` (split {split or 'train'}) holds no rows: name another")
@@ -77,7 +80,7 @@ class Streamed(IterableDataset):
 
     def texts(self, characters: int) -> Iterator[str]:
         """The beginning of the data, in parts, for a tokenizer to be trained on."""
-        for example in self.data:
+        for example in self._source(START):
             for row in self._rows([example]):
                 for text in strings(row.values):
                     yield from cut(text)
@@ -123,19 +126,31 @@ class Streamed(IterableDataset):
                 f"the text of {self.source} is too short: {len(ids):,} tokens, and one row has"
                 f" {self.length}. Give more text, or a smaller `--max-length`"
             )
+        stands = None if ended else self.data.state_dict()
+        # `datasets` words the place of an iterator otherwise where it was never loaded; so the one
+        # that begins a pass is not kept, and places do not tell how often a run was cut.
+        if stands is not None and place["source"] is not None:
+            self.live[:] = place["epoch"], stands, source
         after = {
             "rows": place["rows"] + count,
             "block": place["block"] + 1,
             "epoch": place["epoch"] + ended,
             "carry": ids[count * self.length :].tolist(),
-            "source": None if ended else self.data.state_dict(),
+            "source": stands,
         }
         return ids[: count * self.length].reshape(count, self.length), after
 
     def _source(self, place: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The data from this place on.
+
+        The iterator that stands there goes on: a new one would read its shard from the beginning.
+        """
+        live = self.live[:]
+        self.live.clear()  # what is broken off stands nowhere
+        if live[:2] == [place["epoch"], place["source"]]:
+            return live[2]
         self.data.set_epoch(place["epoch"])
-        if place["source"] is not None:
-            self.data.load_state_dict(place["source"])
+        self.data.load_state_dict(place["source"])  # None: the start of the pass
         return iter(self.data)
 
     def _samples(

@@ -43,6 +43,7 @@ class Restarts(AbstractSchedule):
     every: int | None = None
 
     links: ClassVar[int]  # how many restarts a run has where `every` is left out
+    warm_start: ClassVar[int] = 0  # steps before the first link, of those that have it; see `_warm`
 
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight", "factors", "separate"})
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function"})
@@ -73,17 +74,30 @@ class Restarts(AbstractSchedule):
             every = self._fitted(total_steps)
             if every < 1:
                 raise ValueError(
-                    f"`{self.word}`: {total_steps} steps are too few for two restarts; train longer"
+                    f"`{self.word}`: {total_steps} steps are too few for two restarts;"
+                    f" {self._make_room(total_steps, 2)}"
                 )
             return dataclasses.replace(self, every=every)
         if total_steps is not None and self.events(total_steps) < 1:
-            most = max(self._spare(total_steps), 1)
+            spare = self._spare(total_steps)
+            remedy = f"give at most {spare}"
+            if spare < 1:
+                remedy = self._make_room(total_steps, self.every)
+            if self._fitted(total_steps) >= 1:
+                remedy += ", or leave `every` out to have it fitted"
             raise ValueError(
-                f"`{self.word}(every={self.every})` would restart {self.events(total_steps)} times"
-                f" in {total_steps} steps; give at most {most}, or leave `every` out to have it"
-                " fitted"
+                f"`{self.word}(every={self.every})` would restart 0 times in {total_steps} steps;"
+                f" {remedy}"
             )
         return self
+
+    def _make_room(self, total_steps: int, spare: int) -> str:
+        """What to type for so many steps that may end a link."""
+        free = self._spare(total_steps) + self.warm_start  # without any
+        if not self.warm_start or free < min(spare, 2):
+            return f"train for at least {total_steps - self._spare(total_steps) + spare} steps"
+        most, also = (free - spare, "") if free >= spare else (free - 2, " and leave `every` out")
+        return f"`warm_start={self.warm_start}` leaves no room: give it at most {most} steps{also}"
 
     def _fitted(self, total_steps: int) -> int:
         spare = self._spare(total_steps)

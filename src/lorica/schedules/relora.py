@@ -1,10 +1,11 @@
 """ReLoRA: merge and restart, with the optimizer's memory erased and the rate warmed up anew.
 
     W ← W + s·B·A, A drawn, B = 0, after each step u ≥ q with u mod q = 0
+    Adam's moments of A and B ← 0 or pruned, after each step u ≥ R with u mod R = 0, merge or none
 
-q is `every`, R the cycle, wr `rewarm`; u counts from 0 after the warm start. The step before a
-restart has rate 0: it feeds Adam's moments only, and the merge comes after the rate was dropped, as
-in the authors' code.
+q is `every`, R the cycle (default q), wr `rewarm`; u counts from 0 after the warm start. The step
+before a reset has rate 0: it feeds Adam's moments only, and the merge comes after the rate was
+dropped, as in the authors' code.
 
     continued  the run's own rate, times j/wr for j = u mod R < wr, u ≥ R
     jagged     λ(u) = u/w1 for u < w1;  (j/wr)·D(kR + wr) for j < wr, u ≥ R, k = ⌊u/R⌋;  else D(u)
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorica.moves import reset_state
 from lorica.schedules import AbstractSchedule
 from lorica.schedules._jagged import jagged, prune_state
 from lorica.schedules._restart import CONTINUED, Restarts, allow
@@ -40,7 +42,7 @@ class Relora(WarmStart, Restarts):
         every: steps between restarts (q). Default: fitted, 3 restarts a run, as 5,000 of 20,000.
         warm_start: steps of full-rank training before that: the targets' weights train and the
             adapters rest; then the optimizer starts anew. Default 0; the authors take 5,000.
-        reset: of the optimizer's state of the adapters at a restart: `zero` (moments and step
+        reset: of the optimizer's state of the adapters after each cycle: `zero` (moments and step
             count; default), or `random` / `magnitude` pruning of the moments, which keeps the step
             count as the authors do.
         prune_ratio: share of the moments that pruning erases; the authors recommend 0.9 with
@@ -48,7 +50,7 @@ class Relora(WarmStart, Restarts):
         masks: of pruning: `shared` (default: the first moment's) or `separate` as in the authors'
             code, where a first moment may outlive its second: a huge step, which only the
             re-warm-up hides.
-        cycle: steps between resets and re-warm-ups; default `every`.
+        cycle: steps between resets and re-warm-ups, restart or none; default `every`.
         rewarm: steps of re-warm-up (wr). Default: a tenth of the cycle, at most the authors' 100.
         lr_scheduler_type: `continued` (default: the run's scheduler, times the ramp) or
             `jagged_cosine`, the paper's curve in the scheduler's place.
@@ -82,9 +84,7 @@ class Relora(WarmStart, Restarts):
     links: ClassVar[int] = 3
     below_full: ClassVar[bool] = True
     lr_scheduler_types: ClassVar[frozenset[str]] = frozenset({JAGGED})
-    default_learning_rate: ClassVar[float | None] = (
-        1e-3  # the authors' at 250M: twice the full rate
-    )
+    default_learning_rate: ClassVar[float | None] = 1e-3  # the authors' at 250M: twice full's
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +121,11 @@ class Relora(WarmStart, Restarts):
                 )
         fitted: Any = super().fit(total_steps)
         cycle, rewarm = fitted._cycle()
+        if total_steps is not None and cycle > (spare := self._spare(total_steps)):
+            raise ValueError(
+                f"`relora(cycle={cycle})` would reset 0 times in {total_steps} steps; give at most"
+                f" {spare}, or leave `cycle` out to have it with every restart"
+            )
         if rewarm >= cycle:
             raise ValueError(
                 f"`relora(rewarm={rewarm})` does not end within a cycle of {cycle} steps"
@@ -130,9 +135,16 @@ class Relora(WarmStart, Restarts):
     def _spare(self, total_steps: int) -> int:
         return total_steps - self.warm_start - 2  # neither the first step nor the last is one
 
-    def ends(self, training: Any) -> bool:
+    def plan(self, total_steps: int | None) -> str:
+        cycle, _ = self._cycle()
+        count = "" if total_steps is None else f", {self._spare(total_steps) // cycle} resets"
+        return f"{super().plan(total_steps)}, cycle={cycle}{count}"
+
+    def ends(self, training: Any, every: int | None = None) -> bool:
         u = training.step - self.warm_start
-        return u > 0 and u % self.every == 0 and training.step + 1 != training.total_steps
+        return (
+            u > 0 and u % (every or self.every) == 0 and training.step + 1 != training.total_steps
+        )
 
     def _cycle(self) -> tuple[int, int]:
         cycle: Any = self.cycle or self.every
@@ -156,16 +168,21 @@ class Relora(WarmStart, Restarts):
         if self.ends_warm(state, training):
             super().restart(state, training, training.adapters.layers)
         super().after_step(state, training)
+        if self.ends(training, self._cycle()[0]):
+            for name, layer in training.adapters:
+                self._forget(layer, training.optimizer, training.generator("prune", name))
 
     def restart(self, state: dict[str, Any], training: Any, layers: Iterable[str], **how: Any):
-        due = (training.step - self.warm_start) % self._cycle()[0] == 0
-        zero = due and self.reset == "zero"
-        super().restart(state, training, layers, optimizer=training.optimizer if zero else None)
-        for name in layers if due and not zero else ():
-            generator = training.generator("prune", name)
-            for _, p, role in training.adapters.layers[name].trained():
-                if role != "bias" and role != "magnitude":
-                    prune_state(
-                        training.optimizer.state.get(p, {}), p.shape, self.reset, self.prune_ratio,
-                        shared=self.masks == "shared", generator=generator,
-                    )  # fmt: skip
+        super().restart(state, training, layers, optimizer=None, **how)  # a reset is the cycle's
+
+    def _forget(self, layer: Any, optimizer: Any, generator: Any) -> None:
+        """What the optimizer knows of the layer's update; magnitudes and biases go on."""
+        update = [p for _, p, role in layer.trained() if role not in ("bias", "magnitude")]
+        if self.reset == "zero":
+            reset_state(optimizer, *update)
+            return
+        for p in update:
+            prune_state(
+                optimizer.state.get(p, {}), p.shape, self.reset, self.prune_ratio,
+                shared=self.masks == "shared", generator=generator,
+            )  # fmt: skip

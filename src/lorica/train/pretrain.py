@@ -123,6 +123,8 @@ class Cost:
         gradient_bytes: what data-parallel processes exchange at every step: a gradient for each
             trainable element.
         optimizer_bytes: the rule's state of them.
+        schedule_bytes: what schedules keep between steps, e.g. spare vectors; where it lies is an
+            argument of the schedule.
         weight_bytes: all weights that are held, trained or not.
     """
 
@@ -131,6 +133,7 @@ class Cost:
     trainable: int
     gradient_bytes: int
     optimizer_bytes: int
+    schedule_bytes: int
     weight_bytes: int
     contract: Contract
 
@@ -140,12 +143,13 @@ class Cost:
 
     def __str__(self) -> str:
         share = 1 - self.trainable / max(self.parameters, 1)
+        kept = f", {human(self.schedule_bytes)} of schedules' state" if self.schedule_bytes else ""
         less = f" ({share:.1%} less)" if share > 0 else ""
         return (
             f"{self.contract}\n{self.parameters:,} parameters, {self.trainable:,} train{less}\n"
             f"a step: {human(self.gradient_bytes)} of gradients to exchange between processes\n"
             f"held: {human(self.weight_bytes)} of weights, {human(self.optimizer_bytes)} of the"
-            " optimizer's state"
+            f" optimizer's state{kept}"
         )
 
 
@@ -183,6 +187,7 @@ def cost(config: str | PretrainedConfig, method: str | Recipe = METHOD, **fields
         trainable=contract.trainable,
         gradient_bytes=memory["gradients"],
         optimizer_bytes=memory["optimizer"],
+        schedule_bytes=memory.get("schedules", 0),
         weight_bytes=memory["base"] + memory["trained"] + memory["carried"],
         contract=contract,
     )
@@ -310,7 +315,8 @@ class Pretraining(AbstractRun):
             self.config.max_position_embeddings = self.max_length
 
     def _parted(self, rows: Any) -> tuple[Any, Any]:
-        """Rows to train on, and a fraction of them to evaluate on; both in the data's order."""
+        """Rows to train on, and the first of a fraction of them to evaluate on; both in the data's
+        order."""
         from datasets import Dataset
 
         from lorica.data import hold_out
@@ -318,16 +324,19 @@ class Pretraining(AbstractRun):
         numbers = Dataset.from_dict({"row": range(len(rows))})
         parts = hold_out(numbers, self.options.eval_fraction, seed=self.options.seed)
         train, held = (part.with_format("numpy")["row"][:] for part in parts)
-        return rows[train], rows[held]
+        return rows[train], rows[held][: self._most_held()]
+
+    def _most_held(self) -> int | None:
+        """Rows to evaluate on at most."""
+        most = self.options.max_eval_tokens
+        return None if most is None else math.ceil(most / self.max_length)
 
     def _read_held(self) -> None:
         """Text to evaluate on, of its own."""
         from lorica.world.source import TEST
 
-        options, split = self.options, self.options.eval_split
+        options, split, limit = self.options, self.options.eval_split, self._most_held()
         sources = options.eval_data or self.sources
-        most = options.max_eval_tokens
-        limit = None if most is None else math.ceil(most / self.max_length)
         if options.streaming and options.eval_data is None:
             self.held = self._open(split).head(limit or 0)
             return
@@ -493,6 +502,7 @@ class Pretraining(AbstractRun):
                 t.parameter.numel() * t.parameter.element_size() for t in self.adapters.trained()
             ),
             "optimizer_bytes": state_bytes(trainer.optimizer),
+            "schedule_bytes": self.adapters.contract.memory.get("schedules", 0),
             "model": {
                 "class": type(self.model).__name__,
                 "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -53,6 +53,10 @@ class FineTuning(AbstractRun):
     writes: ClassVar[tuple[str, ...]] = ("adapter", "model")
     remedy: ClassVar[str] = "; with float16 weights type `--dtype float32`"
 
+    @property
+    def gathers(self) -> bool:
+        return self.recipe is None or "pristine" in self.recipe.given()
+
     # -- data --------------------------------------------------------------------------------------
 
     def load_data(self) -> None:

@@ -65,6 +65,15 @@ def recipe_of(options: RunOptions, **more: Any) -> Recipe:
         raise UsageError(str(error)) from None
 
 
+def curved(recipe: Recipe, name: str, warmup_steps: int) -> Recipe:
+    """The same with the rate curve of this name, where one of its schedules brings it."""
+    schedules: Any = recipe.schedules
+    schedules = [
+        s.with_curve(name, warmup_steps) if name in s.lr_scheduler_types else s for s in schedules
+    ]
+    return dataclasses.replace(recipe, schedules=tuple(schedules))
+
+
 def check_optim(options: RunOptions, recipe: Recipe) -> None:
     """`--optim` is a kind of the method's own rule.
 
@@ -205,6 +214,11 @@ class AbstractRun(ABC):
         return True
 
     @property
+    def gathers(self) -> bool:
+        """Whether what it writes at its end can be gathered from shards."""
+        return False
+
+    @property
     def processes(self) -> int:
         return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -316,10 +330,32 @@ class AbstractRun(ABC):
                 " Leave out or correct the one that it names"
             ) from None
         self._refuse_best_without_checkpoint()
+        self._refuse_sharding()
         if self.args.n_gpu > 1:
             self.args._n_gpu = 1  # replicas of one process would lose the adapters' bookkeeping
             logger.info(
                 f"one process trains on one GPU; `torchrun -m lorica {self.verb}` takes several"
+            )
+
+    def _refuse_sharding(self) -> None:
+        """What FSDP can't do here, or would not do."""
+        if not self.args.fsdp:
+            return
+        plugin: Any = self.args.fsdp_plugin_args
+        if plugin["fsdp_version"] != 2:
+            raise UsageError(
+                "`--fsdp-config` asks for version 1 of FSDP, which flattens parameters, so that"
+                ' updates cannot reach theirs; type `"version": 2` there, or leave it out'
+            )
+        if not self.gathers:
+            raise UsageError(
+                "`--fsdp`: this run writes a whole model at its end, into which a sharded one"
+                " cannot be merged; leave it out, and each process holds the model (DDP)"
+            )
+        if self.device.type == "cpu":
+            raise UsageError(
+                "`--fsdp` shards over accelerators only: on the CPU Accelerate passes over it;"
+                " leave it out, and each process holds the model (DDP)"
             )
 
     def _refuse_best_without_checkpoint(self) -> None:
@@ -347,7 +383,7 @@ class AbstractRun(ABC):
         if name in known:
             return name
         schedules: Any = () if self.recipe is None else self.recipe.schedules
-        brought = {kind: s for s in schedules for kind in s.lr_scheduler_types}
+        brought = [kind for s in schedules for kind in s.lr_scheduler_types]
         if name not in brought:
             allowed = ", ".join([*brought, *known])
             raise UsageError(
@@ -356,9 +392,8 @@ class AbstractRun(ABC):
             )
         count = self.options.further.get("warmup_steps", warmup)
         count = math.ceil(count * steps) if count < 1 else int(count)
-        curved = [s.with_curve(name, count) if s is brought[name] else s for s in schedules]
         assert self.recipe is not None
-        self.recipe = dataclasses.replace(self.recipe, schedules=tuple(curved))
+        self.recipe = curved(self.recipe, name, count)
         return SchedulerType.CONSTANT.value
 
     def resolved(self) -> dict[str, Any]:
@@ -419,6 +454,8 @@ class AbstractRun(ABC):
             return
         file, before = found
         changed = {k for k in names - _FREE if before.get(k) != now.get(k)}
+        if _method(before) == _method(now):
+            changed.discard("method")
         if changed:
             name = sorted(changed)[0]
             raise UsageError(
@@ -638,6 +675,18 @@ def _check_reports(names: Sequence[str]) -> None:
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             why = " ".join(str(error).split()).rstrip(".")
             raise UsageError(f"`--report-to {name}`: {why}; or leave it out") from None
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    """The method of a config.yaml, or of what was typed, to compare them: with the curve that
+    `lr_scheduler_type` writes into it, but for its warm-up, which follows from other options."""
+    from lorica.recipe import Recipe
+
+    told = config.get("method")
+    if isinstance(told, str):
+        with contextlib.suppress(ValueError):
+            return curved(Recipe.parse(told), str(config.get("lr_scheduler_type")), 0).text()
+    return told
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
