@@ -61,7 +61,6 @@ class DoraCombine(AbstractCombine):
             return y if mask is None else y * mask
 
         y = frozen(x, None)
-        g = g.to(y.dtype)
         moving = update.moving(dropped, base, keep)
         y = (y + (g - 1) * frozen(dropped, keep) + g * moving).to(y.dtype)
         bias = base.bias()

@@ -11,7 +11,6 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorica.kernels._measured import Table, measured
@@ -44,7 +43,6 @@ def plain(x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) ->
     if gain is None:
         return (base.linear(x) if bias else base.product(x)) + update(x, base)
     y = base.product(x) + update(x, base)
-    wide = gain.dtype if y.dtype == torch.float16 else y.dtype  # which g's gradient would overflow
-    y = (y.to(wide) * gain.to(wide)).to(y.dtype)
+    y = (y * gain).to(y.dtype)  # with g's own digits, and those of its gradient
     offset = base.bias() if bias else None
     return y if offset is None else y + offset.to(y.dtype)

@@ -133,8 +133,12 @@ def _plus(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     return y.addmm_(left, right, alpha=scale)
 
 
-def _times(y: Tensor, factor: Tensor) -> Tensor:
-    return y * factor if _watched() else y.mul_(factor)
+def _times(y: Tensor, factor: Tensor, *, fresh: bool = True) -> Tensor:
+    """y ∘ factor, computed with the factor's digits and rounded to y's dtype once: in place, or in
+    a copy where y is not `fresh` or somebody looks on."""
+    if not fresh or _watched():
+        y = y.clone()
+    return y.mul_(factor)
 
 
 def _over_tokens(dy: Tensor, y: Tensor) -> Tensor:
@@ -175,7 +179,8 @@ class _Call:
         if gain is not None:
             g = gain.to(torch.promote_types(dtype, torch.float32))
             least = max(TINY, torch.finfo(dtype).tiny)  # float16 has no TINY
-            self.g = torch.where(g.abs() < least, least, g).to(dtype)
+            # Wide: rounded, it would stand still while m trains, and its whole row would be off.
+            self.g = torch.where(g.abs() < least, least, g)
 
     def dropped(self) -> Tensor:
         """x after dropout, but for the scale."""
@@ -213,7 +218,7 @@ class _Call:
             return y, h, None
         g: Any = self.g
         u = y if keep else None
-        y = y * g if keep else _times(y, g)
+        y = _times(y, g, fresh=not keep)
         if self.bias is not None:
             y = y + self.bias if _watched() else y.add_(self.bias)
         return y, h, u
@@ -224,7 +229,7 @@ class _Call:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         need_x, need_w, need_bias, need_a, need_b, need_gain, *_ = needs
         k, row = self.k, None if self.g is None else self.g[:, None]
-        b = self.b if row is None else self.b * row
+        b = self.b if row is None else _times(self.b, row, fresh=False)
         z: Any = None
         G: Any = None
         dx = dw = da = db = None
@@ -247,7 +252,7 @@ class _Call:
             s: Any = self.scale if row is None else row * self.scale
             db.mul_(s)
         if need_w:
-            dw = G if row is None else G * row
+            dw = G if row is None else _times(G, row, fresh=False)
         dbias = dy.sum(0) if need_bias else None
         dgain = self._for_gain(dy, u, y) if need_gain else None
         return dx, dw, dbias, da, db, dgain
@@ -258,10 +263,10 @@ class _Call:
         dx = dx if self.mask is None else self.mask.blank_(dx)
         w, b2 = self.w, self.b2
         if self.g is not None and dy.shape[0] <= w.shape[1]:  # on the smaller of the two
-            dy = dy * self.g
+            dy = _times(dy, self.g, fresh=False)
         elif self.g is not None:
-            w = w * self.g[:, None]
-            b2 = None if b2 is None else b2 * self.g[:, None]
+            w = _times(w, self.g[:, None], fresh=False)
+            b2 = None if b2 is None else _times(b2, self.g[:, None], fresh=False)
         dx.addmm_(dy, w)
         return dx if b2 is None else dx.addmm_(dy @ b2, self.a2, alpha=self.still)
 
