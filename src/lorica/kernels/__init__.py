@@ -43,6 +43,8 @@ def plain(x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) ->
     if gain is None:
         return (base.linear(x) if bias else base.product(x)) + update(x, base)
     y = base.product(x) + update(x, base)
-    y = (y * gain).to(y.dtype)  # with g's own digits, and those of its gradient
+    dtype = y.dtype
+    y = y.to(gain.dtype) if y.device.type == "cpu" else y  # which is slow at products of two dtypes
+    y = (y * gain).to(dtype)  # with g's own digits, and those of its gradient
     offset = base.bias() if bias else None
     return y if offset is None else y + offset.to(y.dtype)
