@@ -170,6 +170,18 @@ def test_every_end_of_the_checkpoint_ends_an_answer(tokenizer):
     assert answer == ask(model, tokenizer, ["one", "two"], max_new_tokens=30)[0][0]
 
 
+def test_tokens_that_the_checkpoint_forbids_are_not_said(tokenizer):
+    model = MAKERS["t5"]()
+    [[free]] = ask(model, tokenizer, ["one"], max_new_tokens=8)
+    model.generation_config.bad_words_ids = [[free.ids[0]]]
+    [[answer]] = ask(model, tokenizer, ["one"], max_new_tokens=8)
+    assert free.ids[0] not in answer.ids
+    model.generation_config.bad_words_ids = None
+    model.generation_config.begin_suppress_tokens = [free.ids[0]]
+    [[answer]] = ask(model, tokenizer, ["one"], max_new_tokens=8)
+    assert answer.ids[0] != free.ids[0]
+
+
 def test_room_ends_with_the_positions(tokenizer):
     model = MAKERS["gpt2"]()
     texts = ["x" * 110, "short"]

@@ -207,6 +207,23 @@ def test_fresh_modules_are_those_without_a_weight_in_the_checkpoint(tmp_path):
     assert not again.saved
 
 
+def test_a_head_is_fresh_where_the_checkpoint_has_none_and_not_where_it_was_resized(tmp_path):
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    llama().save_pretrained(tmp_path / "whole")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "whole")
+    head = model.lm_head.weight.clone()
+    model.resize_token_embeddings(len(head) + 5)
+    assert torch.equal(model.lm_head.weight[: len(head)], head)
+    assert fresh_modules(model) == []
+    assert not lorica.attach(model, "lora", r=2, verbose=False).saved
+    llama().model.save_pretrained(tmp_path / "backbone")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "backbone")
+    assert fresh_modules(model) == ["lm_head"]
+
+
 def test_a_target_that_no_forward_reaches_is_found_out():
     """T5's `shared` is a name only: encoder and decoder have embeddings of their own."""
     model = t5()

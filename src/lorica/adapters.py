@@ -139,7 +139,7 @@ class Adapters:
                 update once.
         """
         loss, context = outputs["loss"], Context(outputs, batch, self, share)
-        for objective in self.recipe.objectives:
+        for objective in sorted(self.recipe.objectives, key=lambda o: o.penalises):
             loss = objective.loss(loss, context)  # type: ignore[attr-defined]
         return loss
 

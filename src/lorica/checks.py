@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any
@@ -131,7 +132,8 @@ def check_values(recipe: Any) -> None:
 
 
 def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
-    """Every need of a choice is met, and no two schedules edit the same thing."""
+    """Every need of a choice is met, no two schedules edit the same thing, and nothing is frozen
+    that one of them wants to train."""
     have = recipe.given(base)
     for choice in recipe.choices:
         for need in sorted(choice.needs - have):
@@ -147,6 +149,12 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
             )
     _check_owners(recipe.groups, lambda group: group.freezes, "freeze")
     _check_owners(recipe.schedules, lambda schedule: schedule.edits, "edit the")
+    for schedule, group in itertools.product(recipe.schedules, recipe.groups):
+        for role in sorted(schedule.regrows & group.freezes):
+            raise ValueError(
+                f"`{schedule.word}` takes parts of {role} away which have to grow back, and"
+                f" `{group.word}` freezes {role}; leave one of the two out"
+            )
 
 
 def _check_owners(choices: Any, things: Callable[[Any], frozenset[str]], does: str) -> None:

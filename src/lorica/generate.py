@@ -147,6 +147,8 @@ class Decoding:
             forced_bos_token_id=tokens.forced_bos_token_id,
             forced_eos_token_id=tokens.forced_eos_token_id,
             suppress_tokens=tokens.suppress_tokens,
+            begin_suppress_tokens=tokens.begin_suppress_tokens,
+            bad_words_ids=tokens.bad_words_ids,  # Marian's way to forbid padding
             **(drawn if self.samples else {}),
         )
 

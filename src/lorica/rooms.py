@@ -45,6 +45,7 @@ CAPABILITIES: dict[str, str] = {
     "writable_base": "a dense base weight that may be written to",
     "vector_step": "an optimizer with a step count per row and column",
     "row_state": "optimizer state with an entry for every row and column of a factor",
+    "row_wise": "an optimizer that moves a row or column of a factor by its own gradient alone",
     "diagonal": "a trained diagonal between the factors",
     "zero_start": "ΔW = 0 at the start without an anchor",
     "keeps_function": "an event that leaves the model's function as it was",

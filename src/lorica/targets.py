@@ -46,18 +46,29 @@ def fresh_modules(model: nn.Module) -> list[str]:
     """Topmost modules of which no parameter came from the checkpoint the model was loaded from.
 
     transformers marks every parameter that it loads; in a model made from a configuration nothing
-    is marked, and nothing counts as fresh.
+    is marked, and nothing counts as fresh. Nor does an output layer that `resize_token_embeddings`
+    made anew: it holds the checkpoint's rows.
     """
     marked = {n: "_is_hf_initialized" in vars(p) for n, p in model.named_parameters()}
     if all(marked.values()) or not any(marked.values()):
         return []
+    resized = _resized_head(model)
     found: list[str] = []
     for name, module in model.named_modules():
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters()]
         own = [n for n in own if n in marked]
-        if name and own and not any(marked[n] for n in own) and not _within(name, found):
+        if module is resized or not name or not own or _within(name, found):
+            continue
+        if not any(marked[n] for n in own):
             found.append(name)
     return found
+
+
+def _resized_head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings, where they were made after the checkpoint was loaded: loading leaves
+    every module in evaluation mode, and a new one is in training mode."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return head if head is not None and head.training and not model.training else None
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -185,6 +185,33 @@ def test_regression_and_tags(lorica, bert, tmp_path):
     assert set(ran.json["evaluation"]) == {"eval_loss", "eval_accuracy", "eval_f1"}
 
 
+def test_smoothed_labels_of_an_encoder_decoder_and_of_a_regression(
+    train, llama, tmp_path, monkeypatch
+):
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    words = ("--model", tmp_path / "t5", "--task", "seq2seq-lm", "--eval-fraction", 0.2)
+    plain = train(*words, out="plain", steps=2)
+    smooth = train(*words, "--label-smoothing-factor", 0.3, out="smooth", steps=2)
+    assert plain.status == smooth.status == 0, plain.err + smooth.err
+    assert smooth.json["evaluation"]["eval_loss"] != plain.json["evaluation"]["eval_loss"]
+    monkeypatch.delattr(T5ForConditionalGeneration, "prepare_decoder_input_ids_from_labels")
+    wrong = train(*words, "--label-smoothing-factor", 0.3, out="none", steps=2)
+    assert wrong.status == 2 and "does not say what its decoder reads" in wrong.err
+    figures = tmp_path / "figures.csv"
+    figures.write_text("text,label\nthe cat,0.5\nthe dog,1.5\n")
+    wrong = train("--label-smoothing-factor", 0.1, data=figures, out="figures")
+    assert wrong.status == 2 and "the labels here are figures" in wrong.err
+    assert not (tmp_path / "figures" / "adapter").exists()
+
+
 def test_the_best_checkpoint_is_what_is_kept(train, text, tmp_path):
     """Training on one word alone makes every other text less likely, step by step."""
     narrow = tmp_path / "narrow.jsonl"
@@ -353,3 +380,18 @@ def test_a_sharded_run_equals_processes_that_hold_the_model_and_resumes(llama, t
     cut = tmp_path / "sharded" / "checkpoint-2"
     again = run(forced, "--resume", cut, "--output-dir", tmp_path / "again")
     assert again["adapter_sha256"] == sharded["adapter_sha256"]
+
+
+@pytest.mark.parametrize("method", ["pclora", "adalora"])
+def test_what_is_done_at_the_end_alone_keeps_the_end(train, tmp_path, method):
+    """The best evaluation of a fade lies before its end, where what was promised is not there."""
+    words = ["--method", method, "--r", 2, "--eval-fraction", 0.3]
+    ran = train(*words, steps=8)
+    assert ran.status == 0, ran.err
+    assert (
+        yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["load_best_model_at_end"]
+        is False
+    )
+    for more in (["--load-best-model-at-end"], ["--early-stopping-patience", 2]):
+        ran = train(*words, *more, steps=8, out="other")
+        assert ran.status == 2 and "at the end of a run only" in ran.err, ran.err

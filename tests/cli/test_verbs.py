@@ -229,3 +229,25 @@ def test_undefined_metrics_are_zero():
     assert metrics.matthews(same, np.array([0, 1, 0, 1])) == 0
     assert metrics.f1(same, same, 2) == 0
     assert metrics.pearson(same, np.arange(4)) == metrics.spearman(same, np.arange(4)) == 0
+
+
+def test_a_decoder_classifies_in_batches_after_its_training(lorica, llama, classes, tmp_path):
+    """A tokenizer pads; the model's configuration says with what only if somebody tells it."""
+    from safetensors import safe_open
+    from transformers import AutoModelForSequenceClassification
+
+    ran = lorica("train", "--model", llama, "--data", classes, "--method", "mora", "--max-steps", 2,
+                 "--r", 2, "--output-dir", tmp_path / "out", "--json")  # fmt: skip
+    assert ran.status == 0, ran.err
+    adapter = tmp_path / "out" / "adapter"
+    with safe_open(adapter / "lorica.safetensors", "pt") as tensors:
+        assert any("score.copy.weight" in key for key in tensors.keys()), "a form of our own"
+    ran = lorica("eval", "--model", llama, "--adapter", adapter, "--data", classes, "--json")
+    assert ran.status == 0, ran.err
+    told = ran.json["metrics"]["accuracy"]
+    ran = lorica("merge", "--adapter", adapter, "--output-dir", tmp_path / "m")
+    assert ran.status == 0, ran.err
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert model.config.pad_token_id == 2 and model.config.id2label == {0: "bad", 1: "good"}
+    ran = lorica("eval", "--model", tmp_path / "m", "--data", classes, "--json")
+    assert ran.status == 0 and ran.json["metrics"]["accuracy"] == told, ran.err

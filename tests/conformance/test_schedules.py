@@ -173,6 +173,13 @@ def test_an_interval_that_never_ends_is_no_schedule(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_some_step_of_every_run_is_final(name):
+    for schedule in RECIPES[name].schedules:
+        for steps in (STEPS, STEPS + 1, 10 * STEPS):
+            assert 0 <= schedule.fit(steps).final_from(steps) <= steps
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_init_and_restore_touch_nothing(name):
     adapters, optimizer, _ = begin(RECIPES[name])
     before = state_bytes(adapters)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from lorica.data import Labels, prepare, read, show_example
 from lorica.data.encode import Encoder
@@ -266,6 +266,72 @@ def test_token_classification(word_tokenizer):
     uneven = Dataset.from_dict({"tokens": [["the"]], "tags": [["O", "N"]]})
     with pytest.raises(ValueError, match="row 0: `tags` .*1 tokens need 1 tags"):
         prepare(uneven, word_tokenizer, max_length=16)
+
+
+def test_tagged_words_have_their_spaces(tokenizer, marking_tokenizer):
+    words = ["the", "red", "", "unseen", "fox"]
+    data = Dataset.from_dict({"tokens": [words], "tags": [["D", "J", "X", "J", "N"]]})
+    made = prepare(data, tokenizer, max_length=32)
+    row, numbers = made.dataset[0], {name: i for i, name in enumerate(made.labels.names)}
+    assert row["input_ids"] == tokenizer("the red unseen fox")["input_ids"], "as in a text"
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    starts = [i for i, label in enumerate(row["labels"]) if label != -100]
+    assert [tokens[i][0] for i in starts] == ["t", "Ġ", "Ġ", "Ġ"]
+    assert [row["labels"][i] for i in starts] == [numbers[tag] for tag in "DJJN"]
+    assert made.report.dropped_tokens == 1, "the word without letters"
+    other = prepare(data, marking_tokenizer, max_length=32).dataset[0]["input_ids"]
+    assert other == marking_tokenizer(words, is_split_into_words=True)["input_ids"]
+
+
+def declared(names, values):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"text": ["good"] * len(values), "label": values}, features)
+
+
+def test_declared_names_lead_to_the_models_classes(word_tokenizer):
+    """MNLI's order in GLUE, and in a model of another order."""
+    glue = declared(["entailment", "neutral", "contradiction"], [0, 1, 2, 0])
+    model = Labels(("CONTRADICTION", "NEUTRAL", "ENTAILMENT"))
+
+    def numbers(data, labels):
+        return prepare(data, word_tokenizer, max_length=8, labels=labels).dataset["labels"][:]
+
+    assert numbers(glue, model) == [2, 1, 0, 2]
+    assert numbers(glue, None) == [0, 1, 2, 0]
+    held = declared(["contradiction", "entailment", "neutral"], [0, 1, 2])
+    assert numbers(held, prepare(glue, word_tokenizer, max_length=8).labels) == [2, 0, 1]
+    assert numbers(glue, Labels.from_num_labels(3)) == [0, 1, 2, 0], "numbers have no order"
+    assert numbers(glue, Labels(("LABEL_0", "LABEL_1", "LABEL_2"))) == [0, 1, 2, 0]
+    assert numbers(declared(["0", "1", "2"], [2, 0]), model) == [2, 0]
+    assert numbers(glue, Labels()) == [0.0, 1.0, 2.0, 0.0]
+    assert numbers(declared(["1", "0"], [0, 1]), Labels(("0", "1"))) == [1, 0]
+    assert numbers(declared(["a", "A"], [0, 1]), Labels(("A", "a"))) == [1, 0]
+    with pytest.raises(ValueError, match='row 0: the label 1 is "not_entailment" by the data\'s'):
+        numbers(declared(["entailment", "not_entailment"], [1, 0]), model)
+    with pytest.raises(ValueError, match="outside of the 2 classes"):
+        numbers(glue, Labels.from_num_labels(2))
+
+
+def test_declared_tags_lead_to_the_models_classes(word_tokenizer):
+    tags = ClassLabel(names=["N", "D"])
+    features = Features({"tokens": List(Value("string")), "tags": List(tags)})
+    data = Dataset.from_dict({"tokens": [["the", "film"]], "tags": [[1, 0]]}, features)
+    made = prepare(data, word_tokenizer, max_length=8, labels=Labels(("D", "N", "O")))
+    assert made.dataset[0]["labels"] == [-100, 0, 1, -100]
+
+
+def test_numbers_as_texts_mean_classes_with_names(word_tokenizer):
+    data = Dataset.from_dict({"text": ["good", "bad"], "label": ["1", "0"]})
+    made = prepare(data, word_tokenizer, max_length=8, labels=Labels(("neg", "pos")))
+    assert made.dataset["labels"][:] == [1, 0]
+    stars = Dataset.from_dict({"text": ["good", "bad"], "label": ["1", "2"]})
+    labels = prepare(stars, word_tokenizer, max_length=8).labels
+    assert labels.number("1", "row 0") == 0, "there a number is a name"
+    for value in ("0", "3"):
+        with pytest.raises(ValueError, match=f'the label "{value}" is outside of the 2 classes'):
+            labels.number(value, "row 0")
+    with pytest.raises(ValueError, match='the label "2" is outside of the 2 classes'):
+        Labels(("neg", "pos")).number("2", "row 0")
 
 
 def test_seq2seq(tokenizer):

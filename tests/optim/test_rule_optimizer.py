@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -523,6 +524,87 @@ def test_rows_can_start_anew_exactly_where_that_is_declared(word):
         if value.numel() > 1:
             assert not value[1].any() and value[0].any(), name
         assert name != "step" or (value.numel() > 1) == per_vector
+
+
+@pytest.mark.parametrize("word", BESIDE)
+def test_a_row_without_a_gradient_stays_exactly_where_that_is_declared(word):
+    """Without momentum and decay: other ranks' gradients do not reach it."""
+    adapters = stacked(1, r=3, method=word)
+    pair = next(adapters.pairs())[1]
+    with torch.no_grad():
+        pair.B.normal_(generator=torch.Generator().manual_seed(1))
+    optimizer = lorica.optimizer(adapters, lr=0.1)
+    set_gradients(adapters)
+    pair.A.grad[1], pair.B.grad[:, 2] = 0, 0
+    before = pair.A.detach().clone(), pair.B.detach().clone()
+    optimizer.step()
+    declared = "row_wise" in rooms.load(word).gives
+    assert torch.equal(pair.A[1], before[0][1]) == declared
+    assert torch.equal(pair.B[:, 2], before[1][:, 2]) == declared
+    assert not torch.equal(pair.A[0], before[0][0])
+
+
+@pytest.mark.parametrize("word", PAIR_RULES)
+def test_a_count_that_is_read_at_every_step_is_loaded_to_where_it_was_made(word):
+    """Of what is in no pair on the CPU, as torch's own: on a device each would be waited for."""
+
+    def made(device: str):
+        pair, plain = ([nn.Parameter(torch.ones(2, 2, device=device))] * n for n in (2, 1))
+        pair[1] = nn.Parameter(torch.ones(2, 2, device=device))
+        groups = [
+            {"params": pair, "pair": True, "site": "0", "scale": 1.0, "ratios": [1.0, 1.0],
+             "diagonal": None, "lr": 0.1, "weight_decay": 0.0},
+            {"params": plain, "lr": 0.1, "weight_decay": 0.0},
+        ]  # fmt: skip
+        return Recipe.parse(word).rule.build(groups, {}), pair[0], plain[0]
+
+    optimizer, pair, plain = made("cpu")
+    for p in (p for g in optimizer.param_groups for p in g["params"]):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[plain]["step"].ndim == 0
+    other, far, away = made("meta")  # stands for any device
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[away]["step"].device.type == "cpu" and other.state[away]["step"] == 1
+    moved = [v for k, v in other.state[away].items() if k != "step"]
+    moved += [*other.state[far].values()] if other.state[far] else []
+    assert moved and all(v.is_meta for v in moved)
+
+
+class Rounded(TorchDispatchMode):
+    """Products of float32 matrices lose all but ten digits of their factors, as in TF32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
+            args = tuple(
+                (a.view(torch.int32) & -(1 << 13)).view(torch.float32)
+                if a.dtype is torch.float32
+                else a
+                for a in map(torch.Tensor.contiguous, args)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("word", [w for w in PAIR_RULES if w != "vectoradamw"])
+def test_the_algebra_of_a_pair_is_not_rounded_with_the_models_products(word):
+    results = []
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        torch.manual_seed(0)
+        adapters = stacked(2, r=4, size=12, method=word, dtype=torch.float32)
+        with torch.no_grad():
+            for _, pair in adapters.pairs():
+                pair.B.normal_(generator=torch.Generator().manual_seed(1))
+        optimizer = lorica.optimizer(adapters, lr=0.1)
+        try:
+            torch.set_float32_matmul_precision(precision)
+            with Rounded() if precision == "high" else contextlib.nullcontext():
+                steps(adapters, optimizer, 3)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        results.append({n: p.clone() for n, p in adapters.state_dict().items()})
+    for name, exact in results[0].items():
+        torch.testing.assert_close(results[1][name], exact, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("method", VARIANTS)

@@ -11,6 +11,7 @@ from torch import nn
 
 import lorica
 from lorica import Recipe
+from lorica.schedules import Training
 from lorica.schedules._triplets import best, sensitivity
 from models import llama, logits, train
 from reference import adalora as twin
@@ -167,9 +168,21 @@ def test_what_is_left_out_is_fitted_in_the_papers_proportions():
 
 def test_without_a_final_phase_the_last_step_masks():
     adapters, optimizer = begin("adalora(tinit=2, tfinal=0, deltaT=4)", steps=20)
+    schedule = adapters.recipe.schedules[0].fit(20)
     for step in range(20):
         move(adapters, optimizer, step)
-    assert alive(adapters) == 6
+    assert alive(adapters) == 6 and schedule.final_from(20) == 20
+
+
+@pytest.mark.parametrize("steps", [20, 31])
+def test_the_weights_are_what_was_promised_once_the_pattern_is_final(steps):
+    adapters, optimizer = begin("adalora", steps=steps)
+    final = adapters.recipe.schedules[0].fit(steps).final_from(steps)
+    assert 1 < final < steps
+    for done in range(1, steps + 1):
+        move(adapters, optimizer, done - 1)
+        masks = [pair.mask for _, pair in adapters.pairs()]
+        assert (sum(int(m.sum()) for m in masks) == alive(adapters) == 6) == (done >= final)
 
 
 # -- the twin, and PEFT ----------------------------------------------------------------------------
@@ -382,6 +395,36 @@ def test_the_penalty_is_the_equation(form):
     assert all(p.grad.isfinite().all() for pair in pairs for p in pair), "no 0/0 at its minimum"
 
 
+@pytest.mark.parametrize("method", [
+    "xgblora(every=2, layers=1)", "relora(every=3, rewarm=0, warm_start=3)",
+])  # fmt: skip
+def test_what_rests_gets_no_penalty(method):
+    fields = {"r": 2} if "relora" in method else {}
+    adapters = lorica.attach(
+        chain(), f"{method}+orthogonality(weight=0.3)", dtype=torch.float64, verbose=False,
+        **fields,
+    )  # fmt: skip
+    optimizer = lorica.optimizer(adapters, lr=0.02, total_steps=20, seed=1)
+    counts = []
+    for t in range(6):
+        x, y = data(t)
+        task = nn.functional.mse_loss(adapters.model(x), y)
+        loss = adapters.loss({"loss": task})
+        pairs = {
+            name: pair for name, pair in adapters.pairs()
+            if not any("delta" in path for path in adapters.layers[name].resting)
+        }  # fmt: skip
+        own = twin.penalty([(p.A, p.B) for p in pairs.values()]) if pairs else 0.0
+        torch.testing.assert_close(loss.detach(), task.detach() + 0.3 * own)
+        loss.backward()
+        for name, pair in adapters.pairs():
+            assert (pair.A.grad is None) == (pair.B.grad is None) == (name not in pairs), (t, name)
+        counts.append(len(pairs))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counts == ([1] * 6 if "xgblora" in method else [0, 0, 0, 3, 3, 3])
+
+
 def test_it_keeps_triplets_orthonormal():
     far = {}
     for weight in (0, 0.5):
@@ -490,6 +533,41 @@ def test_restarts_beside_the_parametrisation_keep_the_function(start):
     train(adapters, optimizer, 1, first=4)
     torch.testing.assert_close(logits(adapters.model), seen[0], rtol=1e-11, atol=1e-11)
     assert not any(torch.equal(p.A, a) for (_, p), a in zip(adapters.pairs(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "restart", ["cola(every=5)", "relora(every=4, rewarm=0)", "plora(every=5, momentum=0.3)"]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_restart_forgets_what_the_old_vectors_were_worth(restart, first):
+    own = f"adalora({PLAN})"
+    adapters, optimizer = begin(f"{restart}+{own}" if first else f"{own}+{restart}")
+    state = optimizer.param_groups[0]["lorica"]["schedules"]["adalora"]
+
+    def known() -> list[bool]:
+        kept = (state[name][layer] for name in ("mean", "spread") for layer in adapters.layers)
+        return [any(bool(value.any()) for value in sides.values()) for sides in kept]
+
+    for t in range(4):
+        move(adapters, optimizer, t)
+    assert all(known())
+    move(adapters, optimizer, 4)  # and the link ends
+    assert not any(known())
+    for t in range(5, 8):
+        move(adapters, optimizer, t)
+    assert all(known())
+
+
+def test_only_the_layers_that_restart_are_forgotten():
+    adapters, optimizer = begin(f"adalora({PLAN})")
+    for t in range(3):
+        move(adapters, optimizer, t)
+    own = optimizer.param_groups[0]["lorica"]
+    some, *others = adapters.layers
+    Training(optimizer, adapters, own).restarted([some])
+    for kept in (own["schedules"]["adalora"][name] for name in ("mean", "spread")):
+        assert not any(value.any() for value in kept[some].values())
+        assert all(value.any() for name in others for value in kept[name].values())
 
 
 # -- what it is for --------------------------------------------------------------------------------

@@ -349,6 +349,15 @@ def test_the_function_is_kept_at_the_start_and_gone_at_the_end(name):
     assert torch.equal(logits(model), faded) and not torch.allclose(faded, before)
 
 
+def test_the_weights_are_what_was_promised_once_the_fade_has_ended():
+    adapters = lorica.attach(llama(num_hidden_layers=1), "pclora(fade=0.5)", r=2, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-3, total_steps=7)
+    final = adapters.recipe.schedules[0].fit(7).final_from(7)
+    for done in range(1, 8):
+        train(adapters, optimizer, 1, first=done - 1)
+        assert all((layer.combine.number == 0) == (done >= final) for _, layer in adapters)
+
+
 def test_s_is_one_and_the_words_are_filled():
     recipe = Recipe.parse("pclora(alpha=0.1)", r=8)
     assert (recipe.lora_alpha, recipe.combine.word) == (8, "fade")
@@ -438,6 +447,27 @@ def test_the_loss_equals_the_twin(training):
     torch.testing.assert_close(adapters.loss(outputs, inputs).detach(), expected)
     share = adapters.loss(outputs, inputs, share=0.25) - 0.3 * outputs.loss
     torch.testing.assert_close(share.detach(), 0.25 * (expected - 0.3 * outputs.loss.detach()))
+
+
+@pytest.mark.parametrize("beside", ["orthogonality", "balora(cr=0.3)"])
+def test_the_tasks_loss_alone_is_weighed_whatever_the_order_of_the_words(beside):
+    """A penalty keeps its weight beside it, typed first or last."""
+    model = llama().double()
+    inputs, found = batch(model), {}
+    for text in ("distillation(alpha=0.3)", beside, "{}+{}", "{1}+{0}"):
+        method = text.format("distillation(alpha=0.3)", beside)
+        constant = "+schedules.balora(floor=1, wait=0, ramp=0)" if "balora" in method else ""
+        recipe = Recipe.parse(f"{method}{constant}+kaiming", r=4)
+        adapters = lorica.attach(model, recipe, dtype=torch.float64, verbose=False)
+        lorica.optimizer(adapters, lr=1e-3)
+        perturb(adapters)
+        model.train()
+        outputs = model(**inputs)
+        found[text] = (adapters.loss(outputs, inputs) - outputs.loss).item()
+        lorica.detach(model)
+    weighed, penalty, *both = found.values()
+    assert abs(penalty) > 1e-3
+    assert both == [pytest.approx(weighed + penalty)] * 2
 
 
 def test_the_features_reach_the_factors_and_the_original_gets_nothing():

@@ -222,7 +222,7 @@ def test_the_norms_leave_padding_and_evaluation_out():
 
 
 @pytest.mark.parametrize("cut", [3, 4, 8, 9])
-@pytest.mark.parametrize("beside", ["", "+adalora", "+lorafa"])
+@pytest.mark.parametrize("beside", ["", "+adalora", "+loraplus"])
 def test_a_resumed_run_is_the_straight_run(cut, beside, tmp_path):
     if beside and cut != 9:
         return
@@ -268,6 +268,7 @@ def test_the_interval_is_fitted_where_forty_would_be_too_long():
     every = [schedule.fit(t).every for t in (None, 1, 2, 30, 79, 80, 1000)]
     assert every == [40, 1, 1, 15, 39, 40, 40]
     assert schedule.fit(100).plan(100) == "every=40, 3 prunings of 50 % of A"
+    assert schedule.fit(100).final_from(100) == 100, "A fills up again after all but the last"
     with pytest.raises(ValueError, match=r"prune 0 times within 39 steps.*at most 39"):
         Recipe.parse("prilora(every=40)").schedules[0].fit(39)
 
@@ -291,6 +292,8 @@ def test_what_has_no_effect_is_refused():
     with pytest.raises(ValueError, match="leave one of the two out"):
         Recipe.parse("prilora(first=4)+uniform")
     assert Recipe.parse("prilora+uniform").rank.word == "uniform"
+    with pytest.raises(ValueError, match=r"`prilora` takes parts of A away .* `lorafa` freezes A"):
+        Recipe.parse("prilora+lorafa")  # each pruning would be for good, until nothing is left
     with pytest.raises(ValueError, match="less than one entry of a row of A"):
         begin("prilora(fraction=0.05)")
 

@@ -173,6 +173,9 @@ def test_only_the_factors_are_masked():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("beside", ["", "+dora", "+svd", "+lorafa", "+vectoradamw", "+riemannian"])
 def test_it_resumes_beside_other_parts(beside, strict, tmp_path):
+    if beside == "+riemannian" and not strict:
+        return  # refused
+
     def start():
         adapters = lorica.attach(
             llama(num_hidden_layers=1), f"rmlora(strict={strict}){beside}", r=4, verbose=False
@@ -202,6 +205,19 @@ def test_what_has_no_effect_is_refused():
     begin("rmlora", r=1)  # the penalty is left
     with pytest.raises(ValueError, match="`rmlora` needs `row_state`"):
         Recipe.parse("rmlora+lorarite")
+    with pytest.raises(ValueError, match="`rmlora` needs `row_wise`"):
+        Recipe.parse("rmlora+riemannian")  # one rank's gradient would move the others
+
+
+def test_strict_holds_masked_ranks_under_a_rule_that_mixes_them():
+    adapters, optimizer = begin("rmlora(k=1, strict=True)+riemannian(inner='sgd')", decay=0.1)
+    pair = only(adapters)
+    for t in range(5):
+        before = pair.A.detach().clone(), pair.B.detach().clone()
+        move(adapters, optimizer, t)
+        moved = (pair.A != before[0]).any(1), (pair.B != before[1]).any(0)
+        assert t == 0 or all(int(m.sum()) == 1 for m in moved)
+        optimizer.zero_grad()
 
 
 # -- what it is for --------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ def test_it_is_the_twin_with_two_optimizers_over_sixty_steps(arguments, how):
             )
 
 
+def test_the_support_is_final_at_the_end_alone():
+    schedule = Recipe.parse("sora").schedules[0]
+    assert [schedule.fit(t).final_from(t) for t in (9, None)] == [9, 0]
+
+
 def test_without_a_threshold_it_is_gated_training():
     """The first of two stages has none."""
     staged, one = begin("sora(stages=2, lr_scheduler_type='continued')")

@@ -74,7 +74,7 @@ class Source:
 
         labels = own_labels(self.config, task)
         if labels is None and self.adapter is not None:
-            classes = _head_size(str(self.adapter), task)
+            classes = _head_size(self.adapter, task)
             labels = None if classes is None else _labels(self.adapter, classes)
         return labels
 
@@ -101,11 +101,12 @@ class Source:
         from lorica.io.compressed import is_packed
         from lorica.proof import check_effect
         from lorica.targets import fresh_modules
-        from lorica.train.load import load_model
+        from lorica.train.load import load_model, set_padding
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         make = _unpacked if is_packed(self.model) else load_model
         model: Any = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
+        set_padding(model, task, self.tokenizer)
         fresh = fresh_modules(model)
         adapters = None
         if self.adapter is not None:

@@ -7,7 +7,7 @@ first column is left out, as transformers' Trainer does for `num_items_in_batch`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,14 +144,23 @@ class Seq2SeqCollator:
     """input_ids, attention_mask (batch, source tokens); labels (batch, target tokens).
 
     The model makes its decoder's inputs from the labels, shifted by one.
+
+    Args:
+        pad_token_id, pad_to_multiple_of: as `CausalCollator`.
+        shift: makes `decoder_input_ids` of the labels here already (the model's
+            `prepare_decoder_input_ids_from_labels`), for a loss that keeps the labels from it.
     """
 
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         labels = padded([r["labels"] for r in rows], IGNORED, self.pad_to_multiple_of)
-        return {**_encoder(self, rows), "labels": labels}
+        batch = {**_encoder(self, rows), "labels": labels}
+        if self.shift is not None:
+            batch["decoder_input_ids"] = self.shift(labels)
+        return batch
 
 
 def _encoder(

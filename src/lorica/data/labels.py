@@ -112,6 +112,35 @@ class Labels:
             )
         return cls(names)
 
+    def renumbered(self, value: Any, own: Sequence[str], place: str) -> Any:
+        """A label of a data set whose class numbers have the names `own`, as the number of that
+        name among these classes; anything but such a number as it is.
+
+        Names are compared without case. Classes that are only numbers (or `LABEL_0`, ...) on either
+        side say nothing of an order: there numbers are taken as they are.
+
+        Raises:
+            ValueError: none of these classes has the label's name.
+
+        Example:
+            >>> Labels(("No", "Yes")).renumbered(0, ["yes", "no"], "row 0")
+            1
+        """
+        if self.regression or type(value) is not int or not 0 <= value < len(own):
+            return value
+        mine, theirs = ([name.casefold() for name in names] for names in (self.names, own))
+        if len(set(mine)) < len(mine) or len(set(theirs)) < len(theirs):
+            mine, theirs = list(self.names), list(own)  # some differ by case only
+        if set(mine) != set(theirs) and (_unnamed(self.names) or _unnamed(own)):
+            return value
+        if theirs[value] not in mine:
+            raise ValueError(
+                f"{place}: the label {value} is {excerpt(own[value])} by the data's own names, and "
+                f"the classes are {_shown(self.names)}. Give the data's classes these names, or "
+                f"leave such rows out.{nearest(own[value], self.names)}"
+            )
+        return mine.index(theirs[value])
+
     def number(self, value: Any, place: str) -> int | float:
         """The class number, or the figure, of one label.
 
@@ -134,14 +163,25 @@ class Labels:
         if isinstance(value, str) and value in self.names:
             return self.names.index(value)
         number = value if isinstance(value, int) else None  # True and False are 1 and 0
+        # csv files have numbers as texts; among classes that are named by numbers it is a name.
+        if isinstance(value, str) and _is_whole(value) and not any(map(_is_whole, self.names)):
+            number = int(value)
         if number is None or not 0 <= number < len(self.names):
-            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
             raise ValueError(
                 f"{place}: the label {excerpt(value)} is outside of the {len(self.names)} classes "
-                f"({shown}; or 0 to {len(self.names) - 1}). Mend that row, or train on data that "
-                f"has this class.{nearest(str(value), self.names)}"
+                f"({_shown(self.names)}; or 0 to {len(self.names) - 1}). Mend that row, or train "
+                f"on data that has this class.{nearest(str(value), self.names)}"
             )
         return number
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    """Classes that have only numbers, as transformers names them where nobody did."""
+    return all(_is_whole(name.removeprefix("LABEL_")) for name in names)
 
 
 def _check_type(value: Any, place: str) -> None:

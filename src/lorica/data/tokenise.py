@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorica.data.chat import Format, check_roles, roles_of, template_of
@@ -248,25 +249,30 @@ class _Request:
         )
 
     def pad(self) -> int:
-        """Padding's id. Where there is none any will do, as nothing looks at padding."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(token, int):
-                return token
-        return 0
+        return pad_of(self.tokenizer)
 
-    def classes(self, values: Sequence[Any], places: Sequence[str]) -> Labels:
-        """The classes asked for, those the data set declares, or those its values imply."""
-        if self.labels is not None:
-            return self.labels
+    def classes(
+        self, values: Sequence[Any], places: Sequence[str]
+    ) -> tuple[Labels, list[int | float]]:
+        """The classes asked for, those the data set declares, or those its values imply; and every
+        value's number among them."""
+        own, labels = self._own_names(), self.labels
+        if labels is None:
+            labels = Labels.of(values, places) if own is None else Labels(own)
+        elif own is not None:
+            cells = zip(values, places, strict=True)
+            values = [labels.renumbered(value, own, place) for value, place in cells]
+        return labels, [labels.number(v, place) for v, place in zip(values, places, strict=True)]
+
+    def _own_names(self) -> tuple[str, ...] | None:
+        """The names that the data set declares for its class numbers."""
         import datasets
 
         assert self.shape.label is not None
         column = (self.shape.find(self.dataset.column_names) or {})[self.shape.label]
         feature = self.dataset.features[column]
         feature = vars(feature).get("feature", feature)  # of a list, that of its elements
-        if isinstance(feature, datasets.ClassLabel):
-            return Labels(tuple(feature.names))
-        return Labels.of(values, places)
+        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 class AbstractTask(ABC):
@@ -370,8 +376,7 @@ class SequenceClassification(AbstractTask):
         pairs: list[tuple[Row, Labelled]] = list(request.samples())
         places = [row.place for row, _ in pairs]
         values = [sample.label for _, sample in pairs]
-        labels = request.classes(values, places)
-        numbers = [labels.number(v, place) for v, place in zip(values, places, strict=True)]
+        labels, numbers = request.classes(values, places)
         columns: dict[str, list[Any]] = {}
         truncated = dropped = 0
         for start in range(0, len(pairs), 1000):
@@ -410,18 +415,20 @@ class TokenClassification(AbstractTask):
             )
         pairs: list[tuple[Row, Tagged]] = list(request.samples())
         flat = [(tag, row.place) for row, sample in pairs for tag in sample.tags]
-        labels = request.classes([tag for tag, _ in flat], [place for _, place in flat])
+        labels, each = request.classes([tag for tag, _ in flat], [place for _, place in flat])
         if labels.regression:
             raise ValueError(
                 f"{flat[0][1]}: the tags are figures, and tags are classes: names or integers. "
                 "Write names."
             )
+        rest = iter(each)
+        spaced = any(token.startswith("Ġ") for token in request.tokenizer.tokenize("a b"))
         columns: dict[str, list[Any]] = {"labels": []}
         skipped: Counter[str] = Counter()
         truncated = dropped = 0
-        for row, sample in pairs:
-            numbers = [labels.number(tag, row.place) for tag in sample.tags]
-            made = _words(request, sample.words)
+        for _, sample in pairs:
+            numbers = list(islice(rest, len(sample.tags)))
+            made = _words(request, _apart(sample.words) if spaced else sample.words)
             words = made.word_ids(0)
             first = [w is not None and w != p for w, p in zip(words, [None, *words], strict=False)]
             cells = [
@@ -535,6 +542,19 @@ def _cut_to_fit(
             for i, cell in zip(over, cells, strict=True):
                 made[name][i] = cell
     return made, lengths
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding's id. Where there is none any will do, as nothing looks at padding."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _apart(words: list[str]) -> list[str]:
+    """Words with the space before them, which byte-level tokens hold: one by one they lack it."""
+    return words[:1] + [f" {word}" if word[:1].strip() else word for word in words[1:]]
 
 
 def _words(request: _Request, words: list[str]) -> Any:

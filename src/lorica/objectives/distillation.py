@@ -64,6 +64,7 @@ class Distillation(AbstractObjective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"pristine"})
     gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    penalises: ClassVar[bool] = False
     taps: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     def __post_init__(self) -> None:

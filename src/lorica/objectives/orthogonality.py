@@ -3,9 +3,10 @@
     mean (default)   γ·1/(2K) Σ_k ( ‖B_kᵀB_k − I‖ + ‖A_kA_kᵀ − I‖ )       Frobenius norms
     sum              γ·Σ_k ( ‖B_kᵀB_k − I‖² + ‖A_kA_kᵀ − I‖² )
 
-over the K pairs, A (r, in), B (out, r). The paper writes the sum of squares; the authors' code and
-PEFT take the mean of norms, whose size does not grow with the number of layers, and the published
-weights (0.1 to 0.5) belong to it. PEFT adds it in evaluation too; here it is for training alone.
+over the K pairs that do not rest, A (r, in), B (out, r). The paper writes the sum of squares; the
+authors' code and PEFT take the mean of norms, whose size does not grow with the number of layers,
+and the published weights (0.1 to 0.5) belong to it. PEFT adds it in evaluation too; here it is for
+training alone.
 """
 
 from __future__ import annotations
@@ -80,14 +81,18 @@ class Orthogonality(AbstractObjective):
             raise ValueError(f"`orthogonality(form={self.form!r})`; allowed: 'mean', 'sum'")
 
     def loss(self, task_loss: Tensor, context: Context) -> Tensor:
-        device = task_loss.device
+        device, found = task_loss.device, []
         with torch.autocast(device.type, enabled=False):
-            distances = torch.stack(
-                [
-                    _distance(rows).to(device)
-                    for _, pair in context.adapters.pairs()
-                    for rows in (_whole(pair.A), _whole(pair.B).T)
-                ]
-            )
+            for name, pair in context.adapters.pairs():
+                layer = context.adapters.layers[name]
+                # The base may rest alone; and what rests must get no gradient from here either.
+                resting = {id(layer.get_parameter(n)) for n in layer.resting}
+                if id(pair.A) not in resting:
+                    found.append(_distance(_whole(pair.A)).to(device))
+                if id(pair.B) not in resting:
+                    found.append(_distance(_whole(pair.B).T).to(device))
+            if not found:
+                return task_loss
+            distances = torch.stack(found)
             penalty = distances.mean() if self.form == "mean" else distances.square().sum()
         return task_loss + context.share * self.weight * penalty

@@ -232,10 +232,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         # The base class rounds state to the parameters' dtype; ours may be wider.
         ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        own = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        for i, p in zip(ids, own, strict=True):
+        own = ((p, g["pair"]) for g in self.param_groups for p in g["params"])
+        for i, (p, paired) in zip(ids, own, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.to(p.device, copy=True)
+                # One number of what is in no pair is read at every step: on a device torch would
+                # wait for each.
+                device = p.device if paired or value.ndim else "cpu"
+                self.state[p][name] = value.to(device, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]

@@ -83,11 +83,6 @@ def bases(
 class ProjectedOptimizer(_engine.RuleOptimizer):
     """A `RuleOptimizer` whose groups with a `rank` are updated in subspaces of their gradients."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for own in self.state.values():  # read at every step, so not on a device to wait for
-            own["step"] = own["step"].cpu()
-
     def _update_plain(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
         if "rank" not in group:
             return super()._update_plain(parameters, group)

@@ -10,6 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorica.kernels._orders import rounds
+
+
+def product(X: Tensor, Y: Tensor) -> Tensor:
+    """X @ Y with all digits of its dtype. Where products of float32 are rounded to TF32 it is taken
+    in float64: what these rules divide by loses its small directions with the last digits."""
+    if X.dtype is torch.float32 and rounds(X.device.type):
+        return (X.double() @ Y.double()).to(X.dtype)
+    return X @ Y
+
 
 def gram(Y: Tensor) -> Tensor:
     """Y Yᵀ (n, r, r) in float64."""

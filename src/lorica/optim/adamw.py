@@ -36,7 +36,7 @@ class AdamW(AbstractRule):
 
     trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
     state_per_element: ClassVar[int] = 2
-    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
 
     def build(
         self, groups: list[dict[str, Any]], options: Mapping[str, Any]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lorica.optim._elementwise import Shape
 from lorica.optim._engine import Factor, PairRule, Stack
-from lorica.optim._spectral import inverse_root, largest_fall, symmetric, whiten
+from lorica.optim._spectral import inverse_root, largest_fall, product, symmetric, whiten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class LoraRite(PairRule):
                 continue
             W, basis, g, skipped = plan
             stack.note_skipped(factor, own["skipped"], skipped)
-            step = W.mT @ _moment(g, basis, own, o)  # R⁺M
+            step = product(W.mT, _moment(g, basis, own, o))  # R⁺M
             value = factor.value().mul_(1 - factor.lr * o["weight_decay"])
             out.append(value.sub_(step.mul_(factor.lr)))
         return out
@@ -135,7 +135,7 @@ class LoraRite(PairRule):
 def _plan(factor: Factor, partner: Factor) -> tuple[Tensor, Tensor, Tensor]:
     Y = partner.as_partner()
     W = whiten(Y)
-    return W, W @ Y, W @ factor.gradient()
+    return W, product(W, Y), product(W, factor.gradient())
 
 
 def _weights(gradients: list[Tensor], options: Mapping[str, Any]) -> list[list[float]]:
@@ -154,15 +154,15 @@ def _weights(gradients: list[Tensor], options: Mapping[str, Any]) -> list[list[f
 def _moment(g: Tensor, basis: Tensor, own: dict[str, Tensor], options: Mapping[str, Any]) -> Tensor:
     """M (n, r, d) of this step; moves the state on."""
     b1, b2 = (_decay(beta, own["step"]).to(g) for beta in options["betas"])
-    P = basis @ own["basis"].mT  # (n, r, d')·(n, d', r)
-    carried = symmetric(P @ own["second"] @ P.mT)
-    second = symmetric((1 - b2) * (g @ g.mT / g.shape[2]) + b2 * carried)
+    P = product(basis, own["basis"].mT)  # (n, r, d')·(n, d', r)
+    carried = symmetric(product(product(P, own["second"]), P.mT))
+    second = symmetric((1 - b2) * (product(g, g.mT) / g.shape[2]) + b2 * carried)
     rho = 0.0
     if options["escape"]:
         own["escaped"] = b2 * (own["escaped"] + largest_fall(own["second"], carried))
         rho = own["escaped"].double()
-    S = inverse_root(second, rho, options["eps"]) @ g
-    own["moment"] = torch.lerp(P @ own["moment"], S, 1 - b1)
+    S = product(inverse_root(second, rho, options["eps"]), g)
+    own["moment"] = torch.lerp(product(P, own["moment"]), S, 1 - b1)
     own["second"], own["basis"] = second, basis
     own["step"] += 1
     return own["moment"]

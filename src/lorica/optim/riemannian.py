@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorica.optim._elementwise import Adam, Elementwise, Sgd
 from lorica.optim._engine import PairRule, Stack
-from lorica.optim._spectral import damped_inverse
+from lorica.optim._spectral import damped_inverse, product
 
 _INNER: dict[str, type[Elementwise]] = {"adamw": Adam, "sgd": Sgd}
 
@@ -99,7 +99,7 @@ class Riemannian(PairRule):
                 out.append(None)
                 continue
             inverse = damped_inverse(partner.as_partner(), o["delta"], relative=o["relative"])
-            gradient = inverse @ factor.gradient()  # (n, r, r)·(n, r, d)
+            gradient = product(inverse, factor.gradient())  # (n, r, r)·(n, r, d)
             out.append(
                 self.plain.stacked(factor.value(), gradient, own, factor.lr, o["weight_decay"], o)
             )

@@ -34,7 +34,7 @@ class VectorAdamW(PairRule):
     Example:
         >>> from lorica import Recipe
         >>> sorted(Recipe.parse("vector-adamw").rule.gives)
-        ['row_state', 'sharded', 'vector_step']
+        ['row_state', 'row_wise', 'sharded', 'vector_step']
 
     Reference:
         @inproceedings{zhou2024switchlora,
@@ -45,7 +45,7 @@ class VectorAdamW(PairRule):
     """
 
     trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
-    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "vector_step"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise", "vector_step"})
 
     def shapes(self, r: int, d: int, partner: int, options: Mapping[str, Any]) -> dict[str, Shape]:
         return {**self.plain.shapes((r, d), options), "step": (r, 1)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,10 +33,20 @@ class Training:
         self.step: int = own["step"]  # 0-based index of this step
         self.total_steps: int | None = own["total_steps"] or None
         self.seed: int = own["seed"]
+        self.fresh: set[str] = set()  # layers that were started anew after this step
+        self._states: Mapping[str, Any] = own["schedules"]
 
     def generator(self, *key: Any) -> torch.Generator:
         """CPU generator for this step and key: equal on every process and after every resume."""
         return seeded("/".join(map(str, (self.seed, self.step, *key))))
+
+    def restarted(self, layers: Iterable[str]) -> None:
+        """Tell all schedules that the updates of these layers were put away after this step, and
+        that fresh ones train from here on: gradients still present are of the old ones."""
+        names = [*layers]
+        self.fresh.update(names)
+        for schedule in self.adapters.recipe.schedules:
+            schedule.restarted(self._states[schedule.word], names)
 
     def lr_scale(self, factor: float) -> None:
         """Multiply the scheduler's rates, for this step only."""
@@ -53,6 +63,9 @@ class Training:
 class AbstractSchedule(Choice, abc.ABC):
     room: ClassVar[str] = "schedules"
     edits: ClassVar[frozenset[str]] = frozenset()  # of "base", "pair", "rank", "gradient mask"
+
+    # Roles that have to train beside it: what it takes away there is to grow back.
+    regrows: ClassVar[frozenset[str]] = frozenset()
 
     # Rate curves it brings, values of `--lr-scheduler-type`; see `with_curve`.
     lr_scheduler_types: ClassVar[frozenset[str]] = frozenset()
@@ -81,6 +94,15 @@ class AbstractSchedule(Choice, abc.ABC):
         """What will happen when, for people; asked of what `fit` returned."""
         return ""
 
+    def final_from(self, total_steps: int | None) -> int:
+        """After so many steps the weights are what the method promises, and stay so to the end;
+        asked of what `fit` returned.
+
+        Before that a lower loss is no reason to prefer them: a model that still leans on what is
+        being taken away is better, and is not what was asked for. Default 0: at any time.
+        """
+        return 0
+
     def state_bytes(self, adapters: Any) -> int:
         """What its state holds, where that is more than some numbers a layer."""
         return 0
@@ -94,6 +116,10 @@ class AbstractSchedule(Choice, abc.ABC):
 
     def after_step(self, state: dict[str, Any], training: Any) -> None:  # noqa: B027
         """Parameters have moved, gradients are still present."""
+
+    def restarted(self, state: dict[str, Any], layers: Sequence[str]) -> None:  # noqa: B027
+        """The updates of these layers were put away, and fresh ones train in their place: what
+        `state` has learnt of the old vectors is to be forgotten. See `Training.restarted`."""
 
     def restore(self, state: dict[str, Any], adapters: Any) -> None:  # noqa: B027
         """Called after `init` and after loading: who rests and who trains as it was when `state`

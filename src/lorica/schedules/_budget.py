@@ -55,6 +55,10 @@ class Budgeted(AbstractSchedule):
         assert self.tfinal is not None
         return total_steps - max(self.tfinal, 1)
 
+    def final_from(self, total_steps: int | None) -> int:
+        assert total_steps is not None
+        return self.end(total_steps) + 1  # the masking of T_f follows that step
+
     def due(self, t: int, total_steps: int) -> bool:
         """Whether a masking follows step t."""
         tinit, every, end = self._fitted(total_steps)

@@ -136,7 +136,7 @@ class Restarts(AbstractSchedule):
         Args:
             **how: of `merge_`; `optimizer` is the training's own, None leaves its state alone.
         """
-        adapters = training.adapters
+        adapters, layers = training.adapters, [*layers]
         for name in layers:
             merge_(
                 adapters.layers[name],
@@ -145,6 +145,7 @@ class Restarts(AbstractSchedule):
                 init=adapters.recipe.init,
                 generator=training.generator(name),
             )
+        training.restarted(layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,9 @@ def learn(
     mean: dict[str, Any], spread: dict[str, Any], layers: Mapping[str, Any], beta1: float,
     beta2: float,
 ) -> None:  # fmt: skip
-    """Move Ī and Ū on by this step's I."""
+    """Move Ī and Ū of these layers on by this step's I."""
+    if not layers:
+        return
     where = [(name, side) for name in layers for side in SIDES]
     means, spreads = ([kept[name][side] for name, side in where] for kept in (mean, spread))
     now = sensitivity([p for layer in layers.values() for p in sides(layer).values()])
@@ -71,6 +73,13 @@ def learn(
     _foreach_sub_(now, means)
     _foreach_abs_(now)
     _foreach_lerp_(spreads, now, 1 - beta2)
+
+
+def forget(averages: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Ī or Ū of these layers start anew, at 0, where there are any."""
+    for name in layers:
+        for kept in averages.get(name, {}).values():
+            kept.zero_()
 
 
 def smoothed(mean: Mapping[str, Any], spread: Mapping[str, Any]) -> list[Tensor]:

@@ -15,7 +15,7 @@ instead of never; and from T_f on a dead λ has no gradient that counts in clipp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -130,6 +130,10 @@ class AdaLora(Budgeted):
                 device = adapters.layers[name].store.parameter.device
                 own.update({side: value.to(device) for side, value in own.items()})
 
+    def restarted(self, state: dict[str, Any], layers: Sequence[str]) -> None:
+        for kept in (state["mean"], state["spread"]):
+            triplets.forget(kept, layers)
+
     def after_step(self, state: dict[str, Any], training: Any) -> None:
         t, layers = training.step, training.adapters.layers
         end = self.end(training.total_steps)
@@ -138,7 +142,9 @@ class AdaLora(Budgeted):
                 triplets.mask_(layer, layer.update.delta.mask)
             return
         if t < end and self.importance == "sensitivity":
-            triplets.learn(state["mean"], state["spread"], layers, self.beta1, self.beta2)
+            # A layer started anew in this very step has the gradients of vectors that are gone.
+            known = {n: layer for n, layer in layers.items() if n not in training.fresh}
+            triplets.learn(state["mean"], state["spread"], known, self.beta1, self.beta2)
         if not self.due(t, training.total_steps):
             return
         first, last = _ranks(training.adapters)

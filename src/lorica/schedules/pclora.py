@@ -123,6 +123,10 @@ class PcLora(AbstractSchedule):
         """q, the first step whose forward has λ = 0."""
         return round(self.fade * total_steps)
 
+    def final_from(self, total_steps: int | None) -> int:
+        assert total_steps is not None
+        return self.end(total_steps)  # until then W is part of the model that is measured
+
     def at(self, step: int, total_steps: int) -> float:
         """λ(t) of the forward that belongs to a step."""
         return curve(self.shape, step / self.end(total_steps))

@@ -76,8 +76,10 @@ class Plora(Chain):
         if not self.momentum:
             super().restart(state, training, layers, **how)
             return
+        layers = [*layers]
         for name in layers:
             self._unload(training.adapters.layers[name], training.optimizer)
+        training.restarted(layers)
 
     @torch.no_grad()
     def _unload(self, layer: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -84,6 +84,7 @@ class PriLora(AbstractSchedule):
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
     gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
     edits: ClassVar[frozenset[str]] = frozenset({"pair"})
+    regrows: ClassVar[frozenset[str]] = frozenset({"A"})  # a frozen A would only ever lose
     taps: ClassVar[frozenset[str]] = frozenset({"input_squares"})
 
     def __post_init__(self) -> None:
@@ -122,6 +123,9 @@ class PriLora(AbstractSchedule):
         assert self.every is not None
         count = "" if total_steps is None else f"{-(-total_steps // self.every)} "
         return f"every={self.every}, {count}prunings of {100 * self.fraction:g} % of A"
+
+    def final_from(self, total_steps: int | None) -> int:
+        return total_steps or 0  # A fills up again after each pruning but the last
 
     def due(self, training: Any) -> bool:
         done = training.step + 1

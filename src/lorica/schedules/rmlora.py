@@ -10,8 +10,10 @@ large perturbation where s is large.
 The sets come from (seed, step, layer), so nothing has to be stored. Masked does not mean frozen
 under Adam: momentum and decay still move masked rows, and second moments decay. `strict` puts rows
 and moments back as they were; the step count of the bias correction, one number for all rows, runs
-on. In the authors' loop a parameter outside of the factors has its gradient masked to zero as well,
-so that a head is never trained after the first step; here only A and B are masked.
+on. A rule that mixes the gradients of ranks would move masked ones by what the others have, so
+beside such a rule (`needs` says `row_wise`) there is `strict` alone. In the authors' loop a
+parameter outside of the factors has its gradient masked to zero as well, so that a head is never
+trained after the first step; here only A and B are masked.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class RmLora(AbstractSchedule):
     strict: bool = False
 
     preset: ClassVar[Mapping[str, str]] = {"objectives": "orthogonality"}
-    needs: ClassVar[frozenset[str]] = frozenset({"pair", "row_state"})
+    needs: ClassVar[frozenset[str]] = frozenset({"pair", "row_state", "row_wise"})
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function", "sharded"})
     edits: ClassVar[frozenset[str]] = frozenset({"gradient mask"})
     default_learning_rate: ClassVar[float | None] = 1e-3  # the authors' scripts
@@ -89,8 +91,9 @@ class RmLora(AbstractSchedule):
         allow(self, "strict", True, False)  # type: ignore[arg-type]
         own = {"objectives": Orthogonality(weight=self.gamma).text()} if self.gamma else {}
         object.__setattr__(self, "preset", own)
-        if self.strict:  # what a step has moved is put back
+        if self.strict:  # what a step has moved is put back, wherever the movement came from
             object.__setattr__(self, "gives", self.gives - {"keeps_function"})
+            object.__setattr__(self, "needs", self.needs - {"row_wise"})
 
     def plan(self, total_steps: int | None) -> str:
         ranks = "half of the" if self.k is None else f"{self.k}"

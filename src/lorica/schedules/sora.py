@@ -113,6 +113,9 @@ class Sora(AbstractSchedule):
             )
         return self
 
+    def final_from(self, total_steps: int | None) -> int:
+        return total_steps or 0  # until the end a gate may open again
+
     def plan(self, total_steps: int | None) -> str:
         unit = " times the rate" if self.scaled else ""
         levels = ", ".join(f"{self._level(i):.3g}" for i in range(self.stages))

@@ -216,6 +216,17 @@ def load_model(
     return model
 
 
+def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Tell a classifier of sequences what its batches are padded with: a decoder's looks for the
+    last token before the padding, and takes no batch of several rows without."""
+    from lorica.data.tokenise import pad_of
+
+    config = model.config.get_text_config()
+    asks = task == "sequence-classification" and getattr(config, "pad_token_id", None) is None
+    if asks and tokenizer is not None:
+        config.pad_token_id = pad_of(tokenizer)
+
+
 def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
     """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer
     (None where neither folder has one).
@@ -224,9 +235,11 @@ def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
         name: the base; None: the one that the adapter names.
     """
     from lorica import io
+    from lorica.io.strict import locate
     from lorica.train.options import UsageError
 
-    told = io.inspect(adapter)
+    own = locate(adapter)
+    told = io.inspect(own)
     name = name or told["base"].get("name")
     if not name:
         raise UsageError(f"`{adapter}` does not name its base; give it with `--model`")
@@ -237,15 +250,18 @@ def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
         )
     config = read_config(name)
     task = _task(told, config)
-    classes = _head_size(adapter, task)
+    classes = _head_size(own, task)
     labels = own_labels(config, task)
     if labels is None and classes is not None:
-        labels = _labels(Path(adapter), classes)
+        labels = _labels(own, classes)
     model = load_model(name, task, labels=labels, dtype="auto", widen=False)
-    for folder in (adapter, name):
-        if not Path(folder).is_dir() or (Path(folder) / "tokenizer_config.json").is_file():
-            return model, load_tokenizer(folder)
-    return model, None
+    tokenizer = None
+    for folder in (own, Path(name)):
+        if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(name if folder is not own else str(own))
+            break
+    set_padding(model, task, tokenizer)
+    return model, tokenizer
 
 
 _PEFT_TASKS = {
@@ -261,23 +277,26 @@ def _task(told: dict[str, Any], config: PretrainedConfig) -> str:
     for name in (told["base"].get("class"), *(config.architectures or [])):
         for task, (_, ending) in AUTO.items():
             if name is not None and name.endswith(ending):
-                return task
+                # Models of images and text, which have no encoder-decoder, end in that name too.
+                if task != "seq2seq-lm" or config.is_encoder_decoder:
+                    return task
     raise ValueError(
         f"`{told['path']}` does not say what its model does, and neither does the base (its class"
         f" is {(config.architectures or ['unknown'])[0]}); allowed: {', '.join(AUTO)}"
     )
 
 
-def _head_size(adapter: str, task: str) -> int | None:
+def _head_size(adapter: Path, task: str) -> int | None:
     """Outputs of the classifier that lies in the adapter's folder; None: there is none."""
     from safetensors import safe_open
 
     if task not in ("sequence-classification", "token-classification"):
         return None
-    for file in sorted(Path(adapter).glob("*.safetensors")):
+    for file in sorted(adapter.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                if key.endswith(("classifier.weight", "score.weight", "out_proj.weight")):
+                whole = key.replace(".copy.", ".")  # of a module that lorica trains in full
+                if whole.endswith(("classifier.weight", "score.weight", "out_proj.weight")):
                     return next(iter(tensors.get_slice(key).get_shape()), None)
     return None
 
@@ -307,8 +326,21 @@ def _labels(adapter: Path, classes: int) -> Labels:
 
 
 def longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that the model and its tokenizer allow a row; None: they do not say."""
-    said = [vars(config).get("max_position_embeddings"), vars(config).get("n_positions")]
-    said.append(tokenizer.model_max_length)
-    known = [n for n in said if isinstance(n, int) and 0 < n < 10**9]
-    return min(known, default=None)
+    """Tokens that the model and its tokenizer allow a row; None: there is no end, or they do not
+    say."""
+    has = vars(config)
+    places: Any = has.get("max_position_embeddings")
+    if "relative_attention_num_buckets" in has and places is None:
+        return None  # T5's positions are distances; the length in its files is its pre-training's
+    if isinstance(places, int) and config.model_type in _COUNT_FROM_PADDING:
+        padding = config.pad_token_id
+        places -= (1 if padding is None else padding) + 1
+    known = [places, has.get("n_positions"), tokenizer.model_max_length]
+    return min((n for n in known if isinstance(n, int) and 0 < n < 10**9), default=None)
+
+
+# RoBERTa and what was made after it: the first token's position is the padding's id and one.
+_COUNT_FROM_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip

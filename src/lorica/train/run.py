@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -137,7 +138,7 @@ class FineTuning(AbstractRun):
             saves, evals = values.get("save_steps"), values.get("eval_steps")
             if values["eval_strategy"] == "steps" and matches and saves and evals:
                 matches = saves == evals  # else the best evaluation may have no checkpoint
-            values.setdefault("load_best_model_at_end", matches)
+            values.setdefault("load_best_model_at_end", matches and not self._ending(steps))
             values.setdefault("metric_for_best_model", best)
             name = values["metric_for_best_model"].removeprefix("eval_")
             values.setdefault("greater_is_better", more if name == best else None)
@@ -149,12 +150,29 @@ class FineTuning(AbstractRun):
             warmup_ratio=WARMUP_RATIO,
             include_num_input_tokens_seen="all" if self._packs else "non_padding",
         )
+        patient = options.early_stopping_patience is not None
+        if (patient or self.args.load_best_model_at_end) and (word := self._ending(steps)):
+            raise UsageError(
+                f"`{word}` gives what it promises at the end of a run only, and the best evaluation"
+                " may lie before; leave out `--load-best-model-at-end` and"
+                " `--early-stopping-patience`"
+            )
+        if self.args.label_smoothing_factor and self.labels is not None and self.labels.regression:
+            raise UsageError(
+                f"`--label-smoothing-factor {self.args.label_smoothing_factor}` spreads a label"
+                " over classes, and the labels here are figures (a regression): leave it out"
+            )
         if options.early_stopping_patience is not None and not self.args.load_best_model_at_end:
             raise UsageError(
                 "`--early-stopping-patience` goes by the best checkpoint, which is kept only where"
                 " evaluations and checkpoints fall together: let `--eval-steps` and `--save-steps`"
                 " match"
             )
+
+    def _ending(self, steps: int) -> str:
+        """The word of a schedule whose weights are not what it promises before the end, or ""."""
+        schedules: Any = () if self.recipe is None else self.recipe.schedules
+        return next((s.word for s in schedules if s.fit(steps).final_from(steps) > 0), "")
 
     @property
     def evaluates(self) -> bool:
@@ -193,6 +211,16 @@ class FineTuning(AbstractRun):
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.data.pad_token_id
         self.collator = self.data.collator()
+        if self.task == "seq2seq-lm" and self.args.label_smoothing_factor:
+            # The Trainer then keeps the labels, which decoders make their inputs of.
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise UsageError(
+                    f"`--label-smoothing-factor {self.args.label_smoothing_factor}`: a"
+                    f" {type(self.model).__name__} does not say what its decoder reads for a label;"
+                    " leave it out"
+                )
+            self.collator = dataclasses.replace(self.collator, shift=shift)
         if self._packs:
             self.model.config.use_cache = False
             check_isolation(self.model, self.collator)

@@ -40,7 +40,7 @@ class TokenWeighted(transformers.Trainer):
     def _labels(self, inputs: Any) -> Tensor:
         """How many labels of this micro-batch the loss averages over, 0-d."""
         labels = inputs["labels"]
-        shifted = self._loss_shifts_labels  # type: ignore[attr-defined]
+        shifted = vars(self).get("_loss_shifts_labels", False)  # older Trainers shift none
         return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
     @contextlib.contextmanager
