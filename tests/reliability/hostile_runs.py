@@ -188,9 +188,9 @@ def command(*words: object) -> None:
     errors: list[Exception] = []
     plain = cli._message
 
-    def message(error: Exception) -> str:
+    def message(error: Exception, smaller: str) -> str:
         errors.append(error)
-        return plain(error)
+        return plain(error, smaller)
 
     cli._message = message
     with (

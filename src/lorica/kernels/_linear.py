@@ -143,8 +143,8 @@ def _times(y: Tensor, factor: Tensor, *, fresh: bool = True) -> Tensor:
     if y.device.type != "cpu" or _compiling() or torch.is_grad_enabled():
         return y.mul_(factor)
     # A CPU would make a wide copy of all of y, at thirty times the time.
-    for part, by in zip(y.split(SLICE), factor.expand_as(y).split(SLICE), strict=True):
-        part.mul_(by)
+    for i in range(0, y.shape[0], SLICE):
+        y[i : i + SLICE].mul_(factor if factor.ndim == 1 else factor[i : i + SLICE])
     return y
 
 
