@@ -116,12 +116,12 @@ def hash_values(named: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(full.shape)}".encode())
         if not full.is_meta:
             for chunk in full.reshape(-1).split(_CHUNK):
-                digest.update(as_bytes(chunk.float()))
+                digest.update(as_bytes(chunk, torch.float32))
     return digest.hexdigest()
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor, whatever its dtype; of a copy, since numpy locks the storage that
-    it looks into, and FSDP2 resizes its own."""
-    copy = tensor.detach().to("cpu", copy=True)
+def as_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> memoryview:
+    """The raw bytes of a tensor, in its own dtype or another; of a copy, since numpy locks the
+    storage that it looks into, and FSDP2 resizes its own."""
+    copy = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
     return copy.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorica import shards
 from lorica.inits import AbstractInit
 
 
@@ -26,6 +27,5 @@ class Gaussian(AbstractInit):
 
     def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
         random, zero = (pair.B, pair.A) if pair.lookup else (pair.A, pair.B)
-        draw = torch.randn(random.shape, generator=generator, dtype=torch.float32)
-        random.copy_(draw / pair.A.shape[0])
+        random.copy_(shards.draw(random.shape, generator) / pair.A.shape[0])
         zero.zero_()

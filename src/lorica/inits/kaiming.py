@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorica import shards
 from lorica.inits import AbstractInit
 
 
@@ -30,9 +31,8 @@ class Kaiming(AbstractInit):
     def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
         if pair.lookup:
             pair.A.zero_()
-            pair.B.copy_(torch.randn(pair.B.shape, generator=generator, dtype=torch.float32))
+            pair.B.copy_(shards.draw(pair.B.shape, generator))
             return
         bound = pair.A.shape[1] ** -0.5
-        draw = torch.rand(pair.A.shape, generator=generator, dtype=torch.float32)
-        pair.A.copy_((2 * draw - 1) * bound)
+        pair.A.copy_(shards.draw(pair.A.shape, generator, bound=bound))
         pair.B.zero_()

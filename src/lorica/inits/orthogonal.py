@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorica import shards
 from lorica.inits import AbstractInit
 
 
@@ -32,7 +33,6 @@ class Orthogonal(AbstractInit):
     def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
         random, zero = (pair.B, pair.A) if pair.lookup else (pair.A, pair.B)
         tall = random if pair.lookup else random.T  # (out, r) or (in, r)
-        draw = torch.randn(tall.shape, generator=generator, dtype=torch.float32)
-        q = torch.linalg.qr(draw).Q
+        q = torch.linalg.qr(shards.draw(tall.shape, generator)).Q
         tall.copy_(q * 3**-0.5)
         zero.zero_()

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorica import shards
 from lorica.inits import AbstractInit
 
 
@@ -75,7 +76,7 @@ def _range_svd(
     """Randomised range finder with `niter` re-orthonormalised power iterations and 8 spare
     directions."""
     k = min(r + 8, *weight.shape)
-    probe = torch.randn(weight.shape[1], k, generator=generator, dtype=torch.float32)
+    probe = shards.draw((weight.shape[1], k), generator)
     q = torch.linalg.qr(weight @ probe.to(weight)).Q  # (out, k)
     for _ in range(niter):
         q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q

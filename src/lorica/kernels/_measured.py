@@ -93,7 +93,7 @@ def _alike(call: Call, entry: Call) -> bool:
 
 
 def _sizes(call: Call) -> tuple[int, ...]:
-    return call.tokens, call.in_features, call.out_features, call.r
+    return tuple(getattr(call, name) for name in _SIZES)
 
 
 def _near(one: Call, other: Call) -> bool:

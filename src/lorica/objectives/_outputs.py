@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from lorica import shards
 from lorica.objectives import Context
 
 SPARE, ROUNDS, WIDE = 5, 2, 4096  # of the sketch: spare directions, power iterations, from where on
@@ -95,7 +96,7 @@ def sketch(z: Tensor, q: int, generator: torch.Generator) -> Tensor:
     no sum of singular values.
     """
     with torch.no_grad():
-        probe = torch.randn(len(z), min(q, *z.shape), generator=generator, dtype=torch.float32)
+        probe = shards.draw((len(z), min(q, *z.shape)), generator)
         basis = torch.linalg.qr(z.T @ probe.to(z)).Q
         for _ in range(ROUNDS):
             basis = torch.linalg.qr(z.T @ torch.linalg.qr(z @ basis).Q).Q

@@ -132,13 +132,14 @@ class FineTuning(AbstractRun):
         default = self.recipe.learning_rate if self.recipe is not None else None
         self.learning_rate = options.learning_rate or (default[0] if default else 2e-4)
         values = self.values(steps, by_pass=options.max_steps is None and epochs >= 2)
+        ending = self._ending(steps)
         if self.held is not None and values["eval_strategy"] != "no":
             best, more = self.scores.best
             matches = values["eval_strategy"] == values["save_strategy"]
             saves, evals = values.get("save_steps"), values.get("eval_steps")
             if values["eval_strategy"] == "steps" and matches and saves and evals:
                 matches = saves == evals  # else the best evaluation may have no checkpoint
-            values.setdefault("load_best_model_at_end", matches and not self._ending(steps))
+            values.setdefault("load_best_model_at_end", matches and not ending)
             values.setdefault("metric_for_best_model", best)
             name = values["metric_for_best_model"].removeprefix("eval_")
             values.setdefault("greater_is_better", more if name == best else None)
@@ -151,10 +152,10 @@ class FineTuning(AbstractRun):
             include_num_input_tokens_seen="all" if self._packs else "non_padding",
         )
         patient = options.early_stopping_patience is not None
-        if (patient or self.args.load_best_model_at_end) and (word := self._ending(steps)):
+        if (patient or self.args.load_best_model_at_end) and ending:
             raise UsageError(
-                f"`{word}` gives what it promises at the end of a run only, and the best evaluation"
-                " may lie before; leave out `--load-best-model-at-end` and"
+                f"`{ending}` gives what it promises at the end of a run only, and the best"
+                " evaluation may lie before; leave out `--load-best-model-at-end` and"
                 " `--early-stopping-patience`"
             )
         if self.args.label_smoothing_factor and self.labels is not None and self.labels.regression:
