@@ -291,7 +291,12 @@ def rates(part: Part) -> Counts:
     n, m, r = part.rows * part.tokens, part.width, part.ranks[0]
     pool = [torch.randn(n, m, **like) for _ in range(COLD // (n * m * 4))]
     w, a, h = (torch.randn(*shape, **like) for shape in ((m, m), (r, m), (n, r)))
-    thin = [lambda x, _: x @ a.T, lambda x, _: h.T @ x, lambda x, _: x.addmm_(h, a)]
+    halves = h.unflatten(0, (2, -1)).mT  # a result of r rows occupies two threads in halves only
+    thin = [
+        lambda x, _: x @ a.T,
+        lambda x, _: torch.bmm(halves, x.unflatten(0, (2, -1))).sum(0),
+        lambda x, _: x.addmm_(h, a),
+    ]
     number = n * m // 20
     return Counts(
         thick=n * m * m / alone([lambda x, _: x @ w.T], pool, part),

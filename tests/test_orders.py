@@ -45,11 +45,11 @@ def layer(m: int, n: int, r: int, carried: int = 0, bias: bool = True, **fields:
     return one
 
 
-def run(one: Any, kernel: Fused, x: torch.Tensor, gain: torch.Tensor | None = None):
+def run(one: Any, kernel: Fused, x: torch.Tensor, gain: torch.Tensor | None = None, **more: Any):
     """(y, gradients of x, A, B and the gain) for a fixed gradient of y."""
     x = x.detach().requires_grad_(True)
     pair = one.update.delta.pair()
-    y = kernel.product(x, one.store, one.update, bias=True, gain=gain)
+    y = kernel.product(x, one.store, one.update, bias=True, gain=gain, **more)
     wanted = [x, pair.A, pair.B, *([] if gain is None else [gain])]
     return y.detach(), *torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y))
 
@@ -84,6 +84,35 @@ def test_every_order_computes_the_same_at_the_cost_it_states(order, carried):
     stated = orders.forward_multiplies(call, order.forward_sum)
     stated += orders.backward_multiplies(call, order.input_sum, order.outer)
     assert counter.total == stated
+
+
+@pytest.mark.parametrize("saves", ["output", "product", "nothing"])
+@pytest.mark.parametrize("order", EVERY)
+@pytest.mark.parametrize("carried", [0, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sum_that_the_caller_formed_changes_nothing(order, carried, saves, bias):
+    one = layer(7, 5, 3, carried, bias=bias)
+    x, gain = torch.randn(11, 7, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.5
+    gain.requires_grad_()
+    kernel = Fixed(given=order, saves=saves)
+    assert kernel.forms(x, one.store, one.update) == order.forward_sum
+    assert not kernel.forms(x.bfloat16(), one.store, one.update), "of another dtype"
+    expected = run(one, kernel, x, gain)
+    if not order.forward_sum:
+        return
+    _, v = one.update.formed_norms(one.store, keep=True)
+    found = run(one, kernel, x, gain, formed=v)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_row_norms_cost_no_product_where_the_sum_is_formed_anyway():
+    """DoRA's forward: the product with W, and the sum once, for norms and product both."""
+    N, m, n, r = 11, 7, 5, 3
+    one = layer(m, n, r, method="dora", bias=False)
+    with Multiplies() as counter, torch.no_grad():
+        one(torch.randn(N, m, dtype=torch.float64))
+    assert N >= orders.threshold(m, n) and counter.total == N * m * n + m * n * r
 
 
 @given(

@@ -13,6 +13,7 @@ from lorica.combine import AbstractCombine
 from lorica.deltas import Site
 from lorica.kernels import AbstractKernel
 from lorica.phases import forward_at_rest
+from lorica.products import unrounded
 from lorica.update import Update
 
 
@@ -53,7 +54,7 @@ class AdaptedLinear(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) that this layer computes with, in at least float32."""
-        with torch.autocast(self.store.parameter.device.type, enabled=False):
+        with unrounded(self.store.parameter.device.type):
             return self.combine.effective(self.store, self.update)
 
     def trained(self) -> list[tuple[str, nn.Parameter, str]]:

@@ -18,7 +18,10 @@ from torch.nn import functional as F
 from lorica import dropout
 from lorica.bases import AbstractBase
 from lorica.deltas import AbstractDelta, Factors, Site
+from lorica.products import added, unrounded
 from lorica.shards import add_, outer_add_, zero_
+
+ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
 
 
 class Update(nn.Module):
@@ -127,18 +130,45 @@ class Update(nn.Module):
         """ΔW (out, in) of the whole update, in at least float32."""
         if (factors := self.factors()) is not None:
             return factors.weight()
-        with torch.autocast(base.parameter.device.type, enabled=False):
+        with unrounded(base.parameter.device.type):
             own, carried = self.delta.weight(base), self.carried
         assert own is not None, "the combine needs a weight and the recipe's check let this pass"
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         return own if carried is None else own + carried.weight()
 
+    @torch.no_grad()
+    def formed_norms(self, base: AbstractBase, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Row norms of V = W + ΔW (out,), and V (out, in) itself, new, where it is to be kept.
+
+        In at least float32, without gradients. A V that nobody keeps is formed some rows at a time.
+        """
+        with unrounded(base.parameter.device.type):
+            w = base.weight()
+            if (factors := self.factors()) is None:
+                delta = self.weight(base)
+                v = w.to(delta.dtype) + delta
+                return torch.linalg.vector_norm(v, dim=1), v if keep else None
+            wide = torch.promote_types(factors.A.dtype, torch.float32)
+            A, B = factors.A.to(wide), factors.B.to(wide)
+
+            def form(w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+                v = added(w.to(wide), B, A, factors.scale)
+                return torch.linalg.vector_norm(v, dim=1), v
+
+            rows = max(1, ROWS[w.device.type != "cpu"] // w.shape[1])
+            if keep or rows >= w.shape[0] or torch.compiler.is_compiling():
+                norms, v = form(w, B)
+                return norms, v if keep else None
+            parts = zip(w.split(rows), B.split(rows), strict=True)
+            return torch.cat([form(*part)[0] for part in parts]), None
+
     def row_norms(self, base: AbstractBase) -> Tensor:
         """Row norms of W + ΔW (out,), in at least float32, without forming ΔW where factors exist:
 
         c² = rowsum(W²) + 2 rowsum((W Aᵀ) ∘ B) + rowsum((B A Aᵀ) ∘ B), the scale folded into B.
+        What autograd keeps of this is small.
         """
-        with torch.autocast(base.parameter.device.type, enabled=False):
+        with unrounded(base.parameter.device.type):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
                 return torch.linalg.vector_norm(base.weight().to(delta.dtype) + delta, dim=1)

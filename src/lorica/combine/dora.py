@@ -37,20 +37,30 @@ class DoraCombine(AbstractCombine):
     @torch.no_grad()
     def start(self, base, update) -> None:
         # The same function as in forward, so that g is exactly 1 and the start exact.
-        self.m.copy_(update.row_norms(base))
+        self.m.copy_(self._norms(base, update)[0])
+
+    def _norms(self, base, update, *, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+        """c (out,), and V where it was formed and is to be kept. A table's V would be too large;
+        one with gradients would be saved for backward."""
+        if self.detach and not update.lookup:
+            return update.formed_norms(base, keep=keep)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
+            return update.row_norms(base), None
 
     def gain(self, base, update) -> Tensor:
         """g = m / c (out,); a row of zeros has c = 0 and stays a row of zeros."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            c = update.row_norms(base).to(self.m.dtype)  # rounded as m was at the start
-            c = c.clamp_min(torch.finfo(c.dtype).tiny)
+        return self._over(self._norms(base, update)[0])
+
+    def _over(self, c: Tensor) -> Tensor:
+        c = c.to(self.m.dtype)  # rounded as m was at the start
+        c = c.clamp_min(torch.finfo(c.dtype).tiny)
         return self.m / (c.detach() if self.detach else c)  # forward mode differentiates all else
 
     def forward(self, x: Tensor, base, update, kernel) -> Tensor:
-        g = self.gain(base, update)
         if self.drop_correction and update.dropping:
-            return self._authors(x, base, update, g)
-        return kernel.product(x, base, update, bias=True, gain=g)
+            return self._authors(x, base, update, self.gain(base, update))
+        c, v = self._norms(base, update, keep=kernel.forms(x, base, update))
+        return kernel.product(x, base, update, bias=True, gain=self._over(c), formed=v)
 
     def _authors(self, x: Tensor, base, update, g: Tensor) -> Tensor:
         dropped, keep = update.drop(x)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorica.products import unrounded
 from lorica.rooms import Choice
 from lorica.shards import read_full
 
@@ -49,7 +50,7 @@ class Factors:
     def weight(self) -> Tensor:
         """ΔW (out, in) in at least float32: half precision would lose small updates."""
         wide = torch.promote_types(self.A.dtype, torch.float32)
-        with torch.autocast(self.A.device.type, enabled=False):
+        with unrounded(self.A.device.type):
             return self.scale * (self.B.to(wide) @ self.A.to(wide))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.deltas import AbstractDelta, DeltaChoice, Factors, PeftForm, Site
+from lorica.products import unrounded
 from lorica.shards import read_full, zero_
 
 PEFT_TYPE = "MISS"
@@ -41,7 +42,7 @@ def block_sum(x: Tensor, r: int) -> Tensor:
     """(..., in) -> (..., r): the sum of all blocks of r consecutive entries, the last one padded
     with zeros. In x's dtype also under autocast, which would sum a wide copy."""
     count = x.shape[-1] // r
-    with torch.autocast(x.device.type, enabled=False):
+    with unrounded(x.device.type):
         h = x[..., : count * r].unflatten(-1, (count, r)).sum(-2)
         left = x.shape[-1] - count * r
         return h + F.pad(x[..., count * r :], (0, r - left)) if left else h

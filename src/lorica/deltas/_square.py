@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.deltas import AbstractDelta, Site
 from lorica.deltas._blocks import tile
+from lorica.products import unrounded
 from lorica.shards import copy_, read_full, zero_
 
 
@@ -79,7 +80,7 @@ def strided_sum(x: Tensor, width: int) -> Tensor:
     """(..., in) -> (..., width): z_p = Σ x̃_j over j ≡ p (mod width), where x̃ is x and then, up to a
     multiple of `width`, x from its beginning."""
     full, left = divmod(x.shape[-1], width)
-    with torch.autocast(x.device.type, enabled=False):  # else the sum is of a wide copy
+    with unrounded(x.device.type):  # else the sum is of a wide copy
         z = x[..., : full * width].unflatten(-1, (full, width)).sum(-2)
         return z + last_block(x, width) if left else z
 
@@ -95,7 +96,7 @@ def grouped_sum(x: Tensor, width: int) -> Tensor:
     ones first; a group beyond the last entry is 0."""
     size, longer = divmod(x.shape[-1], width)
     edge = longer * (size + 1)
-    with torch.autocast(x.device.type, enabled=False):
+    with unrounded(x.device.type):
         first = x[..., :edge].unflatten(-1, (longer, size + 1)).sum(-1)
         rest = x[..., edge:].unflatten(-1, (width - longer, size)).sum(-1)
     return torch.cat([first, rest], -1)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from lorica.deltas import AbstractDelta, DeltaChoice, Factors, Site
 from lorica.deltas import _trains as trains
+from lorica.products import unrounded
 from lorica.scales import AbstractScale
 from lorica.shards import copy_, read_full, zero_
 
@@ -70,7 +71,7 @@ class TrainDelta(AbstractDelta):
     def factors(self) -> Factors:
         """B·A, of rank r, or BA − B₀A₀ = (B − B₀)A + B₀(A − A₀), of rank 2r and exactly zero at the
         start."""
-        with torch.autocast(self.cores[0].device.type, enabled=False):
+        with unrounded(self.cores[0].device.type):
             A, B = trains.factors([read_full(c) for c in self.cores], self.inputs)
             if len(self.origin):
                 first = trains.factors([read_full(c) for c in self.origin], self.inputs)

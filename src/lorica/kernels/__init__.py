@@ -26,12 +26,21 @@ class AbstractKernel(Choice, abc.ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
 
     @abc.abstractmethod
-    def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
+    def product(
+        self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
+        formed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(..., in) -> (..., out): gain ∘ (x Wᵀ + update(x)), with the base's bias where `bias`.
 
         Args:
             gain: g (out,), in at least float32; None: 1.
+            formed: W + ΔW (out, in), of a caller that formed it and has no more use for it, where
+                `forms` asked for it; None: the kernel forms it itself.
         """
+
+    def forms(self, x: Tensor, base, update) -> bool:
+        """Whether this call would use W + ΔW, if the caller formed it."""
+        return False
 
     def threshold(self, in_features: int, out_features: int) -> int | None:
         """Tokens in a call from which on W + ΔW is materialised; None: never."""

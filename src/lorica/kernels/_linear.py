@@ -32,9 +32,11 @@ from torch.nn import functional as F
 
 from lorica import dropout
 from lorica.kernels import AbstractKernel, plain
-from lorica.kernels._orders import Call, Order, rounds
+from lorica.kernels._orders import WIDE, Call, Order, rounds
+from lorica.products import added, unrounded
 
 SAVES = ("output", "product", "nothing")
+FEW, PART = 32, 512  # rank at most, and tokens a part, of a product that is formed in parts
 SLICE = 64  # rows at a time, where a wide copy of all would be made
 TINY = 2.0**-60  # |g| is at least this, so that y / g gives back what g scaled
 
@@ -45,11 +47,12 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
         gain: Tensor | None, a2: Tensor | None, b2: Tensor | None, scale: float,
         forward_sum: bool, input_sum: bool, outer: bool, keep_sum: bool, p: float, seed: int,
-        drop_all: bool, saves: str, dtype: torch.dtype, grad: bool,
+        drop_all: bool, saves: str, dtype: torch.dtype, grad: bool, formed: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         needs = (grad and need for need in ctx.needs_input_grad)  # which says nothing of no_grad
         need_x, need_w, _, need_a, need_b, need_gain, *_ = needs
         call = _Call(x, w, bias, a, b, gain, a2, b2, scale, p, seed, drop_all, dtype)
+        call.plain = formed
         keep = need_gain and saves == "product"
         again = need_gain and saves == "nothing"
         output = need_gain and saves == "output"
@@ -79,11 +82,11 @@ class _Linear(torch.autograd.Function):
                     "this layer kept a product for backward that a second derivative would need"
                     " again; add `+reference` to the method to differentiate twice"
                 )
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with unrounded(grads[0].device.type):
             call = _Call(x, w, bias, a, b, gain, a2, b2, *ctx.rest)
             call.formed = formed
             out = call.backward(grads[0], h, u, y, ctx.needs_input_grad, *ctx.order)
-        return *out, *[None] * 13
+        return *out, *[None] * 14
 
 
 def _marked(y: Tensor) -> int:
@@ -148,6 +151,26 @@ def _times(y: Tensor, factor: Tensor, *, fresh: bool = True) -> Tensor:
     return y
 
 
+def _into_rank(small: Tensor, x: Tensor) -> Tensor:
+    """smallᵀ x (k, m) of small (N, k) and x (N, m).
+
+    A CPU shares the result out among its threads, and a few rows are too little for that: in parts
+    of the tokens, side by side, this takes 0.5 to 0.8 of the time. The parts do not depend on the
+    number of threads.
+    """
+    n, k = small.shape
+    if x.device.type != "cpu" or x.dtype not in WIDE or _compiling() or k > FEW or n < PART:
+        return small.T @ x
+    parts = max(2, round(n / PART))
+    even = n // parts * parts
+
+    def split(t: Tensor) -> Tensor:
+        return t[:even].unflatten(0, (parts, -1))
+
+    out = torch.bmm(split(small).mT, split(x)).sum(0)
+    return out if even == n else torch.addmm(out, small[even:].T, x[even:])
+
+
 def _over_tokens(dy: Tensor, y: Tensor) -> Tensor:
     """Σ dY ∘ y (out,), in at least float32; float16 would overflow in the products already."""
     wide = torch.promote_types(dy.dtype, torch.float32)
@@ -178,6 +201,7 @@ class _Call:
         self.k, self.still = a.shape[0], scale
         self.mask = dropout.Mask(p, seed) if p else None
         self.formed: Tensor | None = None
+        self.plain: Tensor | None = None  # the sum without g, ours to change
         self.scale = scale / (1 - p)  # with what dropout owes to the features that stay
         if drop_all and a2 is not None:  # one pair of all that dropout falls on
             self.a, self.b = torch.cat([self.a, self.a2]), torch.cat([self.b, self.b2], 1)
@@ -202,10 +226,14 @@ class _Call:
         """g ∘ (W + ΔW) (out, in), of both pairs."""
         if self.formed is not None and gained:
             return self.formed
-        v = torch.addmm(self.w, self.b, self.a, alpha=self.scale)
-        if self.a2 is not None:
-            v = _plus(v, self.b2, self.a2, self.still)
-        v = v if self.g is None or not gained else _times(v, self.g[:, None])
+        if given := self.plain is not None:
+            v, self.plain = self.plain, None
+        else:
+            v = added(self.w, self.b, self.a, self.scale)
+            if self.a2 is not None:
+                v = _plus(v, self.b2, self.a2, self.still)
+        if self.g is not None and gained:
+            v = _times(v, self.g[:, None], fresh=not (given and _compiling()))
         self.formed = v if gained else None
         return v
 
@@ -251,10 +279,10 @@ class _Call:
             db = G @ self.a[:k].T if need_b else None
         elif need_a or need_b:
             x: Any = None if h is not None else self.dropped()
-            da = z[:, :k].T @ x if need_a else None
+            da = _into_rank(z[:, :k], x) if need_a else None
             if need_b:
                 small = x @ self.a[:k].T if h is None else h[:, :k]
-                db = (small.T @ dy).T  # faster than dYᵀ h, whose result is tall
+                db = _into_rank(small, dy).T  # faster than dYᵀ h, whose result is tall
         if db is not None:
             s: Any = self.scale if row is None else row * self.scale
             db.mul_(s)
@@ -318,39 +346,57 @@ class Fused(AbstractKernel):
         """Whether W + ΔW is saved for backward."""
         return False
 
-    def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out). What has no pair of factors knows its own order; where a mask
-        cannot be a seed, dropout is the compiler's; a transform sees through plain products."""
+    def _order(self, x: Tensor, base, update) -> tuple[Order, torch.dtype] | None:
+        """How to compute this call, and in which dtype; None: as it is written. What has no pair of
+        factors knows its own order; where a mask cannot be a seed, dropout is the compiler's; a
+        transform sees through plain products."""
         dropping = update.dropping
         unlike = (dropping and not dropout.seeded()) or (not _compiling() and dropout.transformed())
         if update.delta.pair() is None or base.lookup or unlike:
+            return None
+        own, carried, w, device = update.delta.factors(), update.carried, base.weight(), x.device
+        auto = torch.is_autocast_enabled(device.type)
+        auto = auto and x.dtype != torch.float64  # which torch's autocast leaves alone, too
+        dtype = torch.get_autocast_dtype(device.type) if auto else x.dtype
+        grad = torch.is_grad_enabled()
+        return self.order(Call(
+            tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
+            out_features=w.shape[0], r=own.A.shape[0],
+            carried=0 if carried is None else carried.A.shape[0], dtype=dtype, device=device.type,
+            exact=not rounds(device.type), dropping=dropping,
+            needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
+            needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
+        )), dtype  # fmt: skip
+
+    def forms(self, x: Tensor, base, update) -> bool:
+        chosen = self._order(x, base, update)
+        if chosen is None or not chosen[0].forward_sum:
+            return False
+        return chosen[1] == base.weight().dtype == update.delta.factors().A.dtype
+
+    def product(
+        self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
+        formed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(..., in) -> (..., out)."""
+        chosen = self._order(x, base, update)
+        if chosen is None:
             return plain(x, base, update, bias=bias, gain=gain)
+        order, dtype = chosen
         own, carried = update.delta.factors(), update.carried
         w, offset = base.weight(), base.bias() if bias else None
         a2, b2 = (None, None) if carried is None else (carried.A, carried.B)
         if carried is not None and carried.scale != own.scale:
             b2 = carried.B * (carried.scale / own.scale)
-        device = x.device.type
-        auto = torch.is_autocast_enabled(device)
-        auto = auto and x.dtype != torch.float64  # which torch's autocast leaves alone, too
-        dtype = torch.get_autocast_dtype(device) if auto else x.dtype
-        grad = torch.is_grad_enabled()
-        order = self.order(Call(
-            tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
-            out_features=w.shape[0], r=own.A.shape[0],
-            carried=0 if a2 is None else a2.shape[0], dtype=dtype, device=device,
-            exact=not rounds(device), dropping=dropping,
-            needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
-            needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
-        ))  # fmt: skip
+        dropping, grad = update.dropping, torch.is_grad_enabled()
         saves = self.saves
         if saves == "output" and (offset is not None or _watched()):
             saves = "product"  # a small g would be lost in the bias' rounding
-        with torch.autocast(device, enabled=False):
+        with unrounded(x.device.type):
             y = _Linear.apply(
                 x.reshape(-1, x.shape[-1]), w, offset, own.A, own.B, gain, a2, b2, own.scale,
                 order.forward_sum, order.input_sum, order.outer, self.keeps_sum(),
                 update.dropout if dropping else 0.0, dropout.draw_seed() if dropping else 0,
-                update.drop_carried, saves, dtype, grad,
+                update.drop_carried, saves, dtype, grad, formed,
             )  # fmt: skip
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]

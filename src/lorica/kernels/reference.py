@@ -19,5 +19,8 @@ class Reference(AbstractKernel):
         'reference'
     """
 
-    def product(self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None) -> Tensor:
+    def product(
+        self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
+        formed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         return plain(x, base, update, bias=bias, gain=gain)
