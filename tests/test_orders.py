@@ -95,13 +95,15 @@ def test_a_sum_that_the_caller_formed_changes_nothing(order, carried, saves, bia
     x, gain = torch.randn(11, 7, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.5
     gain.requires_grad_()
     kernel = Fixed(given=order, saves=saves)
-    assert kernel.forms(x, one.store, one.update) == order.forward_sum
-    assert not kernel.forms(x.bfloat16(), one.store, one.update), "of another dtype"
+    plan = kernel.plan(x, one.store, one.update)
+    assert plan is not None and plan.forms == order.forward_sum
+    other = kernel.plan(x.float(), one.store, one.update)
+    assert other is not None and not other.forms, "of another dtype"
     expected = run(one, kernel, x, gain)
     if not order.forward_sum:
         return
     _, v = one.update.formed_norms(one.store, keep=True)
-    found = run(one, kernel, x, gain, formed=v)
+    found = run(one, kernel, x, gain, plan=plan, formed=v)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 

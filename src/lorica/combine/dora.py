@@ -59,8 +59,10 @@ class DoraCombine(AbstractCombine):
     def forward(self, x: Tensor, base, update, kernel) -> Tensor:
         if self.drop_correction and update.dropping:
             return self._authors(x, base, update, self.gain(base, update))
-        c, v = self._norms(base, update, keep=kernel.forms(x, base, update))
-        return kernel.product(x, base, update, bias=True, gain=self._over(c), formed=v)
+        plan = kernel.plan(x, base, update)
+        c, v = self._norms(base, update, keep=plan is not None and plan.forms)
+        g = self._over(c)
+        return kernel.product(x, base, update, bias=True, gain=g, plan=plan, formed=v)
 
     def _authors(self, x: Tensor, base, update, g: Tensor) -> Tensor:
         dropped, keep = update.drop(x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,19 +28,21 @@ class AbstractKernel(Choice, abc.ABC):
     @abc.abstractmethod
     def product(
         self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
-        formed: Tensor | None = None,
+        plan: Any = None, formed: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """(..., in) -> (..., out): gain ∘ (x Wᵀ + update(x)), with the base's bias where `bias`.
 
         Args:
             gain: g (out,), in at least float32; None: 1.
+            plan: what `plan` gave for this very call; None: it is asked for now.
             formed: W + ΔW (out, in), of a caller that formed it and has no more use for it, where
-                `forms` asked for it; None: the kernel forms it itself.
+                the plan says so; None: the kernel forms it itself.
         """
 
-    def forms(self, x: Tensor, base, update) -> bool:
-        """Whether this call would use W + ΔW, if the caller formed it."""
-        return False
+    def plan(self, x: Tensor, base, update) -> Any:
+        """How this call would be computed; its `forms` says whether it would use W + ΔW, if the
+        caller formed it. None: in the one way there is, without."""
+        return None
 
     def threshold(self, in_features: int, out_features: int) -> int | None:
         """Tokens in a call from which on W + ΔW is materialised; None: never."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         needs = (grad and need for need in ctx.needs_input_grad)  # which says nothing of no_grad
         need_x, need_w, _, need_a, need_b, need_gain, *_ = needs
-        call = _Call(x, w, bias, a, b, gain, a2, b2, scale, p, seed, drop_all, dtype)
+        g = None if gain is None else _apart_from_zero(gain, dtype)
+        call = _Call(x, w, bias, a, b, g, a2, b2, scale, p, seed, drop_all, dtype)
         call.plain = formed
         keep = need_gain and saves == "product"
         again = need_gain and saves == "nothing"
@@ -66,7 +67,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(
             x if need_a or need_w or again else None, w, bias, a, b, gain, a2, b2,
             h if slim else None, u, call.formed if keep_sum and need_x and input_sum else None,
-            y if output else None,
+            g, y if output else None,
         )  # fmt: skip
         ctx.rest = scale, p, seed, drop_all, dtype
         ctx.order = input_sum, outer and not slim
@@ -74,16 +75,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, bias, a, b, gain, a2, b2, h, u, formed, y = _unpack(ctx)
+        x, w, bias, a, b, gain, a2, b2, h, u, formed, g, y = _unpack(ctx)
         if torch.is_grad_enabled():  # a second derivative: what was kept would count as a constant
             formed = None
+            g = None if gain is None else _apart_from_zero(gain, ctx.rest[-1])
             if h is not None or u is not None:
                 raise RuntimeError(
                     "this layer kept a product for backward that a second derivative would need"
                     " again; add `+reference` to the method to differentiate twice"
                 )
         with unrounded(grads[0].device.type):
-            call = _Call(x, w, bias, a, b, gain, a2, b2, *ctx.rest)
+            call = _Call(x, w, bias, a, b, g, a2, b2, *ctx.rest)
             call.formed = formed
             out = call.backward(grads[0], h, u, y, ctx.needs_input_grad, *ctx.order)
         return *out, *[None] * 14
@@ -91,8 +93,9 @@ class _Linear(torch.autograd.Function):
 
 def _marked(y: Tensor) -> int:
     """y's version, well above that of a copy which a hook on saved tensors may hand back."""
+    nothing = y[:0]
     for _ in range(3):
-        y[:0].zero_()
+        nothing.zero_()
     return y._version
 
 
@@ -134,6 +137,16 @@ def _plus(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     if _watched():
         return torch.addmm(y, left, right, alpha=scale)
     return y.addmm_(left, right, alpha=scale)
+
+
+def _apart_from_zero(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (out,), so far from 0 that y / g gives back what g scaled, for products in this dtype.
+
+    Wide: rounded, it would stand still while a magnitude trains, and its whole row would be off.
+    """
+    g = gain.to(torch.promote_types(dtype, torch.float32))
+    least = max(TINY, torch.finfo(dtype).tiny)  # float16 has no TINY
+    return g.abs().clamp_min_(least).copysign_(g)
 
 
 def _times(y: Tensor, factor: Tensor, *, fresh: bool = True) -> Tensor:
@@ -186,7 +199,7 @@ class _Call:
     """The tensors of one call, in the dtype that it computes in."""
 
     def __init__(
-        self, x: Any, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor | None,
+        self, x: Any, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Any,
         a2: Tensor | None, b2: Tensor | None, scale: float, p: float, seed: int, drop_all: bool,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
@@ -206,12 +219,7 @@ class _Call:
         if drop_all and a2 is not None:  # one pair of all that dropout falls on
             self.a, self.b = torch.cat([self.a, self.a2]), torch.cat([self.b, self.b2], 1)
             self.a2 = self.b2 = None
-        self.g: Any = None
-        if gain is not None:
-            g = gain.to(torch.promote_types(dtype, torch.float32))
-            least = max(TINY, torch.finfo(dtype).tiny)  # float16 has no TINY
-            # Wide: rounded, it would stand still while m trains, and its whole row would be off.
-            self.g = torch.where(g.abs() < least, least, g)
+        self.g = g
 
     def dropped(self) -> Tensor:
         """x after dropout, but for the scale."""
@@ -319,6 +327,23 @@ class _Call:
         return u
 
 
+class Plan(NamedTuple):
+    """How one call is computed, and of what.
+
+    Attributes:
+        dtype: that the products are computed in.
+        w, own, carried: W (out, in), the trained factors and those that are carried.
+        forms: whether W + ΔW (out, in) would be used, if the caller formed it.
+    """
+
+    order: Order
+    dtype: torch.dtype
+    w: Tensor
+    own: Any
+    carried: Any
+    forms: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fused(AbstractKernel):
     """A kernel that computes by the function above; a file says in which order.
@@ -346,10 +371,9 @@ class Fused(AbstractKernel):
         """Whether W + ΔW is saved for backward."""
         return False
 
-    def _order(self, x: Tensor, base, update) -> tuple[Order, torch.dtype] | None:
-        """How to compute this call, and in which dtype; None: as it is written. What has no pair of
-        factors knows its own order; where a mask cannot be a seed, dropout is the compiler's; a
-        transform sees through plain products."""
+    def plan(self, x: Tensor, base, update) -> Plan | None:
+        """None: as it is written. What has no pair of factors knows its own order; where a mask
+        cannot be a seed, dropout is the compiler's; a transform sees through plain products."""
         dropping = update.dropping
         unlike = (dropping and not dropout.seeded()) or (not _compiling() and dropout.transformed())
         if update.delta.pair() is None or base.lookup or unlike:
@@ -359,32 +383,28 @@ class Fused(AbstractKernel):
         auto = auto and x.dtype != torch.float64  # which torch's autocast leaves alone, too
         dtype = torch.get_autocast_dtype(device.type) if auto else x.dtype
         grad = torch.is_grad_enabled()
-        return self.order(Call(
+        order = self.order(Call(
             tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
             out_features=w.shape[0], r=own.A.shape[0],
             carried=0 if carried is None else carried.A.shape[0], dtype=dtype, device=device.type,
             exact=not rounds(device.type), dropping=dropping,
             needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
             needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
-        )), dtype  # fmt: skip
-
-    def forms(self, x: Tensor, base, update) -> bool:
-        chosen = self._order(x, base, update)
-        if chosen is None or not chosen[0].forward_sum:
-            return False
-        return chosen[1] == base.weight().dtype == update.delta.factors().A.dtype
+        ))  # fmt: skip
+        return Plan(
+            order, dtype, w, own, carried, order.forward_sum and dtype == w.dtype == own.A.dtype
+        )
 
     def product(
         self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
-        formed: Tensor | None = None,
+        plan: Plan | None = None, formed: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """(..., in) -> (..., out)."""
-        chosen = self._order(x, base, update)
-        if chosen is None:
+        plan = self.plan(x, base, update) if plan is None else plan
+        if plan is None:
             return plain(x, base, update, bias=bias, gain=gain)
-        order, dtype = chosen
-        own, carried = update.delta.factors(), update.carried
-        w, offset = base.weight(), base.bias() if bias else None
+        order, dtype, w, own, carried, _ = plan
+        offset = base.bias() if bias else None
         a2, b2 = (None, None) if carried is None else (carried.A, carried.B)
         if carried is not None and carried.scale != own.scale:
             b2 = carried.B * (carried.scale / own.scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,6 @@ class Reference(AbstractKernel):
 
     def product(
         self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
-        formed: Tensor | None = None,
+        plan: Any = None, formed: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         return plain(x, base, update, bias=bias, gain=gain)
