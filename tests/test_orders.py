@@ -108,6 +108,17 @@ def test_a_sum_that_the_caller_formed_changes_nothing(order, carried, saves, bia
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_half_precision_stays_the_kernels_own(dtype):
+    """Norms are of a sum in float32, whose product with half precision there is not."""
+    model = nn.Sequential(nn.Linear(7, 5, dtype=dtype))
+    one = lorica.attach(model, "dora+materialised", r=2, verbose=False).layers["0"]
+    x = torch.randn(9, 7, dtype=dtype)
+    before = one.base(x)
+    assert one(x).dtype == dtype
+    torch.testing.assert_close(one(x), before, rtol=2e-2, atol=2e-2)
+
+
 def test_row_norms_cost_no_product_where_the_sum_is_formed_anyway():
     """DoRA's forward: the product with W, and the sum once, for norms and product both."""
     N, m, n, r = 11, 7, 5, 3

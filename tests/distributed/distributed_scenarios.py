@@ -467,7 +467,7 @@ def moves_keep_the_function() -> None:
 
 @_on(2)
 def moves_keep_the_function_transposed() -> None:
-    _moves_keep("dora+pissa", make=_gpt2)
+    _moves_keep("dora+pissa", make=_gpt2, dtype=torch.float64, atol=1e-9)  # an SVD magnifies
     _moves_keep("lora", make=_gpt2, r=1)
 
 

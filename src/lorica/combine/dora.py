@@ -92,8 +92,8 @@ class Dora(CombineChoice):
     m starts at the row norms of W + ΔW, so the function is kept; it trains at the factors' rate
     without weight decay, which would pull the row norms to 0.
 
-    Cost: one number an output; each forward needs the row norms of W + ΔW, some 3 % of a step;
-    nothing after merging.
+    Cost: one number an output; each forward needs the row norms of W + ΔW and backward the layer's
+    output, some 3 % of a step; nothing after merging.
     When: low ranks, where its paper found the largest gap to LoRA; first at half of LoRA's
     rank.
 

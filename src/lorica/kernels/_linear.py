@@ -391,9 +391,8 @@ class Fused(AbstractKernel):
             needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
             needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
         ))  # fmt: skip
-        return Plan(
-            order, dtype, w, own, carried, order.forward_sum and dtype == w.dtype == own.A.dtype
-        )
+        alike = dtype in WIDE and dtype == w.dtype == own.A.dtype  # the caller forms it wide
+        return Plan(order, dtype, w, own, carried, order.forward_sum and alike)
 
     def product(
         self, x: Tensor, base, update, *, bias: bool, gain: Tensor | None = None,
