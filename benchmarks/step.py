@@ -15,8 +15,8 @@ step*: the same model, every weight frozen, gradients flowing through activation
 method can be faster than that plus its own small products: `products` is the number of multiplies
 in the matrix products of a step, attention's among them, as counted in one, over the frozen step's.
 `floor` is what the step should take: the frozen step's time, and for all that the method counts
-beyond it the rate at which this machine does such work alone, in the same run. Four things are
-counted: multiplies of products whose smallest side is at least 64, of thinner ones (less is made of
+beyond it the rate at which this machine does such work, in the same run, right after a large
+product, which leaves as little in the caches as a step's products do. Four things are counted: multiplies of products whose smallest side is at least 64, of thinner ones (less is made of
 each number loaded, and a second thread helps less), bytes that everything else reads and writes,
 and random numbers drawn.
 Runs are interleaved in rotating order, so that a change of the machine's speed meets all of them; a
@@ -286,7 +286,7 @@ class Counter(TorchDispatchMode):
 
 def rates(part: Part) -> Counts:
     """What this machine does in a second, with the part's shapes, one kind of work at a time. As in
-    a step, each call meets activations that no cache holds any more."""
+    a step, a product runs before each call, and its activations are in no cache any more."""
     like = {"device": part.device, "dtype": torch.bfloat16 if part.autocast else part.dtype}
     n, m, r = part.rows * part.tokens, part.width, part.ranks[0]
     pool = [torch.randn(n, m, **like) for _ in range(COLD // (n * m * 4))]
@@ -299,16 +299,18 @@ def rates(part: Part) -> Counts:
     ]
     number = n * m // 20
     return Counts(
-        thick=n * m * m / alone([lambda x, _: x @ w.T], pool, part),
-        thin=3 * n * m * r / alone(thin, pool, part),
-        moved=3 * pool[0].nbytes / alone([lambda x, y: x * y], pool, part),
-        drawn=number / alone([lambda *_: torch.rand(number, device=part.device)], pool, part),
+        thick=n * m * m / alone([lambda x, _: x @ w.T], pool, w, part),
+        thin=3 * n * m * r / alone(thin, pool, w, part),
+        moved=3 * pool[0].nbytes / alone([lambda x, y: x * y], pool, w, part),
+        drawn=number / alone([lambda *_: torch.rand(number, device=part.device)], pool, w, part),
     )
 
 
-def alone(calls: list[Callable[..., Any]], pool: list[torch.Tensor], part: Part) -> float:
-    """Seconds of all of them, each at its median over the pool; on a GPU, where one is over before
-    it could be timed, at the mean of a second round."""
+def alone(
+    calls: list[Callable[..., Any]], pool: list[torch.Tensor], w: torch.Tensor, part: Part
+) -> float:
+    """Seconds of all of them, each at its median over the pool, after a product with w; on a GPU,
+    where one is over before it could be timed, at the mean of a second round, without."""
     total = 0.0
     for call in calls:
         if part.device == "cuda":
@@ -320,10 +322,13 @@ def alone(calls: list[Callable[..., Any]], pool: list[torch.Tensor], part: Part)
             within(every, part)
             total += within(every, part) / len(pool)
         else:
-            total += statistics.median(
-                within(lambda x=x, y=y, call=call: call(x, y), part)
-                for x, y in zip(pool, [pool[-1], *pool], strict=False)
-            )
+            taken = []
+            for x, y, other in zip(
+                pool, [pool[-1], *pool], pool[len(pool) // 2 :] + pool, strict=False
+            ):
+                _ = other @ w.T
+                taken.append(within(lambda x=x, y=y, call=call: call(x, y), part))
+            total += statistics.median(taken)
     return total
 
 
