@@ -16,9 +16,10 @@ method can be faster than that plus its own small products: `products` is the nu
 in the matrix products of a step, attention's among them, as counted in one, over the frozen step's.
 `floor` is what the step should take: the frozen step's time, and for all that the method counts
 beyond it the rate at which this machine does such work, in the same run, right after a large
-product, which leaves as little in the caches as a step's products do. Four things are counted: multiplies of products whose smallest side is at least 64, of thinner ones (less is made of
-each number loaded, and a second thread helps less), bytes that everything else reads and writes,
-and random numbers drawn.
+product, which leaves as little in the caches as a step's products do. Four things are counted:
+multiplies of products whose smallest side is at least 64, of thinner ones (less is made of each
+number loaded, and a second thread helps less), bytes that everything else reads and writes, and
+random numbers drawn.
 Runs are interleaved in rotating order, so that a change of the machine's speed meets all of them; a
 round's ratio is taken against the same round's frozen step, or PEFT's.
 
