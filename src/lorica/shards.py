@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lorica.products import unrounded
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -174,7 +176,7 @@ def outer_add_(
     local, offset = shard_of(w)
     rows, columns = _window(local, offset)
     wide = torch.promote_types(torch.promote_types(local.dtype, B.dtype), torch.float32)
-    with torch.autocast(local.device.type, enabled=False):
+    with unrounded(local.device.type):
         total = torch.addmm(local.to(wide), B[rows].to(wide), A[:, columns].to(wide), alpha=alpha)
     local.copy_(total)
 

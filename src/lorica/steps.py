@@ -3,14 +3,17 @@ scaler skips."""
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
+from lorica.products import unrounded
 from lorica.shards import reduce_scalar
 
 
-def in_full(optimizer: torch.optim.Optimizer) -> torch.autocast:
+def in_full(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
     """No autocast: what an event rounds stays rounded."""
-    return torch.autocast(optimizer.param_groups[0]["params"][0].device.type, enabled=False)
+    return unrounded(optimizer.param_groups[0]["params"][0].device.type)
 
 
 def is_fake(optimizer: torch.optim.Optimizer) -> bool:

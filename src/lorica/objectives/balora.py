@@ -36,6 +36,7 @@ from lorica.objectives._outputs import (
     share_of_all,
     share_of_norm,
 )
+from lorica.products import unrounded
 from lorica.shards import seeded
 
 # form -> (λ₁, λ₂, λ₃), k: the authors'
@@ -124,7 +125,7 @@ class Balora(AbstractObjective):
         teacher = context.reference["logits"] if cr else logits
         if not keep.any():
             return task_loss
-        with torch.autocast(logits.device.type, enabled=False):
+        with unrounded(logits.device.type):
             z = logits[keep]
             z = z.to(torch.promote_types(z.dtype, torch.float32))  # (N, D)
             terms = []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorica.objectives import AbstractObjective, Context
+from lorica.products import unrounded
 
 # What a model returns -> which of its inputs marks the padding there.
 _FEATURES = {
@@ -78,7 +79,7 @@ class Distillation(AbstractObjective):
     def loss(self, task_loss: Tensor, context: Context) -> Tensor:
         reference, batch = context.reference, dict(context.batch)
         own, original = _features(_student(context, batch), batch), _features(reference, batch)
-        with torch.autocast(task_loss.device.type, enabled=False):
+        with unrounded(task_loss.device.type):
             distances = [
                 _distance(h, h0, mask).to(task_loss.device)
                 for (h, mask), (h0, _) in zip(own, original, strict=True)

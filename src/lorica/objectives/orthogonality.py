@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from lorica.objectives import AbstractObjective, Context
+from lorica.products import unrounded
 
 
 def _whole(p: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class Orthogonality(AbstractObjective):
 
     def loss(self, task_loss: Tensor, context: Context) -> Tensor:
         device, found = task_loss.device, []
-        with torch.autocast(device.type, enabled=False):
+        with unrounded(device.type):
             for name, pair in context.adapters.pairs():
                 layer = context.adapters.layers[name]
                 # The base may rest alone; and what rests must get no gradient from here either.
