@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lorica import world
+from lorica import embedded
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BOS, EOS = range(3)
@@ -149,12 +149,12 @@ def train(model, tokenizer, *, steps: int, seed: int) -> int:
         for optimizer in optimizers
     ]
     # Progress is watched on inputs of the training side drawn for it alone; the test side waits.
-    watched = world.generate("old", 50 * len(world.tasks("old")), seed=seed + 1)
+    watched = embedded.generate("old", 50 * len(embedded.tasks("old")), seed=seed + 1)
     seen, running, start = 0, 0.0, time.perf_counter()
     pool: list[dict[str, str]] = []
     for step in range(steps):
         if len(pool) < BATCH:
-            pool = world.generate("old", 400 * BATCH, seed=1_000_003 * (seed + 1) + step)
+            pool = embedded.generate("old", 400 * BATCH, seed=1_000_003 * (seed + 1) + step)
         examples, pool = pool[:BATCH], pool[BATCH:]
         batches = list(micro_batches(examples, tokenizer))
         answers = sum(int((labels >= 0).sum()) for _, labels in batches)
@@ -207,7 +207,9 @@ def provenance(folder: Path, options, tokens: int, seconds: float) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     tables = []
     for kind in ("old", "new"):
-        examples = world.generate(kind, EVALUATED * len(world.tasks(kind)), seed=0, side="test")
+        examples = embedded.generate(
+            kind, EVALUATED * len(embedded.tasks(kind)), seed=0, side="test"
+        )
         scores = exact_match(model, tokenizer, examples)
         rows = "\n".join(f"| {task} | {100 * score:.1f} |" for task, score in scores.items())
         tables.append(
@@ -217,7 +219,7 @@ def provenance(folder: Path, options, tokens: int, seconds: float) -> str:
     return f"""# Where this model comes from
 
 A Llama of {parameters:,} parameters, trained from random weights by this project on text that its
-own task world generates (`lorica.world`, the training side of the old tasks). No other data and no
+own task world generates (`lorica.embedded`, the training side of the old tasks). No other data and no
 other model went into it. The weights are stored as float16; `config.json` asks for float32.
 
 - command: `python benchmarks/base_model.py --out DIR --seed {options.seed} \

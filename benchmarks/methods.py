@@ -210,11 +210,11 @@ class Bench:
         found = {}
         for power in range(-30, 31):
             run = Run(entry, entry.rate * 2.0**power, SEEDS[0])
-            if told := self.told(run):
+            if told := self.shorten(run):
                 found[run.rate] = loss_of(told)
         return found
 
-    def told(self, run: Run, suffix: str = "") -> dict[str, Any] | None:
+    def shorten(self, run: Run, suffix: str = "") -> dict[str, Any] | None:
         kept = self.work / f"{run.name}{suffix}.json"
         return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
 
@@ -282,15 +282,12 @@ def _child(words: list[str], log: Path, out: Path | None, writer: Any) -> None:
 def load_everything() -> None:
     """Imports take ten times as long as a short run's start, so they come before the forks."""
     import datasets  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
-
-    import lorica.cli.eval
-    import lorica.cli.train
     import lorica.io
     import lorica.train.run
     import lorica.train.trainer  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -312,8 +309,8 @@ class Line:
     def of(cls, bench: Bench, entry: Entry) -> Line | None:
         tried = bench.tried(entry)
         wanted = [Run(entry, best(tried), seed) for seed in SEEDS] if tried else []
-        runs = [bench.told(run) for run in wanted]
-        asked = [bench.told(run, ".eval") for run in wanted]
+        runs = [bench.shorten(run) for run in wanted]
+        asked = [bench.shorten(run, ".eval") for run in wanted]
         if not wanted or None in runs or None in asked:
             return None
         metrics = [told["metrics"] for told in asked if told]
@@ -428,7 +425,7 @@ def size(bench: Bench, line: Line) -> str:
     """Trained weights, and those of the layers that they replace."""
     run = Run(line.entry, line.rate, SEEDS[0])
     result = json.loads((bench.work / run.name / "result.json").read_text(encoding="utf-8"))
-    kinds = {kind: told["count"] for kind, told in result["contract"]["layers"].items()}
+    kinds = {kind: told["count"] for kind, told in result["summary"]["layers"].items()}
     dense = sum(math.prod(map(int, kind.split(" x "))) * n for kind, n in kinds.items())
     return f"{result['trainable']:,} of {dense:,}"
 

@@ -27,7 +27,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 
 TOKENS, R = 1024, 16
 TARGETS = {"riemannian": 1.05, "lorarite": 1.10}  # ratio to the same step with adamw
@@ -166,7 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     count, layers = (3, 6) if options.quick else (options.rounds, 24)
-    others = [w for w in rooms.words("optim") if w != BASELINE]
+    others = [w for w in registry.names("optim") if w != BASELINE]
     rules = [BASELINE, *(w for w in others if Recipe.parse(w).delta.wraps)]
 
     whole = rounds({rule: whole_step(rule) for rule in rules}, count)

@@ -4,7 +4,7 @@
 
 One adapted layer alone, float32, forward and backward of every lawful order, interleaved, over a
 grid of sizes, tokens and ranks. The choice is made by counting multiplies
-(`lorica.kernels.choose`); here its time stands beside that of the fastest order. A shape counts as
+(`lorica.methods.kernels.base.choose`); here its time stands beside that of the fastest order. A shape counts as
 met where the chosen one is within 3 % of it.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from optimizers import processor
 
-from lorica.kernels import Call, Order, choose
-from lorica.kernels._measured import fastest, seconds
+from lorica.methods.kernels._measured import fastest, seconds
+from lorica.methods.kernels.base import Call, Order, choose
 
 NEAR = 1.03
 

@@ -187,7 +187,7 @@ class Bench:
         with self.lock:
             if not (folder / "tokens.json").is_file():
                 from lorica.data.stream import Text
-                from lorica.train.tokenizer import train_tokenizer
+                from lorica.run.train_tokenizer import train_tokenizer
 
                 text = Text.read([str(self.train)])
                 tokenizer = train_tokenizer(text.texts(), VOCABULARY)

@@ -26,7 +26,7 @@ import transformers
 from optimizers import processor, rounds
 
 import lorica
-from lorica.train import shapes
+from lorica.run import model_configs
 
 R, HORIZON = 32, 1260  # an epoch of the pre-training benchmark
 SHAPE, BATCH, SMALL = "llama-1m", (16, 256), (1, 16)
@@ -61,7 +61,9 @@ class Trainee:
 
     def __init__(self, method: str) -> None:
         torch.manual_seed(0)
-        self.model: Any = shapes.build(shapes.find(SHAPE).config, SHAPE, dtype=torch.float32)
+        self.model: Any = model_configs.build(
+            model_configs.find(SHAPE).config, SHAPE, dtype=torch.float32
+        )
         recipe = lorica.Recipe.parse(method, **({} if method == "full" else {"r": R}))
         if not recipe.whole:
             recipe = lorica.Recipe.parse(recipe, train_rest=True)

@@ -6,7 +6,7 @@
 A Llama 16 wide with one layer, vocabulary 61, 2 rows of 8 tokens a step, r = 4, float32, one
 thread; each word of the rooms `schedules` and `optim` with its default recipe, in a process of its
 own, in a plain loop. The first line is the control, the plain model under torch's AdamW without
-Lorica; the last is `lorica.train.Trainer`. From step WARM on, ten times and after a collection:
+Lorica; the last is `lorica.run.Trainer`. From step WARM on, ten times and after a collection:
 resident bytes (/proc/self/statm), objects that Python's collector tracks, allocated blocks (every
 small object, also those that the collector leaves out), open files, entries of the temporary
 folder.
@@ -47,8 +47,9 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import Recipe, rooms
-from lorica.layer import AdaptedLinear
+from lorica import Recipe
+from lorica.model.layer import AdaptedLinear
+from lorica.recipe import registry
 
 R, VOCABULARY, ROWS, LENGTH = 4, 61, 2, 8
 STRETCHES = 10
@@ -80,7 +81,7 @@ class Soaked:
 
     def slopes(self) -> list[float]:
         """Bytes a step of each stretch, less what is carried by design."""
-        net = [a - b for a, b in zip(self.resident, self.carried, strict=True)]
+        net = [a - b for a, b in zip(self.resident, self.frozen_factors, strict=True)]
         return [(b - a) / self.stretch for a, b in zip(net, net[1:], strict=False)]
 
     @property
@@ -123,7 +124,7 @@ class Soaked:
 
 
 def words() -> list[str]:
-    return [*rooms.words("schedules"), *rooms.words("optim")]
+    return [*registry.names("schedules"), *registry.names("optim")]
 
 
 def recipe(word: str) -> Recipe:
@@ -169,7 +170,7 @@ class Meter:
         found, derived = carried(self.model)
         assert found == derived, "a carried stack is not r x (in + out) a restart"
         soaked = self.soaked
-        soaked.carried.append(found - self.before)
+        soaked.frozen_factors.append(found - self.before)
         soaked.objects.append(gc.get_freeze_count())
         soaked.blocks.append(sys.getallocatedblocks())
         soaked.files.append(len(os.listdir("/proc/self/fd")))
@@ -182,7 +183,7 @@ def carried(model: Any) -> tuple[int, int]:
     """Bytes of the stacks that layers carry: found, and derived from ranks and shapes."""
     found = derived = 0
     for layer in model.modules():
-        if not isinstance(layer, AdaptedLinear) or (stack := layer.update.carried) is None:
+        if not isinstance(layer, AdaptedLinear) or (stack := layer.update.frozen_factors) is None:
             continue
         wide = stack.A.element_size()
         found += (stack.A.numel() + stack.B.numel()) * wide
@@ -202,7 +203,7 @@ def own_folder() -> Iterator[Path]:
 
 
 def loop(model: Any, soaked: Soaked, look: Callable[[int], None]) -> None:
-    if soaked.word == CONTROL:
+    if soaked.name == CONTROL:
         adapters = None
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     else:
@@ -224,7 +225,7 @@ def trainer(model: Any, soaked: Soaked, look: Callable[[int], None]) -> None:
     from transformers import TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from lorica.train import Trainer
+    from lorica.run import Trainer
 
     class Looking(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -296,8 +297,8 @@ def table(runs: list[Soaked], control: Soaked) -> Iterator[str]:
     for run in runs:
         counts = (run.left(name) for name in COUNTS)
         yield (
-            f"| {run.word} | `{run.method}` | {run.seconds:.1f} | {run.slope:.1f} |"
-            f" {run.noise:.1f} | {(run.carried[-1] - run.carried[0]) / 1024:.1f} |"
+            f"| {run.name} | `{run.method}` | {run.seconds:.1f} | {run.slope:.1f} |"
+            f" {run.noise:.1f} | {(run.frozen_factors[-1] - run.frozen_factors[0]) / 1024:.1f} |"
             f" {run.blocks_a_step:.2f} | {' | '.join(f'{n:+d}' for n in counts)} |"
             f" {'; '.join(run.growth(control)) or 'no'} |"
         )
@@ -321,7 +322,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         made = pool.map(lambda word: apart(word, options.steps, options.warm), chosen)
         control, *rest = runs = list(made)
-    growing = [run.word for run in rest if run.growth(control)]
+    growing = [run.name for run in rest if run.growth(control)]
     worst = max(rest, key=lambda run: run.slope)
     lines = [
         "# Long runs",
@@ -334,7 +335,7 @@ def main() -> None:
         "",
         f"{len(rest)} runs, {sum(run.steps for run in rest):,} steps: {len(growing)} grow"
         f"{': ' + ', '.join(growing) if growing else ''}. Fastest growth of memory"
-        f" {worst.slope:.1f} ± {worst.noise:.1f} bytes a step ({worst.word}).",
+        f" {worst.slope:.1f} ± {worst.noise:.1f} bytes a step ({worst.name}).",
     ]
     text = "\n".join(lines) + "\n"
     options.out.mkdir(parents=True, exist_ok=True)

@@ -53,13 +53,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import rooms
+from lorica.recipe import registry
 
 RUN = 60  # steps over which the optimizer's step is averaged
 THIN = 64  # a product with a side below this is a thin one
 LINE = 64  # bytes of a cache line
 COLD = 2**28  # bytes that no cache holds
-ROOMS = ("combine", "scales", "inits", "deltas", "ranks", "groups", "optim", "objectives",
+AXES = ("combine", "scales", "inits", "deltas", "ranks", "groups", "optim", "objectives",
          "schedules")  # fmt: skip
 
 
@@ -394,8 +394,8 @@ def makers(part: Part) -> Iterator[tuple[str, Callable[[], Runner]]]:
 
 def systems() -> list[str]:
     """Every word that carries a paper, but those that have rows of their own."""
-    every = [word for room in ROOMS for word in rooms.words(room)]
-    return [w for w in every if rooms.source(rooms.load(w)).bibtex and w not in _OWN]
+    every = [word for room in AXES for word in registry.names(room)]
+    return [w for w in every if registry.source(registry.find(w)).bibtex and w not in _OWN]
 
 
 _OWN = ("lora", "dora", "lowrank", "lorafa+dora")

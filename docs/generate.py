@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lorica import rooms
 from lorica.cli import verbs
 from lorica.cli.methods import describe
 from lorica.data.shapes import shapes
-from lorica.recipe import Recipe
+from lorica.recipe import registry
+from lorica.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/start.md", "docs/choose.md", "docs/data.md")
@@ -55,9 +55,10 @@ def filled(text: str, name: str) -> str:
 def axes() -> str:
     """One row an axis: its question and its words; the default is bold."""
     rows = []
-    for room, (axis, default, several) in rooms.ROOMS.items():
+    for room, (axis, default, several) in registry.AXES.items():
         found = [
-            f"[{f'**{w}**' if w == default else w}](docs/methods.md#{w})" for w in rooms.words(room)
+            f"[{f'**{w}**' if w == default else w}](docs/methods.md#{w})"
+            for w in registry.names(room)
         ]
         if found:
             rows.append(
@@ -138,7 +139,7 @@ How to add one: [extending.md](extending.md).
 def methods_page() -> str:
     rows = describe()
     parts = [_HEAD]
-    for room, (axis, default, several) in rooms.ROOMS.items():
+    for room, (axis, default, several) in registry.AXES.items():
         own = [row for row in rows if row["axis"] == axis]
         if not own:
             continue
@@ -161,7 +162,7 @@ def methods_page() -> str:
 
 
 def _entry(row: dict[str, Any]) -> str:
-    cls = rooms.load(row["word"])
+    cls = registry.find(row["word"])
     module = inspect.getmodule(cls)
     body, arguments = _sections(inspect.cleandoc(cls.__doc__ or ""))
     body = re.sub(r"\n(Cost|When): ", r"\n\n**\1:** ", body).replace("\n\n\n", "\n\n")
@@ -180,7 +181,7 @@ def _entry(row: dict[str, Any]) -> str:
     if row["preset"]:
         facts.append(
             "also fills "
-            + ", ".join(f"{rooms.ROOMS[k][0]}: `{v}`" for k, v in row["preset"].items())
+            + ", ".join(f"{registry.AXES[k][0]}: `{v}`" for k, v in row["preset"].items())
         )
     for name in ("needs", "gives", "withdraws"):
         if row[name]:
@@ -191,7 +192,7 @@ def _entry(row: dict[str, Any]) -> str:
 
 
 def _rate(word: str) -> float | None:
-    return rooms.build(word, {}).default_learning_rate
+    return registry.build(word, {}).default_learning_rate
 
 
 def _sections(text: str) -> tuple[str, dict[str, str]]:
@@ -211,13 +212,13 @@ def compatibility_page() -> str:
     by_reason: dict[tuple[str, str], list[str]] = {}
     words = [
         (room, word)
-        for room, (_, default, _) in rooms.ROOMS.items()
-        for word in rooms.words(room)
+        for room, (_, default, _) in registry.AXES.items()
+        for word in registry.names(room)
         if word != default and _alone(word) is not None
     ]
     lawful = one_axis = 0
     for (room, one), (other_room, other) in itertools.combinations(words, 2):
-        if room == other_room and not rooms.ROOMS[room][2]:
+        if room == other_room and not registry.AXES[room][2]:
             one_axis += 1
             continue
         try:
@@ -230,7 +231,7 @@ def compatibility_page() -> str:
                 by_reason.setdefault((f"`{one}`", reason), []).append(other)
             else:
                 who, beside, need = found.groups()
-                reason = f"`{need}`: {rooms.CAPABILITIES[need]}"
+                reason = f"`{need}`: {registry.CAPABILITIES[need]}"
                 by_reason.setdefault((f"`{beside}`", reason), []).append(who)
     refused = sum(map(len, by_reason.values()))
     rows = [(a, _ticks(b), reason) for (a, reason), b in by_reason.items()]
@@ -268,7 +269,7 @@ def _question(room: str) -> str:
 
 
 def _plain_method() -> str:
-    return str(rooms.ROOMS["scales"][1])
+    return str(registry.AXES["scales"][1])
 
 
 def _formula(word: str) -> str:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import lorica
-from lorica.train import Reference, TrainerMixin
-from lorica.world import base_path, generate
+from lorica.embedded import base_path, generate
+from lorica.run import Reference, TrainerMixin
 
 
 class Trainer(TrainerMixin, DPOTrainer):

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import lorica
-from lorica.train import TrainerMixin
-from lorica.world import base_path, generate
+from lorica.embedded import base_path, generate
+from lorica.run import TrainerMixin
 
 
 class Trainer(TrainerMixin, SFTTrainer):

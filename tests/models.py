@@ -25,7 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lorica import dropout
+from lorica.tensors import dropout
 
 VOCAB = 61
 LENGTH = 7

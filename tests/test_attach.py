@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 import lorica
 from lorica import Adapters, Recipe
-from lorica.layer import AdaptedLinear
+from lorica.model.layer import AdaptedLinear
 from models import MODELS, batch, bert, bert_masked, gpt2, llama, logits, perturb, qwen2, train
 
 METHODS = ["lora", "dora", "olora", "dora+pissa+rslora"]
@@ -167,7 +167,7 @@ def test_a_tied_head_that_trains_leaves_the_embedding_alone(tmp_path):
     model = qwen2()
     table = model.model.embed_tokens.weight.clone()
     adapters = lorica.attach(model, "lora", r=4, modules_to_save=["lm_head"], verbose=False)
-    assert adapters.contract.tied == {"lm_head": "model.embed_tokens"}
+    assert adapters.summary.tied == {"lm_head": "model.embed_tokens"}
     train(adapters, lorica.optimizer(adapters, lr=0.05), 2)
     assert torch.equal(model.model.embed_tokens.weight, table)
     adapted = logits(model)
@@ -182,7 +182,7 @@ def test_merging_a_tied_embedding_unties_it(make, tmp_path):
     model = make()
     table = {"qwen2": "embed_tokens", "gpt2": "wte"}[make.__name__]
     adapters = lorica.attach(model, "dora", r=4, target_modules=[table], verbose=False)
-    assert "shares its weight with lm_head; merging unties" in str(adapters.contract)
+    assert "shares its weight with lm_head; merging unties" in str(adapters.summary)
     head = model.lm_head.weight.clone()
     perturb(adapters, 0.2)
     adapted = logits(model)
@@ -268,9 +268,9 @@ def test_the_meta_device():
     adapters = lorica.attach(model, "dora+olora", r=4, verbose=False)
     real = lorica.attach(llama(), "dora+olora", r=4, verbose=False)
     assert all(p.is_meta for p in model.parameters())
-    assert adapters.contract.trainable == real.contract.trainable
-    assert adapters.contract.memory["base"] == real.contract.memory["base"]
-    assert adapters.contract.memory["carried"] == real.contract.memory["carried"]
+    assert adapters.summary.trainable == real.summary.trainable
+    assert adapters.summary.memory["base"] == real.summary.memory["base"]
+    assert adapters.summary.memory["frozen factors"] == real.summary.memory["frozen factors"]
 
 
 def test_modes_follow_the_model():
@@ -451,7 +451,7 @@ def test_the_fingerprint_sees_every_tensor():
 
 def test_the_contract_counts_what_is_there():
     adapters = attached(method="dora+olora", bias="lora_only", modules_to_save=["lm_head"])
-    contract, model = adapters.contract, adapters.model
+    contract, model = adapters.summary, adapters.model
     assert contract.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert contract.total == sum(p.numel() for p in model.parameters())
     by_role: dict[str, int] = {}

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorica
-from lorica.bind import KEY, bind
-from lorica.schedules import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule
+from lorica.training.bind import KEY, bind
 from models import batch, llama, train
 
 sys.path.insert(0, str(Path(__file__).parent / "conformance"))
@@ -281,7 +281,7 @@ def test_parameters_that_were_replaced_are_found_at_the_first_step():
 
 
 def test_generators_depend_on_seed_step_and_key_alone():
-    from lorica.bind import Training
+    from lorica.training.bind import Training
 
     adapters, optimizer = probed()
     own = optimizer.param_groups[0][KEY]

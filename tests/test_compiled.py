@@ -23,19 +23,21 @@ from torch.utils.checkpoint import checkpoint
 from walk import allowed, recipe, wrapping
 
 import lorica
-from lorica import Adapters, Recipe, dropout, rooms
-from lorica.kernels._linear import Fused
-from lorica.kernels.reference import Reference
+from lorica import Adapters, Recipe
+from lorica.methods.kernels._linear import Fused
+from lorica.methods.kernels.reference import Reference
+from lorica.recipe import registry
+from lorica.tensors import dropout
 from models import batch, llama, perturb
 
 PAIRS = [
     f"{delta}+{combine}"
     for delta in wrapping()
-    for combine in rooms.words("combine")
+    for combine in registry.names("combine")
     if allowed(f"{delta}+{combine}")
 ]
 DROPPING = [pair for pair in PAIRS if "lora_dropout" in Recipe.parse(pair).takes]
-FUSED = [word for word in rooms.words("kernels") if issubclass(rooms.load(word), Fused)]
+FUSED = [word for word in registry.names("kernels") if issubclass(registry.find(word), Fused)]
 WIDTH = 8
 
 
@@ -209,7 +211,7 @@ def test_code_that_is_generated_computes_the_same(method, p, tmp_path, monkeypat
         transformer(method, p, "inductor", within=1e-4)
 
 
-OWN = rooms.words("schedules")  # beside those of the tests', over methods that have none
+OWN = registry.names("schedules")  # beside those of the tests', over methods that have none
 
 
 @pytest.mark.parametrize("name", some([*RECIPES], lambda name: name in OWN or "+" in name))
@@ -222,7 +224,7 @@ def test_an_event_makes_no_new_graph(name):
         optimizer = lorica.optimizer(handle, lr=1e-2, total_steps=10, seed=3)
         losses.append([])
         for step in range(4):
-            state = [(layer.resting, carried_rank(layer)) for _, layer in handle]
+            state = [(layer.frozen_for_now, carried_rank(layer)) for _, layer in handle]
             shapes.add(repr(state))
             loss = handle.loss(run(rows(step)), {"x": rows(step)})
             loss.backward()
@@ -235,7 +237,7 @@ def test_an_event_makes_no_new_graph(name):
 
 
 def carried_rank(layer: Any) -> int:
-    carried = layer.update.carried
+    carried = layer.update.frozen_factors
     return 0 if carried is None else carried.A.shape[0]
 
 
@@ -344,7 +346,7 @@ def half(method: str, base: torch.dtype, p: float, bias: bool) -> Adapters:
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("combine", rooms.words("combine"))
+@pytest.mark.parametrize("combine", registry.names("combine"))
 @pytest.mark.parametrize("kernel", FUSED)
 def test_autocast_makes_no_wide_activation(kernel, combine, dtype, p):
     """Neither for x in bfloat16, as other layers leave it, nor for one in float32, as norms do."""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lorica
-from lorica.moves import merge_
-from lorica.shards import seeded
+from lorica.tensors.dtensor_ops import seeded
+from lorica.training.weight_edits import merge_
 from models import batch, llama, perturb
 
 BF16 = torch.bfloat16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import lorica
-from lorica import dropout
+from lorica.tensors import dropout
 from models import llama, perturb
 
 

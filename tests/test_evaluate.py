@@ -1,4 +1,4 @@
-"""lorica.evaluate: exact sums whatever the batches, figures as elsewhere, exact match."""
+"""lorica.inference.evaluate: exact sums whatever the batches, figures as elsewhere, exact match."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import BertForTokenClassification
 
-from lorica import evaluate as module
 from lorica.data import Labels, prepare
-from lorica.evaluate import evaluate, exact_match, figures
-from lorica.generate import Answer, Prompt, Prompter
+from lorica.inference import evaluate as module
+from lorica.inference.evaluate import evaluate, exact_match, figures
+from lorica.inference.generate import Answer, Prompt, Prompter
 from models import bert, gpt2, llama, t5
 from test_generate import SIZE, make_tokenizer
 

@@ -1,4 +1,4 @@
-"""lorica.generate: prompts are training's; batches, streams and merging change nothing."""
+"""lorica.inference.generate: prompts are training's; batches, streams and merging change nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lorica
 from lorica.data import prepare
-from lorica.generate import Answer, Decoding, Prompter, generate, language_task, room
+from lorica.inference.generate import Answer, Decoding, Prompter, generate, language_task, room
 from models import bert, gpt2, llama, perturb, t5
 
 SPECIAL = ("<pad>", "<s>", "</s>")

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 import lorica
-from lorica.train import Trainer
+from lorica.run import Trainer
 from models import LENGTH, VOCAB, bert, llama
 
 SAVED = {"modules_to_save": ["lm_head", "embed_tokens"]}

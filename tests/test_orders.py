@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lorica
-from lorica.kernels import Call, Order, Table, choose, measured
-from lorica.kernels import _measured as measuring
-from lorica.kernels import _orders as orders
-from lorica.kernels._linear import Fused
+from lorica.methods.kernels import _measured as measuring
+from lorica.methods.kernels import _orders as orders
+from lorica.methods.kernels._linear import Fused
+from lorica.methods.kernels.base import Call, Order, Table, choose, measured
 
 EVERY = [Order(*pick) for pick in itertools.product((False, True), repeat=3)]
 
@@ -41,7 +41,7 @@ def layer(m: int, n: int, r: int, carried: int = 0, bias: bool = True, **fields:
     nn.init.normal_(one.update.delta.B)
     if carried:
         wide = {"dtype": torch.float64}
-        one.update.carry_(torch.randn(carried, m, **wide), torch.randn(n, carried, **wide))
+        one.update.add_frozen_(torch.randn(carried, m, **wide), torch.randn(n, carried, **wide))
     return one
 
 

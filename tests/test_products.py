@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lorica
-from lorica import products, update
-from lorica.kernels import _linear
+from lorica.methods.kernels import _linear
+from lorica.model import update
+from lorica.tensors import matmul
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_sum_lies_as_what_it_is_added_to(transposed):
     w = torch.randn(7, 5).T if transposed else torch.randn(5, 7)
     b, a = torch.randn(5, 2), torch.randn(2, 7)
-    v = products.added(w, b, a, 0.5)
+    v = matmul.added(w, b, a, 0.5)
     torch.testing.assert_close(v, w + 0.5 * b @ a)
     assert v.stride() == w.stride() and v.data_ptr() != w.data_ptr()
 
@@ -24,7 +25,7 @@ def test_nothing_is_rounded_within():
     x = torch.randn(3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16
-        with products.unrounded("cpu"):
+        with matmul.no_autocast("cpu"):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
 

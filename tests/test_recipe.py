@@ -9,7 +9,8 @@ import pytest
 
 import lorica
 from lorica import Recipe
-from lorica.rooms import Choice, build, load, plain, room_of, unknown, words
+from lorica.methods.choice import Choice
+from lorica.recipe.registry import axis_of, build, find, names, normalise, unknown
 
 
 @pytest.mark.parametrize(("method", "fields", "parts"), [
@@ -72,7 +73,7 @@ def test_errors_say_what_where_what_is_allowed_and_what_to_type(method, fields, 
 
 
 def test_words_are_compared_without_case_dashes_and_underscores():
-    assert plain("LoRA-Plus") == plain("lora_plus") == "loraplus"
+    assert normalise("LoRA-Plus") == normalise("lora_plus") == "loraplus"
     one = Recipe.parse("dora+olora+loraplus")
     assert Recipe.parse(" DoRA + O-LoRA +\n lora_plus ") == one
     assert Recipe.parse("loraplus+olora+dora") == one, "order plays no part"
@@ -164,10 +165,10 @@ def test_citations_are_of_exactly_the_methods_used():
 
 
 def test_rooms():
-    assert room_of("dora") == "combine" and room_of("nothing") is None
-    assert "reference" in words("kernels") and issubclass(load("dora"), Choice)
+    assert axis_of("dora") == "combine" and axis_of("nothing") is None
+    assert "reference" in names("kernels") and issubclass(find("dora"), Choice)
     assert "`dora`" in unknown("dor")
     with pytest.raises(ValueError, match="`dora` is no choice of the room `inits`; allowed there"):
-        load("dora", "inits")
+        find("dora", "inits")
     with pytest.raises(ValueError, match="unknown method word `nope`"):
-        load("nope")
+        find("nope")

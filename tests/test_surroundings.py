@@ -18,8 +18,8 @@ from torch.utils.checkpoint import (
 )
 
 import lorica
-from lorica.kernels import Call, Order, Table, choose, measured
-from lorica.shards import reduce_scalar
+from lorica.methods.kernels.base import Call, Order, Table, choose, measured
+from lorica.tensors.dtensor_ops import reduce_scalar
 from models import perturb
 
 METHODS = ["lora", "dora", "dora+factored", "lora+materialised"]

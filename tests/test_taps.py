@@ -11,7 +11,7 @@ import torch
 
 import lorica
 from lorica import Recipe
-from lorica.objectives import AbstractObjective, Context
+from lorica.methods.objectives.base import AbstractObjective, Context
 from models import VOCAB, batch, gpt2, llama, logits, perturb
 
 
@@ -19,7 +19,7 @@ from models import VOCAB, batch, gpt2, llama, logits, perturb
 class Looks(AbstractObjective):
     """Sees everything there is to see."""
 
-    taps: ClassVar[frozenset[str]] = frozenset({"hidden_states", "input_squares"})
+    hooks: ClassVar[frozenset[str]] = frozenset({"hidden_states", "input_squares"})
 
     def loss(self, task_loss: torch.Tensor, context: Context) -> torch.Tensor:
         SEEN.append(context)
@@ -63,10 +63,10 @@ def test_the_squares_of_the_inputs_leave_padding_out(padded):
     if padded:
         inputs["attention_mask"] = mask
     expected = by_hand(model, inputs, mask if padded else None)
-    torch.testing.assert_close(adapters.taps.input_squares, expected)
+    torch.testing.assert_close(adapters.hooks.input_squares, expected)
     model(**inputs)
     doubled = {name: 2 * value for name, value in expected.items()}
-    torch.testing.assert_close(adapters.taps.input_squares, doubled)
+    torch.testing.assert_close(adapters.hooks.input_squares, doubled)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -77,7 +77,7 @@ def test_checkpointing_counts_every_token_once(reentrant):
     for adapters in (plain, checked):
         adapters.model.train()
         adapters.model(**batch(adapters.model)).loss.backward()
-    torch.testing.assert_close(plain.taps.input_squares, checked.taps.input_squares)
+    torch.testing.assert_close(plain.hooks.input_squares, checked.hooks.input_squares)
 
 
 def test_of_an_embedding_the_ids_are_counted():
@@ -86,13 +86,13 @@ def test_of_an_embedding_the_ids_are_counted():
     inputs = batch(model.train())
     model(**inputs)
     counts = torch.bincount(inputs["input_ids"].flatten(), minlength=VOCAB).float()
-    torch.testing.assert_close(adapters.taps.input_squares["transformer.wte"], counts)
+    torch.testing.assert_close(adapters.hooks.input_squares["transformer.wte"], counts)
 
 
 def test_an_evaluation_is_not_looked_at():
     adapters = adapted()
     assert adapters.model.eval()(**batch(adapters.model)).hidden_states is None
-    assert not adapters.taps.input_squares
+    assert not adapters.hooks.input_squares
 
 
 def test_the_reference_is_the_original_model_once_for_all():
@@ -110,8 +110,8 @@ def test_the_reference_is_the_original_model_once_for_all():
     torch.testing.assert_close(SEEN[0].reference.logits, original)
     assert not SEEN[0].reference.logits.requires_grad
     assert len(SEEN[0].reference.hidden_states) == 3
-    seen = dict(adapters.taps.input_squares)
-    adapters.taps.input_squares.clear()
+    seen = dict(adapters.hooks.input_squares)
+    adapters.hooks.input_squares.clear()
     torch.testing.assert_close(seen, by_hand(model, inputs))  # nothing of the reference's forward
 
 
@@ -133,5 +133,5 @@ def test_a_copied_model_looks_with_its_own_taps():
     adapters = adapted()
     twin = copy.deepcopy(adapters.model).train()
     twin(**batch(twin))
-    assert set(lorica.Adapters.of(twin).taps.input_squares) == set(adapters.layers)
-    assert not adapters.taps.input_squares
+    assert set(lorica.Adapters.of(twin).hooks.input_squares) == set(adapters.layers)
+    assert not adapters.hooks.input_squares

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorica
-from lorica.targets import find, fresh_modules, head_names, matches
+from lorica.model.targets import find, fresh_modules, head_names, matches
 from models import bert, bert_masked, gpt2, llama, logits, perturb, qwen2, t5
 
 NONE = {"exclude_modules": None, "layers_to_transform": None, "modules_to_save": ()}
@@ -200,8 +200,8 @@ def test_fresh_modules_are_those_without_a_weight_in_the_checkpoint(tmp_path):
     fresh = fresh_modules(model)
     assert "classifier" in fresh and not any("encoder" in n for n in fresh)
     adapters = lorica.attach(model, "lora", r=4, verbose=False)
-    assert adapters.contract.fresh == fresh and set(fresh) <= set(adapters.saved)
-    assert "fresh: not in the checkpoint" in str(adapters.contract)
+    assert adapters.summary.fresh == fresh and set(fresh) <= set(adapters.saved)
+    assert "fresh: not in the checkpoint" in str(adapters.summary)
     assert fresh_modules(bert()) == [], "made from a configuration: nothing to compare with"
     again = lorica.attach(lorica.detach(model), "lora", r=4, fresh=[], verbose=False)
     assert not again.saved

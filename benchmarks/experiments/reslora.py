@@ -9,7 +9,7 @@ from _bench import Arm, Column, Effect, Seen, mean, train
 from _language import batch, loss, pretrained, shifted
 
 import lorica
-from lorica.deltas.reslora import merge_approximately
+from lorica.methods.deltas.reslora.reslora import merge_approximately
 
 PAPER = (
     "shortcuts let gradients reach early adapters, so the loss falls faster than LoRA's with the"

@@ -50,7 +50,7 @@ def measure(arm: Arm, lr: float, seed: int) -> dict[str, float]:
     return {
         "train": captured(arm, planted(seed), lr, seed),
         "general": captured(arm, 16 * general / general.norm(), lr, seed),
-        "size": float(adapters.contract.trainable),
+        "size": float(adapters.summary.trainable),
     }
 
 

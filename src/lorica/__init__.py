@@ -10,23 +10,21 @@ lorica.save(adapters, "out")
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 # name -> module: loaded on first use, so that `import lorica` costs nothing
 _WHERE = {
-    "Adapters": "lorica.adapters",
-    "Recipe": "lorica.recipe",
-    "attach": "lorica.attach",
-    "cite": "lorica.recipe",
-    "detach": "lorica.attach",
-    "load": "lorica.io",
-    "merge": "lorica.attach",
-    "optimizer": "lorica.bind",
-    "save": "lorica.io",
+    "Adapters": "lorica.model.adapters",
+    "Recipe": "lorica.recipe.recipe",
+    "attach": "lorica.model.attach",
+    "cite": "lorica.recipe.recipe",
+    "detach": "lorica.model.attach",
+    "load": "lorica.formats",
+    "merge": "lorica.model.attach",
+    "optimizer": "lorica.training.bind",
+    "save": "lorica.formats",
 }
 __all__ = [
     "Adapters",
@@ -42,15 +40,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lorica.adapters import Adapters as Adapters
-    from lorica.attach import attach as attach
-    from lorica.attach import detach as detach
-    from lorica.attach import merge as merge
-    from lorica.bind import optimizer as optimizer
-    from lorica.io import load as load
-    from lorica.io import save as save
-    from lorica.recipe import Recipe as Recipe
-    from lorica.recipe import cite as cite
+    from lorica.formats import load as load
+    from lorica.formats import save as save
+    from lorica.model.adapters import Adapters as Adapters
+    from lorica.model.attach import attach as attach
+    from lorica.model.attach import detach as detach
+    from lorica.model.attach import merge as merge
+    from lorica.recipe.recipe import Recipe as Recipe
+    from lorica.recipe.recipe import cite as cite
+    from lorica.training.bind import optimizer as optimizer
 
 
 def __getattr__(name: str) -> Any:
@@ -59,18 +57,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
-
-
-class _Package(types.ModuleType):
-    """`lorica.attach` is the function, also once the submodule of that name has been imported: the
-    import system would otherwise bind the submodule over it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _WHERE or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

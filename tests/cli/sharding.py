@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, DistributedType
 
 from lorica.cli import main
-from lorica.train.session import AbstractRun
+from lorica.run.session import AbstractRun
 
 _init = AcceleratorState.__init__
 

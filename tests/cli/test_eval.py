@@ -146,9 +146,10 @@ WRONG = [
 
 @pytest.mark.parametrize("words, part", WRONG)
 def test_wrong_usage_is_one_message(evaluate, words, part, monkeypatch):
-    from lorica.train import load
 
-    monkeypatch.setattr(load, "load_model", None)  # nothing is read for it
+    from lorica.run import load_model
+
+    monkeypatch.setattr(load_model, "load_model", None)  # nothing is read for it
     ran = evaluate(*words)
     assert ran.status == 2 and part in ran.err, ran.err
     assert "Traceback" not in ran.err and not ran.out

@@ -249,13 +249,13 @@ def test_wrong_usage_is_one_message(generate, words, part):
 def test_what_does_not_fit_is_said_before_the_weights_are_read(
     generate, lorica, bert, llama, text, tmp_path, monkeypatch
 ):
-    from lorica.train import load
+    from lorica.run import load_model
 
     def refuse(*_, **__):
         raise AssertionError("weights were read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(load, "load_model", refuse)
+        patch.setattr(load_model, "load_model", refuse)
         for words, status, part in (
             (("--chat",), 1, "this tokenizer has none"),
             (("--file", text, "--output", tmp_path / "no" / "where"), 2, "does not exist"),

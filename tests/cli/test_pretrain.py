@@ -82,7 +82,7 @@ def test_a_run_leaves_an_ordinary_model(pretrain, tmp_path, monkeypatch, method)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorica.train.pretrain import Pretraining
+    from lorica.run.pretrain import Pretraining
 
     trained, save = {}, Pretraining.save
     ids = torch.arange(3, 15)[None]
@@ -116,7 +116,7 @@ def test_a_run_leaves_an_ordinary_model(pretrain, tmp_path, monkeypatch, method)
     told = ran.json
     assert told["parameters"] == sum(p.numel() for p in plain.parameters())
     assert told["gradient_bytes"] == 4 * told["trainable"]
-    assert told["optimizer_bytes"] == told["contract"]["memory"]["optimizer"]
+    assert told["optimizer_bytes"] == told["summary"]["memory"]["optimizer"]
     assert told["schedule_bytes"] == 0
 
 
@@ -351,7 +351,7 @@ def test_a_given_tokenizer(pretrain, tmp_path):
 @pytest.fixture
 def die(monkeypatch):
     """`die(5)`: the next run stops after step 5; `die(None)`: no more."""
-    from lorica.train.log import RunLog
+    from lorica.run.log import RunLog
 
     step_end = RunLog.on_step_end
 

@@ -35,7 +35,7 @@ def test_a_run_leaves_a_complete_folder(train, tmp_path):
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
     assert ran.json == json.loads((out / "result.json").read_text())
     assert ran.json["method"] == "dora+olora" and ran.json["steps"] == 6
-    assert ran.json["trainable"] == ran.json["contract"]["trainable"]
+    assert ran.json["trainable"] == ran.json["summary"]["trainable"]
     figures = ran.json["evaluation"]
     assert figures["eval_perplexity"] == pytest.approx(math.exp(figures["eval_loss"]))
     train_lines = [line for line in lines(out) if "loss" in line]
@@ -66,7 +66,7 @@ def test_config_yaml_repeats_the_run(train, lorica, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "dora+pissa+loraplus", "full"])
 def test_resuming_equals_the_straight_run(train, lorica, tmp_path, monkeypatch, method):
-    from lorica.train.log import RunLog
+    from lorica.run.log import RunLog
 
     words = ("--method", method, "--save-steps", 2, "--eval-fraction", 0.2, "--eval-steps", 2)
     if method != "full":
@@ -275,7 +275,7 @@ def test_starting_from_an_adapter_of_our_own_or_of_peft(train, llama, tmp_path):
 
 
 def test_the_embedded_data_and_model_stand_in(lorica, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorica.world.base_path", lambda: llama)
+    monkeypatch.setattr("lorica.embedded.base_path", lambda: llama)
     ran = lorica("train", "--output-dir", tmp_path / "out", "--max-samples", 20, "--max-steps", 2,
                  "--r", 2, "--json")  # fmt: skip
     assert ran.status == 0, ran.err
@@ -292,7 +292,7 @@ def test_resuming_a_finished_run_changes_nothing(train, lorica, tmp_path):
 
 def test_a_resumed_run_stops_early_at_the_same_step(train, lorica, text, tmp_path, monkeypatch):
     """The count of evaluations without a better one goes on."""
-    from lorica.train.log import RunLog
+    from lorica.run.log import RunLog
 
     narrow = tmp_path / "narrow.jsonl"
     narrow.write_text('{"prompt": "cat", "completion": " cat cat cat"}\n' * 8)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorica.cli._parse import read_mapping
-from lorica.train.folder import RunFolder
+from lorica.run.folder import RunFolder
 
 
 def refused(ran, tmp_path: Path, status: int, *parts: str) -> None:
@@ -312,7 +312,7 @@ def test_where_memory_runs_out_it_says_what_takes_less(lorica, train, llama, tmp
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore")
 
-    monkeypatch.setattr("lorica.train.trainer.TrainerMixin.training_step", full)
+    monkeypatch.setattr("lorica.run.trainer.TrainerMixin.training_step", full)
     ran = train()
     refused(ran, tmp_path, 1, "CUDA out of memory", "`--gradient-checkpointing`", "size`")
     assert "More" not in ran.err

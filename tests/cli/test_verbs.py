@@ -8,15 +8,16 @@ import pytest
 
 
 def test_methods_walks_the_rooms(lorica):
-    from lorica.rooms import ROOMS, words
+    from lorica.methods.choice import AXES
+    from lorica.recipe.registry import names
 
     ran = lorica("methods", "--json")
     assert ran.status == 0, ran.err
     rows = ran.json["methods"]
-    assert {(r["axis"], r["word"]) for r in rows} == {
-        (axis, word) for room, (axis, _, _) in ROOMS.items() for word in words(room)
+    assert {(r["axis"], r["method"]) for r in rows} == {
+        (field, name) for axis, (field, _, _) in AXES.items() for name in names(axis)
     }
-    (dora,) = [r for r in rows if r["word"] == "dora"]
+    (dora,) = [r for r in rows if r["method"] == "dora"]
     assert dora["arxiv"] == "2402.09353" and dora["year"] == 2024
     assert dora["paper"] == "DoRA: Weight-Decomposed Low-Rank Adaptation"
     assert dora["arguments"]["detach"] is True and "weight" in dora["needs"]
@@ -62,7 +63,7 @@ def test_inspect_merge_and_export(lorica, adapter, llama, tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from lorica import io
+    from lorica import formats
 
     told = lorica("inspect", adapter, "--json")
     assert told.status == 0, told.err
@@ -77,7 +78,7 @@ def test_inspect_merge_and_export(lorica, adapter, llama, tmp_path):
     adapted = AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.arange(3, 12)[None]
     base = adapted(ids).logits
-    io.load(adapted, adapter)
+    formats.load(adapted, adapter)
     assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
     assert not torch.allclose(merged(ids).logits, base, atol=1e-3)
     assert (tmp_path / "merged" / "tokenizer.json").exists()
@@ -202,7 +203,7 @@ def test_a_classifier_merges_with_its_classes(lorica, bert, classes, tmp_path):
 def test_metrics_are_what_everybody_means_by_them(seed):
     import numpy as np
 
-    from lorica.train import metrics
+    from lorica.inference import metrics
 
     sk = pytest.importorskip("sklearn.metrics")
     stats = pytest.importorskip("scipy.stats")
@@ -223,7 +224,7 @@ def test_metrics_are_what_everybody_means_by_them(seed):
 def test_undefined_metrics_are_zero():
     import numpy as np
 
-    from lorica.train import metrics
+    from lorica.inference import metrics
 
     same = np.zeros(4, dtype=int)
     assert metrics.matthews(same, np.array([0, 1, 0, 1])) == 0

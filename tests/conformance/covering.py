@@ -8,7 +8,8 @@ import random
 
 from walk import every
 
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 
 ARGUMENTS = {
     name: 2 for name in ("every", "interval", "update_proj_gap", "deltaT")
@@ -18,7 +19,7 @@ ARGUMENTS = {
 @functools.cache
 def spelt(word: str) -> str:
     """The word with an event in every second step, where it has events."""
-    fields = rooms.load(word).__dataclass_fields__
+    fields = registry.find(word).__dataclass_fields__
     told = ", ".join(f"{k}={v}" for k, v in ARGUMENTS.items() if k in fields)
     return f"{word}({told})" if told else word
 
@@ -29,7 +30,7 @@ def lawful(words: frozenset[str]) -> bool:
         made = Recipe.parse("+".join(map(spelt, sorted(words))))
     except ValueError:
         return False
-    return words <= {choice.word for choice in made.choices}
+    return words <= {choice.name for choice in made.choices}
 
 
 def pairs(words: frozenset[str]) -> set[frozenset[str]]:

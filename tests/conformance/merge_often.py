@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorica.moves import merge_
-from lorica.schedules import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule
+from lorica.training.weight_edits import merge_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class MergeOften(AbstractSchedule):
     every: int = 2
     needs: ClassVar[frozenset[str]] = frozenset({"pair", "factors", "writable_base"})
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function"})
-    withdraws: ClassVar[frozenset[str]] = frozenset({"pristine"})
+    withdraws: ClassVar[frozenset[str]] = frozenset({"base_unchanged"})
     edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
 
     def init(self, adapters: Any) -> dict[str, Any]:

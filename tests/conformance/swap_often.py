@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from lorica.moves import draw, swap_
-from lorica.schedules import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule
+from lorica.tensors.dtensor_ops import draw
+from lorica.training.weight_edits import swap_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class SwapOften(AbstractSchedule):
     every: int = 3
     needs: ClassVar[frozenset[str]] = frozenset({"pair", "writable_base"})
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function"})
-    withdraws: ClassVar[frozenset[str]] = frozenset({"pristine"})
+    withdraws: ClassVar[frozenset[str]] = frozenset({"base_unchanged"})
     edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
 
     def init(self, adapters: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from torch import nn
 from walk import IN, KINDS, OUT, adapt, inputs, one_hot, only
 
 import lorica
-from lorica import rooms
-from lorica.bases import AbstractBase, all_bases, base_for
+from lorica.model.bases.base import AbstractBase, all_bases, base_for
+from lorica.recipe import registry
 from models import perturb
 
 SERVED = [
@@ -53,7 +53,7 @@ def test_it_holds_the_module_not_its_tensors(base, kind):
 
 @pytest.mark.parametrize(("base", "kind"), SERVED)
 def test_pristine_and_writable_are_declared_as_they_are(base, kind):
-    assert base.gives <= set(rooms.CAPABILITIES)
+    assert base.gives <= set(registry.CAPABILITIES)
     model = KINDS[kind]()
     published = model.layer.weight.clone()
     adapters = adapt(model, "lora", r=2)
@@ -62,7 +62,7 @@ def test_pristine_and_writable_are_declared_as_they_are(base, kind):
     model(inputs(kind, 3)).square().sum().backward()
     optimizer.step()
     stored = only(adapters).store.parameter
-    assert torch.equal(stored, published) == ("pristine" in base.gives)
+    assert torch.equal(stored, published) == ("base_unchanged" in base.gives)
     if "writable_base" in base.gives:
         with torch.no_grad():
             stored.add_(1)

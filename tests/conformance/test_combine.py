@@ -8,11 +8,12 @@ from torch.autograd import gradcheck
 from walk import KINDS, adapt, allowed, inputs, one_hot, only, serves, variants
 
 import lorica
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 from models import perturb
 
-COMBINES = rooms.words("combine")
-INITS = rooms.words("inits")
+COMBINES = registry.names("combine")
+INITS = registry.names("inits")
 CASES = [(c, k) for c in COMBINES for k in KINDS if serves(c, k)]
 
 
@@ -99,7 +100,7 @@ def test_a_row_of_zeros_does_not_poison_the_rest(word):
 @pytest.mark.parametrize("on", ["update", "delta"])
 def test_an_anchored_start_is_exact_in_training_mode(word, on):
     """Dropout on the whole update keeps the start exact; on the delta alone (PEFT) it does not."""
-    anchored = [i for i in INITS if "zero_start" not in rooms.load(i).gives]
+    anchored = [i for i in INITS if "zero_start" not in registry.find(i).gives]
     for init in anchored:
         method = f"{word}+{init}"
         if not allowed(method):
@@ -116,7 +117,7 @@ def test_an_anchored_start_is_exact_in_training_mode(word, on):
 
 @pytest.mark.parametrize("word", COMBINES)
 def test_declared_needs_are_known(word):
-    cls = rooms.load(word)
-    assert cls.needs <= set(rooms.CAPABILITIES) and cls.gives <= set(rooms.CAPABILITIES)
+    cls = registry.find(word)
+    assert cls.needs <= set(registry.CAPABILITIES) and cls.gives <= set(registry.CAPABILITIES)
     assert "wrapped" in cls.needs
     assert Recipe.parse(word).combine == cls()

@@ -12,7 +12,7 @@ from covering import covering, lawful, pairs, spelt
 from walk import every, recipe, same, state_bytes
 
 import lorica
-from lorica.adapters import Adapters
+from lorica.model.adapters import Adapters
 from models import llama, logits, train
 
 STEPS, CUT, PARTS, MOST = 6, 3, 8, 250

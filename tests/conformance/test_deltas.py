@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from walk import IN, KINDS, OUT, adapt, allowed, inputs, one_hot, only, recipe, serves, wrapping
 
 import lorica
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 from models import perturb
 
 WRAPPING = list(wrapping())
-DIRECT = [w for w in rooms.words("deltas") if w not in WRAPPING]
+DIRECT = [w for w in registry.names("deltas") if w not in WRAPPING]
 CASES = [(w, k) for w in WRAPPING for k in KINDS if serves(w, k)]
 
 
@@ -55,11 +56,11 @@ def test_what_is_carried_is_part_of_the_product(word, kind):
     before = layer.update(x, layer.store)
     A, B = torch.randn(2, IN, dtype=torch.float64), torch.randn(OUT, 2, dtype=torch.float64)
     for _ in range(2):  # a second stack joins the first
-        layer.update.carry_(A, B)
+        layer.update.add_frozen_(A, B)
     scale = layer.update.delta.scale
     extra = 2 * scale * one_hot(x) @ (B @ A).T
     torch.testing.assert_close(layer.update(x, layer.store), before + extra)
-    if "weight" in rooms.load(word).gives:
+    if "weight" in registry.find(word).gives:
         total = layer.update.weight(layer.store)
         torch.testing.assert_close(layer.update(x, layer.store), one_hot(x) @ total.T)
         wide = layer.store.weight() + total
@@ -70,7 +71,7 @@ def test_what_is_carried_is_part_of_the_product(word, kind):
 
 @pytest.mark.parametrize("word", WRAPPING)
 def test_declared_capabilities_are_there_and_no_others(word):
-    layer, gives = layer_of(word), rooms.load(word).gives
+    layer, gives = layer_of(word), registry.find(word).gives
     delta = layer.update.delta
     assert ("factors" in gives) == (delta.factors() is not None)
     assert ("pair" in gives) == (delta.pair() is not None)
@@ -90,7 +91,7 @@ def test_declared_capabilities_are_there_and_no_others(word):
 @pytest.mark.parametrize("word", WRAPPING)
 def test_a_lookup_works_exactly_where_it_is_declared(word):
     model = KINDS["embedding"]()
-    if "lookup" in rooms.load(word).gives:
+    if "lookup" in registry.find(word).gives:
         adapt(model, word, r=2)
         return
     before = model.layer
@@ -135,7 +136,7 @@ def test_attach_on_the_meta_device(word):
         model = nn.Sequential(nn.Linear(IN, OUT))
     adapters = adapt(model, word, r=2)
     assert all(t.parameter.is_meta for t in adapters.trained())
-    assert adapters.contract.trainable > 0
+    assert adapters.summary.trainable > 0
 
 
 @pytest.mark.parametrize(("word", "kind"), CASES)
@@ -149,12 +150,12 @@ def test_state_round_trip(word, kind):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("combine", rooms.words("combine"))
+@pytest.mark.parametrize("combine", registry.names("combine"))
 @pytest.mark.parametrize("word", WRAPPING)
 def test_works_under_every_combine_that_its_declarations_allow(word, combine):
     method = f"{word}+{combine}"
     if not allowed(method):
-        needs = rooms.load(combine).needs | rooms.load(word).needs
+        needs = registry.find(combine).needs | registry.find(word).needs
         assert needs - Recipe.parse(word).given(), "refused though every need is met"
         return
     for kind in KINDS:
@@ -232,7 +233,7 @@ def test_training_in_place(word, dtype):
     adapters = lorica.attach(model, recipe(word), keep_base=True, verbose=False)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(adapters.direct)
     assert all(p.dtype == torch.float32 for p in model.parameters()), "rounding would eat steps"
-    assert not adapters.pristine and not len(adapters)
+    assert not adapters.base_unchanged and not len(adapters)
     optimizer = lorica.optimizer(adapters, lr=1e-2)
     model(torch.randn(4, IN)).square().mean().backward()
     optimizer.step()

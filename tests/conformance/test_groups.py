@@ -9,11 +9,12 @@ import torch
 from walk import adapt
 
 import lorica
-from lorica import Recipe, rooms
-from lorica.groups import Trained
+from lorica import Recipe
+from lorica.interfaces import Trained
+from lorica.recipe import registry
 from models import llama, train
 
-GROUPS = rooms.words("groups")
+GROUPS = registry.names("groups")
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1}
 
 
@@ -23,7 +24,7 @@ def adapted(word: str, combine: str = "dora"):
 
 @pytest.mark.parametrize("word", GROUPS)
 def test_adjust_is_pure_and_keeps_the_options_names(word):
-    group = rooms.build(word, {})
+    group = registry.build(word, {})
     for role in ("A", "B", "diagonal", "core", "magnitude", "bias", "module"):
         for lookup in (False, True):
             given = dict(OPTIONS)
@@ -51,7 +52,7 @@ def test_frozen_roles_stay_at_their_start_and_the_others_move(word):
     adapters = adapted(word)
     start = {n: v.clone() for n, v in adapters.state_dict().items()}
     train(adapters, lorica.optimizer(adapters, lr=1e-2), 2)
-    freezes = rooms.load(word).freezes
+    freezes = registry.find(word).freezes
     for site, layer in adapters:
         for name, p, role in layer.trained():
             moved = not torch.equal(p, start[f"{site}.{name}"])

@@ -8,10 +8,10 @@ from torch import nn
 from walk import KINDS, adapt, inputs, only, recipe, serves
 
 import lorica
-from lorica import rooms
+from lorica.recipe import registry
 from models import llama, logits, perturb
 
-INITS = rooms.words("inits")
+INITS = registry.names("inits")
 CASES = [(i, k) for i in INITS for k in KINDS if serves(i, k)]
 
 
@@ -28,9 +28,9 @@ def test_the_function_is_kept_for_every_scale(word, kind, scale):
 def test_zero_start_is_declared_exactly_where_it_is_true(word, kind):
     layer = only(adapt(KINDS[kind](), word, r=3))
     start = layer.update.delta.weight(layer.store).detach()
-    declared = "zero_start" in rooms.load(word).gives
+    declared = "zero_start" in registry.find(word).gives
     assert (float(start.abs().max()) == 0) == declared
-    assert (layer.update.carried is None) == declared
+    assert (layer.update.frozen_factors is None) == declared
     assert float(layer.update.weight(layer.store).detach().abs().max()) < 1e-12
 
 
@@ -95,11 +95,11 @@ def test_the_start_follows_from_the_seed_and_the_layers_name_alone(word):
 @pytest.mark.parametrize("word", INITS)
 def test_fill_is_pure(word):
     """It reads the weight, fills the pair and draws from its generator; nothing else changes."""
-    from lorica.deltas import Pair
+    from lorica.interfaces import Pair
 
     weight = torch.randn(6, 8, dtype=torch.float64)
     kept, stream = weight.clone(), torch.get_rng_state()
-    init = rooms.build(word, {})
+    init = registry.build(word, {})
     pairs = []
     for _ in range(2):
         pair = Pair(

@@ -11,11 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from walk import KINDS, adapt, inputs, only, recipe, serves, wrapping
 
 import lorica
-from lorica import Recipe, rooms
-from lorica.kernels.reference import Reference
+from lorica import Recipe
+from lorica.methods.kernels.reference import Reference
+from lorica.recipe import registry
 from models import llama, logits, perturb
 
-KERNELS = rooms.words("kernels")
+KERNELS = registry.names("kernels")
 VARIANTS = [
     *KERNELS, "auto(saves='product')", "auto(saves='nothing')", "materialised(keep=True)",
     "materialised(saves='product')", "factored(saves='product')", "factored(saves='nothing')",
@@ -41,7 +42,7 @@ def calls(draw):
     layer = adapters.layers["layer"]
     perturb(adapters, 1.0)
     if k := draw(st.integers(0, 3)):
-        layer.update.carry_(
+        layer.update.add_frozen_(
             torch.randn(k, features, dtype=torch.float64), torch.randn(out, k, dtype=torch.float64)
         )
     x = torch.randn(*lead, features, dtype=torch.float64)
@@ -57,7 +58,7 @@ def calls(draw):
 def test_it_equals_the_reference(text, call, gained, p, all_dropped, gw):
     """Values and gradients, whatever is wanted of them; `gained` says whether g has one."""
     layer, x, (gx, ga, gb), bias = call
-    layer.update.dropout, layer.update.drop_carried = p, all_dropped
+    layer.update.dropout, layer.update.drop_frozen = p, all_dropped
     layer.train()
     delta, store = layer.update.delta, layer.store
     gain = None if gained is None else torch.linspace(-2, 3, layer.out_features).double()
@@ -82,7 +83,7 @@ def test_it_equals_the_reference(text, call, gained, p, all_dropped, gw):
 
 
 @pytest.mark.parametrize("word", KERNELS)
-@pytest.mark.parametrize("combine", rooms.words("combine"))
+@pytest.mark.parametrize("combine", registry.names("combine"))
 @pytest.mark.parametrize("delta", list(wrapping()))
 def test_it_serves_every_delta_and_combine(word, combine, delta):
     for kind in KINDS:
@@ -103,8 +104,8 @@ def test_it_serves_every_delta_and_combine(word, combine, delta):
 def test_gradcheck(word, bias):
     layer = only(adapt(KINDS["linear"](), word, r=2))
     torch.nn.init.normal_(layer.update.delta.B)
-    layer.update.carry_(torch.randn(1, 6), torch.randn(5, 1))
-    kernel = rooms.build(word, {})
+    layer.update.add_frozen_(torch.randn(1, 6), torch.randn(5, 1))
+    kernel = registry.build(word, {})
     x = inputs("linear", 4, 3).requires_grad_()
 
     def product(x, A, B):
@@ -162,11 +163,11 @@ def test_dropout_falls_alike_under_every_order(word):
 
 @pytest.mark.parametrize("word", KERNELS)
 def test_the_published_threshold_is_where_the_order_changes(word):
-    kernel = rooms.build(word, {})
+    kernel = registry.build(word, {})
     start = kernel.threshold(6, 5)
     assert start is None or (isinstance(start, int) and start >= 1)
     adapters = lorica.attach(llama(), recipe(f"lora+{word}", r=4), verbose=False)
-    shown = adapters.contract.materialise_from
+    shown = adapters.summary.materialise_from
     assert set(shown.values()) == {
         kernel.threshold(layer.in_features, layer.out_features) for _, layer in adapters
     }

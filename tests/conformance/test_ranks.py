@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from walk import adapt
 
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 from models import llama
 
-RANKS = rooms.words("ranks")
+RANKS = registry.names("ranks")
 
 
 @pytest.mark.parametrize("word", RANKS)
@@ -34,7 +35,7 @@ def test_the_assignment_is_a_function_of_its_arguments(word):
 
 @pytest.mark.parametrize("word", RANKS)
 def test_patterns_are_read_or_refused(word):
-    rank = rooms.load(word)
+    rank = registry.find(word)
     if not rank.reads_patterns:
         with pytest.raises(ValueError, match=f"no effect with `{word}`"):
             Recipe.parse(word, rank_pattern={"q_proj": 2})

@@ -13,7 +13,8 @@ from torch import nn
 from walk import every, recipe
 
 import lorica
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 from models import llama, train
 
 WORDS = [word for _, word in every()]
@@ -34,7 +35,7 @@ def test_text_object_and_json_are_one(word):
 
 @pytest.mark.parametrize(("room", "word"), every())
 def test_every_argument_can_be_written_and_read(room, word):
-    cls = rooms.load(word)
+    cls = registry.find(word)
     for f in dataclasses.fields(cls):
         text = f"{word}({f.name}={f.default!r})"
         assert Recipe.parse(text) == Recipe.parse(word), "the default, given"
@@ -44,17 +45,17 @@ def test_every_argument_can_be_written_and_read(room, word):
 
 @pytest.mark.parametrize(("room", "word"), every())
 def test_declarations(room, word):
-    cls = rooms.load(word)
+    cls = registry.find(word)
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
-    assert cls.room == room
+    assert cls.axis == room
     for capability in cls.gives | cls.needs | cls.withdraws:
-        assert capability in rooms.CAPABILITIES, capability
-    assert not cls.gives & cls.withdraws and not cls.needs & cls.withdraws - {"pristine"}
-    assert set(cls.preset) <= set(rooms.ROOMS) and cls.requires <= set(cls.preset)
+        assert capability in registry.CAPABILITIES, capability
+    assert not cls.gives & cls.withdraws and not cls.needs & cls.withdraws - {"base_unchanged"}
+    assert set(cls.preset) <= set(registry.AXES) and cls.requires <= set(cls.preset)
     for other_room, text in cls.preset.items():
         assert Recipe.parse(text), (other_room, text)
     choice = cls()
-    assert choice == cls() and choice.word == word and choice.text() == word
+    assert choice == cls() and choice.name == word and choice.text() == word
     assert choice in Recipe.parse(word).choices
 
 
@@ -62,35 +63,35 @@ def test_declarations(room, word):
 def test_defaults_are_there_and_say_whose_they_are(word):
     made = Recipe.parse(word)
     rate, source = made.learning_rate
-    assert 0 < rate < 1 and source in {c.word for c in made.choices}
+    assert 0 < rate < 1 and source in {c.name for c in made.choices}
     for name, (value, by) in made.filled.items():
         assert getattr(made, name) == value
-        assert by == "Lorica" or by in {c.word for c in made.choices}
+        assert by == "Lorica" or by in {c.name for c in made.choices}
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_two_words_stand_together_or_the_error_names_both_and_a_way_out(pair):
     a, b = pair
-    room_a, room_b = rooms.room_of(a), rooms.room_of(b)
+    room_a, room_b = registry.axis_of(a), registry.axis_of(b)
     try:
         made = Recipe.parse(f"{a}+{b}")
     except ValueError as error:
         text = str(error)
         assert f"`{a}`" in text and f"`{b}`" in text, text
         assert any(hint in text for hint in ("name one of", "Leave one", "leave one")), text
-        together = rooms.load(a).needs | rooms.load(b).needs
+        together = registry.find(a).needs | registry.find(b).needs
         given = Recipe.parse(a).given() & Recipe.parse(b).given()
-        one_axis = room_a == room_b and not rooms.ROOMS[room_a][2]
-        presets = set(rooms.load(a).preset) | set(rooms.load(b).preset)
-        edits = [rooms.load(w).edits for w in pair if rooms.room_of(w) == "schedules"]
+        one_axis = room_a == room_b and not registry.AXES[room_a][2]
+        presets = set(registry.find(a).preset) | set(registry.find(b).preset)
+        edits = [registry.find(w).edits for w in pair if registry.axis_of(w) == "schedules"]
         shared = len(edits) == 2 and edits[0] & edits[1]
-        fixed = any(rooms.load(w).only_r for w in pair)
+        fixed = any(registry.find(w).only_r for w in pair)
         reasons = (one_axis, together - given, presets, shared, fixed)
         assert any(reasons), "refused without a reason"
         return
-    assert room_a != room_b or rooms.ROOMS[room_a][2], "one axis, two words"
+    assert room_a != room_b or registry.AXES[room_a][2], "one axis, two words"
     reordered = Recipe.parse(f"{b}+{a}")
-    assert {c.word for c in made.choices} == {c.word for c in reordered.choices}
+    assert {c.name for c in made.choices} == {c.name for c in reordered.choices}
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
     adapters = lorica.attach(model, recipe(f"{a}+{b}", r=4), verbose=False)
@@ -133,12 +134,12 @@ def test_every_words_trajectory_differs_from_every_others():
     for room, word in every():
         if room != "kernels":
             classes.setdefault(text_of(word), []).append(word)
-    defaults = {default for _, default, _ in rooms.ROOMS.values() if default}
+    defaults = {default for _, default, _ in registry.AXES.values() if default}
     for text, members in classes.items():
-        named = [w for w in members if w not in defaults and rooms.room_of(w) != "ranks"]
+        named = [w for w in members if w not in defaults and registry.axis_of(w) != "ranks"]
         assert len(named) <= 1, f"{named} all mean `{text}`"
     # A step count per vector shows once vectors are exchanged.
-    counted = {t: "vector_step" in rooms.load(m[0]).gives for t, m in classes.items()}
+    counted = {t: "vector_step" in registry.find(m[0]).gives for t, m in classes.items()}
     swaps = {"schedules": (SwapOften(every=2),)}
     plain = {True: effective("lora", **swaps), False: effective("lora")}
     rows = {t: effective(m[0], **(swaps if counted[t] else {})) for t, m in classes.items()}
@@ -154,7 +155,7 @@ def test_every_argument_does_something(room, word):
     """An option without effect is an error, so each has one; its test names a value it may take."""
     import inspect
 
-    cls = rooms.load(word)  # an argument may be read by what the class inherits from
+    cls = registry.find(word)  # an argument may be read by what the class inherits from
     modules = {inspect.getmodule(c) for c in cls.__mro__ if c.__module__.startswith("lorica.")}
     source = "".join(inspect.getsource(module) for module in modules if module is not None)
     for f in dataclasses.fields(cls):

@@ -18,7 +18,8 @@ import torch
 from walk import every
 
 import lorica
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 
 HOUSE = Path(lorica.__file__).parent
 CORE = ("recipe.py", "layer.py", "attach.py", "bind.py", "moves.py", "adapters.py")
@@ -78,15 +79,15 @@ def test_a_word_names_one_file_and_is_spelt_as_it_is_compared():
     names = [word for _, word in every()]
     assert len(names) == len(set(names))
     for word in names:
-        assert word == rooms.plain(word), "a file's name is lower case without `_`"
+        assert word == registry.normalise(word), "a file's name is lower case without `_`"
 
 
-def test_the_rooms_are_fields_of_the_recipe():
-    fields = {name for name, _, _ in rooms.ROOMS.values()}
+def test_the_axes_are_fields_of_the_recipe():
+    fields = {name for name, _, _ in registry.AXES.values()}
     assert fields <= set(Recipe.__dataclass_fields__)
-    for room, (_, default, several) in rooms.ROOMS.items():
+    for room, (_, default, several) in registry.AXES.items():
         assert several == (default is None)
-        assert default is None or default in rooms.words(room)
+        assert default is None or default in registry.names(room)
         assert importlib.import_module(f"lorica.{room}").__doc__
 
 
@@ -121,11 +122,14 @@ def test_no_method_is_named_outside_its_file():
         root = tree(path)
         if path.name == "rooms.py":  # the defaults stand in one table
             root.body = [n for n in root.body if not (isinstance(n, ast.AnnAssign)
-                         and getattr(n.target, "id", "") == "ROOMS")]  # fmt: skip
+                         and getattr(n.target, "id", "") == "AXES")]  # fmt: skip
         for text, line in identifiers(without_default_arguments(root)).items():
             if not text.isidentifier() or text in EXEMPT:
                 continue
-            parts = {rooms.plain(text), *(rooms.plain(part) for part in text.split("_"))}
+            parts = {
+                registry.normalise(text),
+                *(registry.normalise(part) for part in text.split("_")),
+            }
             if hit := parts & names:
                 found.append(f"{path.relative_to(HOUSE)}:{line}: {text!r} names {sorted(hit)}")
     assert not found, "\n".join(found)
@@ -207,24 +211,24 @@ def test_examples_in_docstrings_run(name):
 
 @pytest.mark.parametrize(("room", "word"), every())
 def test_every_choice_explains_itself(room, word):
-    cls = rooms.load(word)
+    cls = registry.find(word)
     doc = cls.__doc__ or ""
     first = " ".join(doc.split("\n\n", 1)[0].split())
     assert first.endswith("."), "the first paragraph is a sentence"
-    assert rooms.source(cls).title == first.rstrip("."), "the table of methods shows all of it"
+    assert registry.source(cls).title == first.rstrip("."), "the table of methods shows all of it"
     assert "Example:" in doc and ">>> " in doc
     assert (importlib.import_module(cls.__module__).__doc__ or "").strip(), "equations"
     for argument in (f.name for f in dataclasses.fields(cls)):
         assert f"{argument}:" in doc or f"{argument}," in doc, f"`{argument}` is not described"
-    for entry in rooms.source(cls).bibtex:
+    for entry in registry.source(cls).bibtex:
         assert entry.count("{") == entry.count("}")
         assert "year = {" in entry and "author = {" in entry and "title = {" in entry
 
 
 def test_every_published_method_says_what_it_costs_and_when_to_choose_it():
     for _, word in every():
-        cls = rooms.load(word)
-        if rooms.source(cls).bibtex:
+        cls = registry.find(word)
+        if registry.source(cls).bibtex:
             lines = [line.strip() for line in (cls.__doc__ or "").splitlines()]
             for label in ("Cost: ", "When: "):
                 assert sum(line.startswith(label) for line in lines) == 1, (word, label)
@@ -234,11 +238,11 @@ def test_every_published_method_cites_its_paper():
     """A word without a reference is one of the plain choices listed here."""
     own = {"add", "auto", "constant", "factored", "full", "gaussian", "kaiming", "materialised",
            "orthogonal", "pattern", "reference", "uniform"}  # fmt: skip
-    bare = {w for _, w in every() if not rooms.source(rooms.load(w)).bibtex}
+    bare = {w for _, w in every() if not registry.source(registry.find(w)).bibtex}
     assert bare == own
     for _, word in every():
         text = lorica.cite(word)
-        for entry in rooms.source(rooms.load(word)).bibtex:
+        for entry in registry.source(registry.find(word)).bibtex:
             assert entry in text
 
 
@@ -247,7 +251,9 @@ def test_every_published_method_has_a_test_of_its_papers_claims():
     papers = {
         p.stem.removeprefix("test_") for p in (Path(__file__).parents[1] / "papers").glob("*")
     }
-    covered = {b for _, w in every() if w in papers for b in rooms.source(rooms.load(w)).bibtex}
+    covered = {
+        b for _, w in every() if w in papers for b in registry.source(registry.find(w)).bibtex
+    }
     for _, word in every():
-        entries = set(rooms.source(rooms.load(word)).bibtex)
+        entries = set(registry.source(registry.find(word)).bibtex)
         assert not entries or entries & covered, f"tests/papers/test_{word}.py is missing"

@@ -7,15 +7,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from walk import adapt, linear, only
 
-from lorica import Recipe, rooms
+from lorica import Recipe
+from lorica.recipe import registry
 
-SCALES = rooms.words("scales")
+SCALES = registry.names("scales")
 RANKS = (1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("word", SCALES)
 def test_the_factor_is_positive_and_alpha_inverts_it(word):
-    scale = rooms.build(word, {})
+    scale = registry.build(word, {})
     for r in RANKS:
         for s in (0.3, 1.0, 2.0):
             alpha = scale.alpha_for(s, r)
@@ -27,7 +28,7 @@ def test_the_factor_is_positive_and_alpha_inverts_it(word):
 
 @pytest.mark.parametrize("word", SCALES)
 def test_alpha_counts_exactly_where_it_is_said_to(word):
-    scale = rooms.build(word, {})
+    scale = registry.build(word, {})
     assert (scale.factor(8, 4) != scale.factor(16, 4)) == scale.uses_alpha
     if not scale.uses_alpha:
         with pytest.raises(ValueError, match=f"`lora_alpha=8` has no effect with `{word}`"):
@@ -47,7 +48,7 @@ def test_the_layers_update_is_scaled_by_it(word):
 
 @pytest.mark.parametrize("word", SCALES)
 def test_peft_computes_the_same_factor_where_it_is_said_to(word):
-    scale = rooms.build(word, {})
+    scale = registry.build(word, {})
     agreeing = set()
     for flag in (False, True):
         config = LoraConfig(r=3, lora_alpha=5, use_rslora=flag, target_modules=["layer"])

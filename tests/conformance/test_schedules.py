@@ -14,8 +14,9 @@ from torch import nn
 from walk import recipe, same, state_bytes
 
 import lorica
-from lorica import Recipe, rooms
-from lorica.schedules import AbstractSchedule
+from lorica import Recipe
+from lorica.methods.schedules.base import AbstractSchedule
+from lorica.recipe import registry
 from models import llama, logits, train
 
 STEPS = 10
@@ -25,12 +26,12 @@ INTERVALS = ("every", "interval", "update_proj_gap", "deltaT")
 def recipes() -> dict[str, Recipe]:
     """Every schedule at an interval of two steps, beside the parts that its word asks for."""
     out = {
-        f"tests' {s.word} over {method}": Recipe.parse(method, r=4, schedules=(s,))
+        f"tests' {s.name} over {method}": Recipe.parse(method, r=4, schedules=(s,))
         for s in (MergeOften(every=2), SwapOften(every=2))
         for method in ("lora", "dora", "pissa", "dora+olora+rslora")
     }
-    for word in rooms.words("schedules"):
-        fields = {f.name for f in dataclasses.fields(rooms.load(word))}
+    for word in registry.names("schedules"):
+        fields = {f.name for f in dataclasses.fields(registry.find(word))}
         often = {name: 2 for name in INTERVALS if name in fields}
         often |= {"kappa": 1} if "kappa" in fields else {}  # as often at the end as at the start
         out[word] = recipe(f"{word}({', '.join(f'{k}={v}' for k, v in often.items())})", r=4)
@@ -205,8 +206,8 @@ def test_a_base_that_is_written_to_says_so(name):
     published = {n: layer.store.parameter.clone() for n, layer in adapters}
     go(adapters, optimizer, scheduler, 0, STEPS)
     kept = all(torch.equal(layer.store.parameter, published[n]) for n, layer in adapters)
-    assert kept == adapters.pristine
-    if adapters.pristine:
+    assert kept == adapters.base_unchanged
+    if adapters.base_unchanged:
         lorica.detach(adapters.model)
     else:
         with pytest.raises(ValueError, match="keep_base=True"):
@@ -253,7 +254,7 @@ def test_an_event_on_a_transposed_and_on_an_embedded_weight(schedule):
         optimizer = lorica.optimizer(adapters, lr=0.0)
         before = logits(model)
         train(adapters, optimizer, 2)
-        assert not adapters.pristine
+        assert not adapters.base_unchanged
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-10)
 
 
@@ -280,7 +281,7 @@ def test_an_event_never_writes_into_another_modules_weight():
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_a_swap_resets_the_counterparts_state_and_nothing_else(side):
     """The counterparts' gradient depends on what was exchanged; the exchanged keep their own."""
-    from lorica.moves import swap_
+    from lorica.training.weight_edits import swap_
 
     adapters = lorica.attach(llama(num_hidden_layers=1), "dora", r=4, verbose=False)
     optimizer = lorica.optimizer(adapters, lr=1e-2)
@@ -307,7 +308,7 @@ def test_a_swap_resets_the_counterparts_state_and_nothing_else(side):
 
 
 def test_a_merge_resets_the_factors_state_and_keeps_the_magnitudes():
-    from lorica.moves import merge_
+    from lorica.training.weight_edits import merge_
 
     adapters = lorica.attach(llama(num_hidden_layers=1), "dora", r=4, verbose=False)
     optimizer = lorica.optimizer(adapters, lr=1e-2)
@@ -323,7 +324,7 @@ def test_a_merge_resets_the_factors_state_and_keeps_the_magnitudes():
     assert all(torch.equal(v, kept[n]) for n, v in optimizer.state[m].items())
 
 
-WEIGHTY = [w for w in rooms.words("deltas") if "weight" in Recipe.parse(w).given()
+WEIGHTY = [w for w in registry.names("deltas") if "weight" in Recipe.parse(w).given()
            and Recipe.parse(w).delta.wraps]  # fmt: skip
 RESTARTS = {
     "relora(every=2)": "relora(every=2)",

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorica
-from lorica import Recipe, rooms
-from lorica.adapters import Adapters
-from lorica.layer import AdaptedLinear
+from lorica import Recipe
+from lorica.model.adapters import Adapters
+from lorica.model.layer import AdaptedLinear
+from lorica.recipe import registry
 
 IN, OUT = 6, 5
 # Fields of a recipe that mean nothing to some methods, which then refuse them.
@@ -22,7 +23,7 @@ NUMERIC = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 
 def every() -> list[tuple[str, str]]:
     """(room, word) of every word there is."""
-    return [(room, word) for room in rooms.ROOMS for word in rooms.words(room)]
+    return [(room, word) for room in registry.AXES for word in registry.names(room)]
 
 
 def recipe(method: str, **fields: Any) -> Recipe:
@@ -118,7 +119,7 @@ def allowed(method: str) -> bool:
 
 def variants(word: str) -> Iterator[str]:
     """The word as it stands, and with each of its switches turned."""
-    cls = rooms.load(word)
+    cls = registry.find(word)
     yield word
     for f in dataclasses.fields(cls):
         if isinstance(f.default, bool):
@@ -142,6 +143,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def wrapping() -> Iterator[str]:
     """Words of the deltas that hold an adapter."""
-    for word in rooms.words("deltas"):
-        if rooms.load(word).wraps:  # type: ignore[attr-defined]
+    for word in registry.names("deltas"):
+        if registry.find(word).wraps:  # type: ignore[attr-defined]
             yield word

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorica import world
+from lorica import embedded
 from lorica.cli import main
-from lorica.demo import page, run
-from lorica.demo.options import DemoOptions
+from lorica.run.demo import page, run
+from lorica.run.demo.options import DemoOptions
 
 STEPS, EACH = 6, 2
 
@@ -49,7 +49,7 @@ def test_the_folder_holds_the_page_the_adapter_and_the_result(short):
     told = result["demo"]
     assert result["method"] == "dora+olora" and result["steps"] == STEPS
     kinds = {row["task"]: row["kind"] for row in told["tasks"]}
-    assert kinds == {task.name: kind for kind in ("new", "old") for task in world.tasks(kind)}
+    assert kinds == {task.name: kind for kind in ("new", "old") for task in embedded.tasks(kind)}
     assert {row["examples"] for row in told["tasks"]} == {EACH}
     assert told["new"]["before"] == 0.0 and told["old"]["before"] > 0.9
     assert [point["step"] for point in told["loss"]] == [1, 2, 3, 4, 5, 6]
@@ -71,7 +71,7 @@ def test_fresh_processes_compute_what_was_trained(short):
 
 
 def test_no_test_prompt_was_trained_on():
-    from lorica.world.source import examples
+    from lorica.embedded.source import examples
 
     trained = {row["prompt"] for row in examples(run.DATA, count=20_000)}
     asked = [r["prompt"] for kind in run.KINDS for r in examples(f"lorica:{kind}", "test", 2_000)]

@@ -34,13 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import moves, rooms
-from lorica.bind import KEY
-from lorica.deltas import Pair
-from lorica.proof import WATCHED_STEPS
-from lorica.recipe import Recipe
-from lorica.schedules import AbstractSchedule
-from lorica.shards import seeded
+from lorica.interfaces import Pair
+from lorica.methods.schedules.base import AbstractSchedule
+from lorica.recipe import registry
+from lorica.recipe.recipe import Recipe
+from lorica.tensors.dtensor_ops import seeded
+from lorica.training import weight_edits
+from lorica.training.bind import KEY
+from lorica.training.checks import WATCHED_STEPS
 
 _WORLDS: dict[str, tuple[int, ...]] = {}
 
@@ -66,7 +67,7 @@ class Moving(AbstractSchedule):
     """Merges every layer after each second step and swaps two vectors a layer after the others."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"pair", "factors", "writable_base"})
-    withdraws: ClassVar[frozenset[str]] = frozenset({"pristine"})
+    withdraws: ClassVar[frozenset[str]] = frozenset({"base_unchanged"})
     edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
 
     def init(self, adapters: Any) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Moving(AbstractSchedule):
         for i, (name, layer) in enumerate(training.adapters):
             generator = training.generator(name)
             if merging:
-                moves.merge_(
+                weight_edits.merge_(
                     layer,
                     training.optimizer,
                     link=state["merges"],
@@ -95,7 +96,9 @@ def _swap(layer: Any, optimizer: Any, side: str, generator: torch.Generator) -> 
     r, site = layer.site.r, layer.site
     index = torch.randperm(r, generator=generator)[: min(2, r)].tolist()
     width = site.in_features if side == "A" else site.out_features
-    moves.swap_(layer, optimizer, side, index, 0.1 * moves.draw((len(index), width), generator))
+    weight_edits.swap_(
+        layer, optimizer, side, index, 0.1 * weight_edits.draw((len(index), width), generator)
+    )
 
 
 def _mesh(*shape: int) -> DeviceMesh:
@@ -286,7 +289,7 @@ def _cases(
 
 
 def _same(got: Tensor, want: Tensor, what: str, *, atol: float = 0.0) -> None:
-    full = moves.read_full(got)
+    full = weight_edits.read_full(got)
     assert not isinstance(full, DTensor) and full.shape == want.shape, what
     torch.testing.assert_close(full, want, atol=atol, rtol=0, msg=lambda m: f"{what}: {m}")
 
@@ -295,7 +298,7 @@ def _same(got: Tensor, want: Tensor, what: str, *, atol: float = 0.0) -> None:
 def verbs_read_and_shard() -> None:
     for what, twin, t in _cases(torch.Generator().manual_seed(1)):
         _same(t, twin, f"read_full {what}")
-        local, offset = moves.shard_of(t)
+        local, offset = weight_edits.shard_of(t)
         assert not isinstance(local, DTensor)
         mine = torch.zeros_like(twin)
         count = torch.zeros_like(twin)
@@ -313,11 +316,11 @@ def verbs_write() -> None:
     g, flat = torch.Generator().manual_seed(2), _mesh()
     for what, twin, t in _cases(g):
         new = torch.randn(twin.shape, generator=torch.Generator().manual_seed(5))
-        moves.zero_(t)
+        weight_edits.zero_(t)
         _same(t, torch.zeros_like(twin), f"zero_ {what}")
         for source in (new, distribute_tensor(new, flat, [Shard(new.ndim - 1)])):
-            moves.zero_(t)
-            moves.copy_(t, source)
+            weight_edits.zero_(t)
+            weight_edits.copy_(t, source)
             _same(t, new, f"copy_ {what}")
         twin.copy_(new)
         for axis in range(twin.ndim):
@@ -325,10 +328,10 @@ def verbs_write() -> None:
             for index in ([], [0], [n - 1], [n - 1, 0, n // 2][: min(n, 3)] if n > 2 else [0]):
                 shape = [len(index) if d == axis else s for d, s in enumerate(twin.shape)]
                 rows = torch.randn(shape, generator=g, dtype=torch.float64)  # cast on the way
-                moves.write_rows(t, index, rows, axis)
+                weight_edits.write_rows(t, index, rows, axis)
                 twin.index_copy_(axis, torch.tensor(index, dtype=torch.int64), rows.float())
                 _same(t, twin, f"write_rows {index} along {axis} {what}")
-        moves.zero_rows(t, [0], twin.ndim - 1)
+        weight_edits.zero_rows(t, [0], twin.ndim - 1)
         twin.select(twin.ndim - 1, 0).zero_()
         _same(t, twin, f"zero_rows {what}")
 
@@ -337,8 +340,8 @@ def verbs_write() -> None:
 def verbs_draw_and_fill() -> None:
     for what, twin, t in _cases(torch.Generator().manual_seed(3)):
         for bound in (None, 0.25):
-            moves.draw_(t, torch.Generator().manual_seed(9), bound=bound)
-            want = moves.draw(twin.shape, torch.Generator().manual_seed(9), bound=bound)
+            weight_edits.draw_(t, torch.Generator().manual_seed(9), bound=bound)
+            want = weight_edits.draw(twin.shape, torch.Generator().manual_seed(9), bound=bound)
             _same(t, want, f"draw_ {bound} {what}")
     weight = torch.randn(10, 7, generator=torch.Generator().manual_seed(4))
     full = {r: (torch.zeros(r, 7), torch.zeros(10, r)) for r in (1, 3)}
@@ -350,7 +353,7 @@ def verbs_draw_and_fill() -> None:
                 init.fill(weight, want, torch.Generator().manual_seed(6))
             for (how, a), (_, b) in zip(_placed(A), _placed(B), strict=False):
                 pair = Pair(nn.Parameter(a), nn.Parameter(b), 0.5)
-                moves.fill_(pair, init, weight, torch.Generator().manual_seed(6))
+                weight_edits.fill_(pair, init, weight, torch.Generator().manual_seed(6))
                 _same(pair.A, want.A, f"fill_ {word} r={r} {how}")
                 _same(pair.B, want.B, f"fill_ {word} r={r} {how}")
 
@@ -365,28 +368,30 @@ def verbs_outer_add() -> None:
             stored = (W.T if transposed else W).contiguous()
             factors = itertools.cycle(zip(_placed(A), _placed(B), strict=False))
             for (how, t), ((how_a, a), (how_b, b)) in zip(_placed(stored), factors, strict=False):
-                moves.outer_add_(t, b, a, -0.3, transposed=transposed)
+                weight_edits.outer_add_(t, b, a, -0.3, transposed=transposed)
                 what = f"outer_add_ {(out, wide)} {how}, {how_a}, {how_b} {transposed=}"
                 _same(t, want.T if transposed else want, what, atol=1e-6)
     # Half precision is rounded once, from a float32 sum.
     W, A, B = (torch.randn(s, generator=g) for s in ((6, 8), (3, 8), (6, 3)))
     W = W.bfloat16()
     for how, w in _placed(W):
-        moves.outer_add_(w, B, A, 0.01)
+        weight_edits.outer_add_(w, B, A, 0.01)
         _same(w, (W.float() + 0.01 * B @ A).bfloat16(), f"outer_add_ bfloat16 {how}")
 
 
 @_on(2, 4)
 def verbs_reduce() -> None:
     cases = list(_cases(torch.Generator().manual_seed(8)))
-    got = moves.reduce_scalar([t for _, _, t in cases])  # plain and differently sharded together
+    got = weight_edits.reduce_scalar(
+        [t for _, _, t in cases]
+    )  # plain and differently sharded together
     assert all(value == got for value in _on_every_process(got))
     for (what, twin, t), value in zip(cases, got, strict=True):
         want = twin.square().sum().item()
         assert abs(value - want) <= 1e-5 * want, f"reduce_scalar {what}: {value} for {want}"
-        alone = moves.reduce_scalar([t])
+        alone = weight_edits.reduce_scalar([t])
         assert abs(alone[0] - want) <= 1e-5 * want, f"reduce_scalar alone {what}"
-    assert moves.reduce_scalar([]) == []
+    assert weight_edits.reduce_scalar([]) == []
 
 
 @_on(2, 4)
@@ -402,9 +407,9 @@ def verbs_optimizer_state() -> None:
                 per_row = [p.shape[d] if d == axis else 1 for d in range(p.ndim)]
                 optimizer.state[p]["count"] = torch.arange(1.0, p.shape[axis] + 1).view(per_row)
             index = [twin.shape[axis] - 1]
-            before = [moves.read_full(p.detach()).clone() for p in held]
+            before = [weight_edits.read_full(p.detach()).clone() for p in held]
             for p, optimizer in zip(held, optimizers, strict=True):
-                moves.zero_rows(p, index, axis, optimizer)
+                weight_edits.zero_rows(p, index, axis, optimizer)
             label = f"zero_rows of state, {what}, axis {axis}"
             for p, value in zip(held, before, strict=True):
                 _same(p.detach(), value, f"{label}: the parameter itself stays")
@@ -413,13 +418,15 @@ def verbs_optimizer_state() -> None:
             for name in got:
                 _same(got[name], want[name], f"{label}: {name}")
                 if name != "step":
-                    whole = moves.read_full(got[name])
+                    whole = weight_edits.read_full(got[name])
                     assert not whole.select(axis, index[0]).any(), f"{label}: {name} not reset"
                     rest = whole.index_select(axis, torch.arange(index[0]))
                     assert rest.numel() == 0 or rest.abs().sum() > 0, f"{label}: {name} all reset"
             assert got["step"] == 1
-            moves.reset_state(optimizers[1], held[1])
-            assert not any(moves.read_full(v).any() for v in got.values()), f"reset_state {what}"
+            weight_edits.reset_state(optimizers[1], held[1])
+            assert not any(weight_edits.read_full(v).any() for v in got.values()), (
+                f"reset_state {what}"
+            )
 
 
 # -- moves on a model ------------------------------------------------------------------------------
@@ -436,7 +443,7 @@ def _moved(
             _swap(layer, optimizer, side, seeded(f"{side}/{name}"))
         seen.append(_logits(adapters))
     for name, layer in adapters:
-        moves.merge_(
+        weight_edits.merge_(
             layer, optimizer, link=1, init=adapters.recipe.init, generator=seeded(f"merge/{name}")
         )
     return [*seen, _logits(adapters)]
@@ -454,7 +461,9 @@ def _moves_keep(method: str, *, axis: int = 0, make: Callable[[], Any] = _llama,
         torch.testing.assert_close(logits, got[0], atol=atol, rtol=0)
         torch.testing.assert_close(logits, twin, atol=atol, rtol=0)
     fresh = [p for _, pair in many.pairs() for p in (pair.A, pair.B)]
-    assert all(not moves.read_full(v).any() for p in fresh for v in optimizer.state[p].values())
+    assert all(
+        not weight_edits.read_full(v).any() for p in fresh for v in optimizer.state[p].values()
+    )
     _equal_states(many.state_dict(), one.state_dict(), atol)
 
 
@@ -578,15 +587,15 @@ INTERVALS = ("every", "interval", "update_proj_gap", "deltaT")
 def _with_events() -> Iterator[tuple[str, Any]]:
     """(method, its class) of every schedule, and every rule over whole weights, with an event in
     each second step."""
-    for room in ("schedules", "optim"):
-        for word in rooms.words(room):
-            kind = rooms.load(word)
+    for room in ("schedules", "rules"):
+        for word in registry.names(room):
+            kind = registry.find(word)
             fields = {f.name for f in dataclasses.fields(kind)}
             interval = next((f"({name}=2)" for name in INTERVALS if name in fields), None)
             if interval is not None:
                 yield word + interval, kind
-    yield "relora(every=2, warm_start=3)", rooms.load("relora")
-    yield "relora(every=2)+dora+olora", rooms.load("relora")
+    yield "relora(every=2, warm_start=3)", registry.find("relora")
+    yield "relora(every=2)+dora+olora", registry.find("relora")
 
 
 @_on(2)
@@ -721,14 +730,14 @@ def checkpoint_sharded_on_disk() -> None:
         return str(folder[0])
 
     def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        start = {n: moves.read_full(p).clone() for n, p in model.named_parameters()}
+        start = {n: weight_edits.read_full(p).clone() for n, p in model.named_parameters()}
         state = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),  # steps a fresh optimizer
         }
         assert optimizer.state, "the API took no fake step, so this proves nothing"
         assert optimizer.param_groups[0][KEY]["step"] == 0
-        assert _bits({n: moves.read_full(p) for n, p in model.named_parameters()}, start)
+        assert _bits({n: weight_edits.read_full(p) for n, p in model.named_parameters()}, start)
         read_shards(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -834,7 +843,7 @@ def silent_adapter_is_named() -> None:
         _shard(adapters)
         pair = adapters.layers[silent].update.delta.pair()
         assert pair is not None
-        moves.zero_(pair.A)  # both factors 0: neither has a gradient
+        weight_edits.zero_(pair.A)  # both factors 0: neither has a gradient
         optimizer = _optimizer(adapters)
         _train(adapters.model, adapters, optimizer, range(WATCHED_STEPS - 1), divided=True)
         seen = optimizer.param_groups[0][KEY]["seen"]
@@ -855,7 +864,7 @@ def gradient_on_one_process_is_enough() -> None:
     optimizer = lorica.optimizer(adapters, 1e-2)
     model(torch.ones(2, 4))[:, -1].sum().backward()  # B is 0, and of its gradient all but a row
     if dist.get_rank() == 0:
-        grads = [moves.shard_of(t.parameter.grad)[0] for t in adapters.trained()]  # type: ignore[arg-type]
+        grads = [weight_edits.shard_of(t.parameter.grad)[0] for t in adapters.trained()]  # type: ignore[arg-type]
         assert not any(g.any() for g in grads), "rank 0 was to see nothing"
     optimizer.step()
     assert bool(optimizer.param_groups[0][KEY]["seen"].all())

@@ -130,9 +130,9 @@ def make_world(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     import models
-    from lorica import world
+    from lorica import embedded
 
-    tokenizer = AutoTokenizer.from_pretrained(world.base_path(), model_max_length=2048)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.base_path(), model_max_length=2048)
     sizes = {"vocab_size": len(tokenizer)}
     marks = {
         "pad_token_id": tokenizer.pad_token_id,

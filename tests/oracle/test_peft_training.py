@@ -18,8 +18,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
 
 import lorica
-from lorica import dropout
-from lorica.adapters import Adapters
+from lorica.model.adapters import Adapters
+from lorica.tensors import dropout
 from models import MODELS, batch, logits, perturb
 
 FLAGS = {  # the words here -> PEFT's flags

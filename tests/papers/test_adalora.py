@@ -11,8 +11,8 @@ from torch import nn
 
 import lorica
 from lorica import Recipe
-from lorica.schedules import Training
-from lorica.schedules._triplets import best, sensitivity
+from lorica.methods.schedules.adalora.triplets import best, sensitivity
+from lorica.training.training import Training
 from models import llama, logits, train
 from reference import adalora as twin
 
@@ -412,7 +412,7 @@ def test_what_rests_gets_no_penalty(method):
         loss = adapters.loss({"loss": task})
         pairs = {
             name: pair for name, pair in adapters.pairs()
-            if not any("delta" in path for path in adapters.layers[name].resting)
+            if not any("delta" in path for path in adapters.layers[name].frozen_for_now)
         }  # fmt: skip
         own = twin.penalty([(p.A, p.B) for p in pairs.values()]) if pairs else 0.0
         torch.testing.assert_close(loss.detach(), task.detach() + 0.3 * own)

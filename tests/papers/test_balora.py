@@ -16,9 +16,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 import lorica
 from lorica import Recipe
-from lorica.objectives import Context, _outputs
-from lorica.objectives.balora import Balora
-from lorica.train import Trainer
+from lorica.methods.objectives.balora import output_penalties
+from lorica.methods.objectives.balora.balora import Balora
+from lorica.methods.objectives.base import Context
+from lorica.run import Trainer
 from models import (
     LENGTH,
     MODELS,
@@ -72,14 +73,16 @@ def test_by_hand():
     assert penalty(z, dr=1, form="nlg", top_k=2).item() == pytest.approx(-math.log(2))
     z = torch.tensor([[2 * math.log(3), 0.0]], dtype=torch.float64)  # softmax(z/2) = (3/4, 1/4)
     kl = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    assert float(_outputs.divergence(z, torch.zeros_like(z), 2.0)) == pytest.approx(4 * kl)
+    assert float(output_penalties.divergence(z, torch.zeros_like(z), 2.0)) == pytest.approx(4 * kl)
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5, 5)])
 def test_each_term_is_the_twins(shape):
     z, teacher = random(*shape), random(*shape, seed=1)
     for t in (0.5, 2.0):
-        torch.testing.assert_close(_outputs.divergence(z, teacher, t), twin.cr(z, teacher, t))
+        torch.testing.assert_close(
+            output_penalties.divergence(z, teacher, t), twin.cr(z, teacher, t)
+        )
     cases: list[tuple[str, str, dict[str, Any], torch.Tensor]] = [
         ("dr", "nlu", {}, twin.dr_nlu(z)),
         ("dr", "nlg", {"top_k": 2}, twin.dr_nlg(z, 2)),
@@ -121,7 +124,7 @@ def test_bounds_and_what_changes_nothing():
         entropy = -float(penalty(z, dr=1, form="nlg", top_k=4))
         assert 0 < entropy < math.log(4)
         assert -float(penalty(z + 7, dr=1, form="nlg", top_k=4)) == pytest.approx(entropy)
-        assert float(_outputs.divergence(z, z + 7, 2.0)) == pytest.approx(0, abs=1e-14)
+        assert float(output_penalties.divergence(z, z + 7, 2.0)) == pytest.approx(0, abs=1e-14)
     apart = torch.linalg.qr(random(6, 3) - random(6, 3).mean(0)).Q
     apart = apart - apart.mean(0)
     assert float(penalty(apart + 5, dr=1, form="nlu")) == pytest.approx(0, abs=1e-20)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorica
-from lorica.deltas.bat import product
-from lorica.io import export
-from lorica.moves import merge_
+from lorica.formats import export
+from lorica.methods.deltas.bat import product
+from lorica.training.weight_edits import merge_
 from models import MODELS, llama, logits, perturb, train
 from reference import bat as twin
 
@@ -167,7 +167,7 @@ def test_backward_keeps_no_second_weight():
 
 def test_a_parameter_that_rests_in_forward_rests_when_it_is_made_again():
     model, one = layer()
-    one.resting = ("update.delta.D",)
+    one.frozen_for_now = ("update.delta.D",)
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
     model(x).square().sum().backward()
     assert one.update.delta.D.grad is None and one.update.delta.D.requires_grad
@@ -261,4 +261,4 @@ def test_restarting_schedules_keep_the_function_and_train(method):
     first = train(adapters, optimizer, 1)
     train(adapters, optimizer, 7, first=1)
     assert train(adapters, optimizer, 1)[0] < first[0]
-    assert not adapters.pristine
+    assert not adapters.base_unchanged

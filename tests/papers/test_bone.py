@@ -107,7 +107,7 @@ def test_there_is_no_scale_and_no_start_to_choose():
 
 def test_merging_is_exact_and_a_chain_of_restarts_never_leaves_its_subspace():
     """Two links of rank r add up to rank r, where two links of LoRA have rank 2r."""
-    from lorica.moves import merge_
+    from lorica.training.weight_edits import merge_
 
     ranks = {}
     for method in ("lora", "bone"):

@@ -69,7 +69,7 @@ def test_in_company_carried_and_folded_links_are_one_run(chain, beside):
             torch.testing.assert_close(logits(adapters.model), seen[-1], rtol=0, atol=1e-9)
             losses = train(adapters, optimizer, min(3, 11 - first), first=first)
             runs[accumulate] = torch.cat([runs[accumulate], torch.tensor(losses)])
-        carried = [layer.update.carried for _, layer in adapters]
+        carried = [layer.update.frozen_factors for _, layer in adapters]
         assert any(c is not None for c in carried) == (accumulate == "factors")
     torch.testing.assert_close(runs["factors"], runs["base"], rtol=1e-6, atol=0)
 

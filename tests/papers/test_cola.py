@@ -12,7 +12,7 @@ from torch import nn
 import lorica
 from chains import IN, OUT, R, effective, gradient, move, one, rank, state_of, teacher
 from lorica import Recipe
-from lorica.schedules.cola import Cola
+from lorica.methods.schedules.cola import Cola
 from reference import cola as twin
 
 STEPS, EVERY = 30, 12  # links of 12, 12 and 6 steps
@@ -85,10 +85,10 @@ def test_carried_links_are_what_the_base_would_have_gained():
     start = base[0].layers["0"].store.weight().detach().clone()
     for u in range(STEPS):
         assert move(*factors, u) == pytest.approx(move(*base, u), rel=1e-10)
-    carried = factors[0].layers["0"].update.carried
+    carried = factors[0].layers["0"].update.frozen_factors
     gained = base[0].layers["0"].store.weight().detach() - start
     torch.testing.assert_close(carried.weight().detach(), gained, rtol=1e-9, atol=1e-12)
-    assert carried.A.shape[0] == 4 * R and factors[0].pristine and not base[0].pristine
+    assert carried.A.shape[0] == 4 * R and factors[0].base_unchanged and not base[0].base_unchanged
 
 
 def test_peft_computes_the_same_chain_by_merging_and_attaching_anew():

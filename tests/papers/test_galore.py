@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorica
 from lorica import Recipe
-from lorica.optim import _engine, _projection
+from lorica.methods.rules import _engine
+from lorica.methods.rules.galore import projection
 from models import gpt2, llama, train
 from reference import galore
 
 SHAPES = {"tall": (12, 8), "wide": (8, 12), "square": (9, 9)}
-TYPES = _projection.PROJ_TYPES
+TYPES = projection.PROJ_TYPES
 
 
 def optimizer(method, weights, *, rank=3, lr=1e-2, decay=0.0, seed=0, **options):
@@ -193,7 +194,7 @@ def identity(G, r, generator=None):
 @pytest.mark.parametrize("proj_type", TYPES)
 def test_in_the_standard_basis_it_is_adam(proj_type, monkeypatch):
     """torch's with ε after the correction; the authors' has ε before it, larger by 1/√(1−β₂ᵗ)."""
-    monkeypatch.setattr(_projection, "bases", identity)
+    monkeypatch.setattr(projection, "bases", identity)
     start = [draw(9, 9)]
     method = text_of(scale=1.0, proj_type=proj_type, eps=1e-3, eps_placement="after")
     made, weights = optimizer(method, start, rank=9)
@@ -281,14 +282,14 @@ def test_a_square_projection_is_on_the_side_that_was_asked_for():
 
 def refreshes(method, count, steps, monkeypatch):
     """Which matrices get new bases at each step."""
-    at, real = [], _projection.bases
+    at, real = [], projection.bases
 
     def noted(G, r, generator=None):
         at[-1].append(int(G[0, 0].item()))
         return real(G, r, generator)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_projection, "bases", noted)
+        patch.setattr(projection, "bases", noted)
         made, weights = optimizer(method, [draw(5, 4, seed=i) for i in range(count)], rank=2)
         for step in range(steps):
             at.append([])
@@ -467,14 +468,14 @@ def apart(one, other):
 def test_a_sketch_finds_the_leading_subspace():
     for dtype in (torch.float64, torch.float32):
         G = decaying(60, 40).to(dtype)
-        exact = _projection.bases(G, 6)
-        found = _projection.bases(G, 6, torch.Generator().manual_seed(0))
+        exact = projection.bases(G, 6)
+        found = projection.bases(G, 6, torch.Generator().manual_seed(0))
         for side in ("left", "right"):
             a, b = exact[side], found[side]
             assert (apart(a.T, b.T) if side == "left" else apart(a, b)) < 1e-3
             assert a.dtype == b.dtype == dtype
-    whole = _projection.bases(G, 38, torch.Generator().manual_seed(0))
-    assert apart(_projection.bases(G, 38)["right"], whole["right"]) < 1e-2, "r + 8 > min(m, n)"
+    whole = projection.bases(G, 38, torch.Generator().manual_seed(0))
+    assert apart(projection.bases(G, 38)["right"], whole["right"]) < 1e-2, "r + 8 > min(m, n)"
 
 
 def test_a_sketch_is_drawn_by_seed_step_and_name():
@@ -562,10 +563,10 @@ def test_the_state_has_the_declared_size(proj_type):
     train(adapters, made, 1)
     size = sum(v.numel() for s in made.state.values() for v in s.values() if v.numel() > 1)
     assert size == adapters.recipe.rule.state_elements(adapters)
-    assert adapters.contract.memory["optimizer"] == 4 * size
+    assert adapters.summary.memory["optimizer"] == 4 * size
     m, n = max(SHAPES["tall"]), min(SHAPES["tall"])
     short, long = (
-        _projection.shapes((m, n), {"rank": 3, "proj_type": t}) for t in ("std", "reverse_std")
+        projection.shapes((m, n), {"rank": 3, "proj_type": t}) for t in ("std", "reverse_std")
     )
     count = [sum(torch.Size(s).numel() for s in own.values() if s) for own in (short, long)]
     assert count == [n * 3 + 2 * m * 3, m * 3 + 2 * n * 3]
@@ -687,7 +688,7 @@ def test_what_makes_no_sense_is_refused(method, fields, text):
 
 def test_the_defaults_are_the_papers():
     recipe = Recipe.parse("galore")
-    assert (recipe.delta.word, recipe.r, recipe.lora_alpha) == ("full", 128, None)
+    assert (recipe.delta.name, recipe.r, recipe.lora_alpha) == ("full", 128, None)
     assert recipe.learning_rate == (0.01, "galore") and recipe.filled["r"] == (128, "galore")
     assert recipe.rule.scale == 0.25 and recipe.text() == "galore"
 

@@ -83,7 +83,7 @@ def test_the_update_has_at_most_rank_r(r):
 def test_parameters_per_matrix():
     adapters = lorica.attach(llama(), "lora", r=4, verbose=False)
     expected = sum(4 * (x.in_features + x.out_features) for _, x in adapters)
-    assert adapters.contract.trainable == expected
+    assert adapters.summary.trainable == expected
     assert sum(p.numel() for p in adapters.model.parameters() if p.requires_grad) == expected
 
 

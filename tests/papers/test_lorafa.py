@@ -90,7 +90,7 @@ def test_half_the_optimizers_state():
         sizes[method] = sum(
             v.numel() for s in optimizer.state.values() for v in s.values() if v.numel() > 1
         )
-        assert adapters.contract.memory["optimizer"] == 4 * sizes[method]
+        assert adapters.summary.memory["optimizer"] == 4 * sizes[method]
     assert sizes["lorafa"] == sizes["lora"] / 2, "o_proj is square"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorica import Recipe
-from lorica.optim._spectral import inverse_root, largest_fall
+from lorica.methods.rules._spectral import inverse_root, largest_fall
 from reference import lorarite
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -87,7 +87,7 @@ def test_training_is_the_twin(n):
 def test_n_times_the_rank_at_the_same_parameters(n):
     for shape in ((24, 24), (26, 19)):
         delta, adapters = one(shape, n, r=4)
-        assert adapters.contract.trainable == 4 * sum(shape)
+        assert adapters.summary.trainable == 4 * sum(shape)
         assert torch.linalg.matrix_rank(delta.weight(None)) == n * 4
         assert delta.factors().A.shape == (n * 4, shape[0])
 
@@ -200,7 +200,9 @@ def test_links_of_a_chain_are_put_away_whole(accumulate):
     assert not layer.update.delta.B.any() and layer.update.delta.A.any()
     assert not torch.allclose(before, W)
     total = chains.effective(adapters) - W
-    assert chains.rank(total) == 4 and (layer.update.carried is None) == (accumulate == "base")
+    assert chains.rank(total) == 4 and (layer.update.frozen_factors is None) == (
+        accumulate == "base"
+    )
     for u in range(4, 12):
         chains.move(adapters, optimizer, u)
     assert chains.rank(chains.effective(adapters) - W) == 5  # min(in, out)

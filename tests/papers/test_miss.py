@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorica
 import models
-from lorica.io import export, inspect
+from lorica.formats import export, inspect
 from models import llama, logits, perturb
 from reference import miss as twin
 
@@ -386,7 +386,7 @@ def test_where_pefts_type_is_not_exact_its_lora_is(case, tmp_path):
 
 def test_finished_links_make_it_a_lora(tmp_path):
     """Carried factors have no place in PEFT's own type."""
-    from lorica.moves import merge_
+    from lorica.training.weight_edits import merge_
 
     model = llama()
     base = copy.deepcopy(model)

@@ -13,8 +13,8 @@ import chains
 import lorica
 from capacity import best_of_rank, recall, targets
 from lorica import Recipe
-from lorica.deltas import _square, _turned
-from lorica.io import restore
+from lorica.formats import restore
+from lorica.methods.deltas.mora import rotated, square
 from models import llama, logits, perturb, train
 from reference import mora as twin
 
@@ -118,8 +118,8 @@ def test_turned_blocks_stand_in_the_diagonal():
     for b in range(4):
         R = twin.rotation(b, 8)
         torch.testing.assert_close(R @ R.T, torch.eye(8, dtype=torch.float64))
-        turned = _turned.turn_inputs(
-            torch.eye(8, dtype=torch.float64).expand(b + 1, 8, 8), _turned.turning(8, b + 1, M)
+        turned = rotated.turn_inputs(
+            torch.eye(8, dtype=torch.float64).expand(b + 1, 8, 8), rotated.turning(8, b + 1, M)
         )[b]
         torch.testing.assert_close(turned.T, R)
     assert torch.linalg.matrix_rank(W) == 32
@@ -300,8 +300,8 @@ def test_a_saved_chain_computes_the_same_wherever_it_is_loaded(method, tmp_path)
 
 def test_the_pattern_is_read_off_the_device_only_after_it_was_written(monkeypatch):
     delta, adapters = one((16, 16), 1)
-    reads, read = [], _square.read_full
-    monkeypatch.setattr(_square, "read_full", lambda t: reads.append(t) or read(t))
+    reads, read = [], square.read_full
+    monkeypatch.setattr(square, "read_full", lambda t: reads.append(t) or read(t))
     x = torch.randn(2, 16, dtype=torch.float64)
     delta(x, None), delta(x, None)
     delta.restart(1, torch.Generator())

@@ -38,7 +38,7 @@ def test_what_is_frozen_is_the_papers_residual(s):
     """W_res = W − s·B₀A₀, of which the first r columns are (1 − s) W."""
     _, one = layer(lora_alpha=3 * s)
     W = one.base.weight.detach()
-    frozen = W + one.update.carried.weight()
+    frozen = W + one.update.frozen_factors.weight()
     torch.testing.assert_close(frozen, twin.residual(W, 3, s))
     torch.testing.assert_close(frozen[:, :3], (1 - s) * W[:, :3])
     pair = one.update.delta.pair()
@@ -75,7 +75,7 @@ def test_signs_play_no_part_in_training():
             for _, one in adapters:
                 for p in (one.update.delta.A, one.update.delta.B.T):
                     p[1].mul_(sign)
-                for p in (one.update.carried_A, one.update.carried_B.T):
+                for p in (one.update.frozen_A, one.update.frozen_B.T):
                     p[1].mul_(sign)
         train(adapters, lorica.optimizer(adapters, lr=1e-2), 3)
         runs.append(logits(adapters.model))

@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 
 import lorica
 from lorica import Recipe
-from lorica.io import export
-from lorica.io.compressed import compress, load_compressed, pack, unpack
-from lorica.objectives.distillation import Distillation, _features
-from lorica.schedules.pclora import PcLora
+from lorica.formats import export
+from lorica.formats.compressed import compress, load_compressed, pack, unpack
+from lorica.methods.objectives.distillation import Distillation, _features
+from lorica.methods.schedules.pclora import PcLora
 from models import LENGTH, MODELS, VOCAB, batch, bert, llama, logits, masked, perturb, train
 from reference import pclora as twin
 
@@ -90,7 +90,7 @@ def test_faded_out_nothing_depends_on_the_weight():
         before, dense = model(x), layer.effective()
         layer.base.weight.fill_(float("nan"))
         layer.base.bias.fill_(float("nan"))
-        layer.update.carried_B.fill_(float("nan"))
+        layer.update.frozen_B.fill_(float("nan"))
         assert torch.equal(model(x), before)
         assert all(torch.equal(a, b) for a, b in zip(layer.effective(), dense, strict=True))
         layer.combine.fade_(0.5)
@@ -111,7 +111,7 @@ def test_faded_out_the_frozen_product_is_not_computed(monkeypatch):
 def test_the_number_is_read_once_after_each_change(monkeypatch):
     _, layer = one_layer()
     reads = []
-    monkeypatch.setattr("lorica.combine.fade.read_full", lambda t: reads.append(1) or t)
+    monkeypatch.setattr("lorica.methods.combine.fade.read_full", lambda t: reads.append(1) or t)
     layer.combine.fade_(0.25)
     assert [layer.combine.number for _ in range(3)] == [0.25] * 3 and len(reads) == 1
     with torch.no_grad():  # as a load writes it
@@ -148,7 +148,7 @@ def test_dropout_falls_as_it_does_at_the_start(method, on, monkeypatch):
     dropped = x * masked(monkeypatch, x) * 2
     model.train()
     W, b, A, B, s, c = parts(layer)
-    carried = layer.update.carried
+    carried = layer.update.frozen_factors
     z = dropped if on == "update" else x
     anchor = 0 if carried is None else z @ carried.weight().T
     for share in (1.0, 0.5, 0.0):
@@ -180,9 +180,9 @@ def test_a_folder_keeps_the_share(tmp_path):
     before = logits(model)
     lorica.save(adapters, tmp_path / "a")
     with pytest.raises(ValueError, match="PEFT has no form of `fade`"):
-        from lorica import io
+        from lorica import formats
 
-        io.export(adapters, tmp_path / "b")
+        formats.export(adapters, tmp_path / "b")
     again = llama(num_hidden_layers=1)
     lorica.load(again, tmp_path / "a")
     assert torch.equal(logits(again), before)
@@ -360,7 +360,7 @@ def test_the_weights_are_what_was_promised_once_the_fade_has_ended():
 
 def test_s_is_one_and_the_words_are_filled():
     recipe = Recipe.parse("pclora(alpha=0.1)", r=8)
-    assert (recipe.lora_alpha, recipe.combine.word) == (8, "fade")
+    assert (recipe.lora_alpha, recipe.combine.name) == (8, "fade")
     assert recipe.objectives == (Distillation(alpha=0.1),)
     assert Recipe.parse("pclora(alpha=1)").objectives == ()
     assert Recipe.parse("pclora+rslora", r=16).lora_alpha == 4
@@ -383,13 +383,13 @@ def test_adapters_and_optimizer_of_different_steps_are_refused():
         ("distillation(alpha=1)", "leave the word out"),
         ("pclora+dora", "`pclora` fills the axis `combine`.*`dora`"),
         ("fade+dora", "name one of them"),
-        ("pclora+relora", "`pclora` needs `pristine`"),
+        ("pclora+relora", "`pclora` needs `base_unchanged`"),
         ("pclora(alpha=1)+relora", "both edit the base"),
         ("pclora+cola", "both edit the base"),
-        ("pclora+switchlora", "`pclora` needs `pristine`"),
+        ("pclora+switchlora", "`pclora` needs `base_unchanged`"),
         ("pclora+bat", "needs `base`"),
         ("pclora+galore", "Leave one|leave one"),
-        ("distillation+full", "`distillation` needs `pristine`"),
+        ("distillation+full", "`distillation` needs `base_unchanged`"),
     ],
 )
 def test_refusals(method, text):
@@ -525,7 +525,7 @@ def test_a_model_without_hidden_states_is_told_so():
 
 
 def run(folder: Path, steps: int = 8, **over: Any):
-    from lorica.train import Trainer
+    from lorica.run import Trainer
 
     ids = torch.randint(0, VOCAB, (32, LENGTH), generator=torch.Generator().manual_seed(3))
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})

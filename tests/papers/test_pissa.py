@@ -38,7 +38,7 @@ def test_the_start_is_the_best_approximation_for_every_scale(s, shape):
 def test_the_largest_direction_left_is_the_next_one():
     _, one = layer()
     W = one.base.weight.detach()
-    rest = W + one.update.carried.weight()
+    rest = W + one.update.frozen_factors.weight()
     torch.testing.assert_close(torch.linalg.svdvals(rest)[0], torch.linalg.svdvals(W)[3])
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import lorica
 from lorica import Recipe
-from lorica.ranks.linear import block_of
-from lorica.schedules.prilora import pruned
+from lorica.methods.ranks.linear import block_of
+from lorica.methods.schedules.prilora import pruned
 from models import batch, llama, perturb
 from reference import prilora as twin
 
@@ -208,14 +208,14 @@ def test_the_norms_leave_padding_and_evaluation_out():
         hook.remove()
     model.eval()(**batch(model, seed=9))
     optimizer.step()
-    assert not adapters.taps.input_squares, "what was counted is not counted again"
+    assert not adapters.hooks.input_squares, "what was counted is not counted again"
     kept = keep.flatten().bool().tolist()
     for name, X in state_of(optimizer).items():
         expected = 0.25 * torch.tensor(twin.norms(first[name], kept))
         torch.testing.assert_close(X, expected, rtol=1e-5, atol=1e-7)
     held = {n: X.clone() for n, X in state_of(optimizer).items()}
     model.train()(**batch(model, seed=9)).loss.backward()
-    adapters.taps.input_squares.pop("model.layers.0.mlp.up_proj")  # an expert without a token
+    adapters.hooks.input_squares.pop("model.layers.0.mlp.up_proj")  # an expert without a token
     optimizer.step()
     same = [n for n, X in state_of(optimizer).items() if torch.equal(X, held[n])]
     assert same == ["model.layers.0.mlp.up_proj"]
@@ -291,7 +291,7 @@ def test_what_has_no_effect_is_refused():
         begin("linear(last=12)")
     with pytest.raises(ValueError, match="leave one of the two out"):
         Recipe.parse("prilora(first=4)+uniform")
-    assert Recipe.parse("prilora+uniform").rank.word == "uniform"
+    assert Recipe.parse("prilora+uniform").rank.name == "uniform"
     with pytest.raises(ValueError, match=r"`prilora` takes parts of A away .* `lorafa` freezes A"):
         Recipe.parse("prilora+lorafa")  # each pruning would be for good, until nothing is left
     with pytest.raises(ValueError, match="less than one entry of a row of A"):

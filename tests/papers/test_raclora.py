@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorica
 from chains import IN, OUT, R, effective, gradient, move, one, state_of, teacher
 from lorica import Recipe
-from lorica.moves import seeded
+from lorica.tensors.dtensor_ops import seeded
 from models import llama, train
 from reference import raclora as twin
 
@@ -73,8 +73,8 @@ def test_half_of_each_pair_trains_and_the_other_half_costs_nothing(side):
                              verbose=False)  # fmt: skip
     layers = adapters.layers.values()
     width = [layer.out_features if side == "B" else layer.in_features for layer in layers]
-    assert adapters.contract.trainable == 4 * sum(width)
-    assert set(adapters.contract.trained) == {side} == {t.role for t in adapters.trained()}
+    assert adapters.summary.trainable == 4 * sum(width)
+    assert set(adapters.summary.trained) == {side} == {t.role for t in adapters.trained()}
     optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=9)
     for u in range(9):
         pairs = [pair for _, pair in adapters.pairs()]
@@ -84,7 +84,7 @@ def test_half_of_each_pair_trains_and_the_other_half_costs_nothing(side):
         assert all(p.grad is None and p not in optimizer.state for p in frozen)
         same = [torch.equal(p, q) for p, q in zip(frozen, before, strict=True)]
         assert all(same) if u not in (2, 5) else not any(same), "drawn anew at a restart alone"
-    assert adapters.contract.memory["optimizer"] == 4 * sum(
+    assert adapters.summary.memory["optimizer"] == 4 * sum(
         v.numel() for s in optimizer.state.values() for v in s.values() if v.numel() > 1
     )
 

@@ -15,7 +15,7 @@ import chains
 import lorica
 from chains import IN, OUT, R, gradient, move
 from lorica import Recipe
-from lorica.schedules._jagged import jagged, prune_state
+from lorica.methods.schedules.relora.jagged import jagged, prune_state
 from models import llama, logits, train
 from reference import relora as twin
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica import Recipe
-from lorica.deltas.reslora import merge_approximately
+from lorica.methods.deltas.reslora.reslora import merge_approximately
 from models import batch, llama, logits, perturb, train
 from reference import reslora as twin
 
@@ -152,7 +152,7 @@ def test_links_are_between_equal_kinds_and_sizes():
 def test_a_layer_owns_its_parameters_alone(shortcut):
     model, adapters = one(shortcut)
     assert len(model.state_dict()) == 3 * N and len(adapters.trained()) == 2 * N
-    assert adapters.contract.trainable == N * 2 * 2 * D
+    assert adapters.summary.trainable == N * 2 * 2 * D
     other = copy.deepcopy(model)
     first, second = adapters, lorica.Adapters.of(other)
     x = x_of()

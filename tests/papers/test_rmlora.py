@@ -10,7 +10,7 @@ from torch import nn
 
 import lorica
 from lorica import Recipe
-from lorica.shards import seeded
+from lorica.tensors.dtensor_ops import seeded
 from models import llama, train
 from reference import adalora as adalora_twin
 from reference import rmlora as twin

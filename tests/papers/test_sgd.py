@@ -44,7 +44,7 @@ def test_no_momentum_no_state():
     made = lorica.optimizer(adapters)
     model(torch.randn(3, 6)).sum().backward()
     made.step()
-    assert not any(made.state.values()) and adapters.contract.memory["optimizer"] == 0
+    assert not any(made.state.values()) and adapters.summary.memory["optimizer"] == 0
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])

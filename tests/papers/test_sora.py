@@ -10,7 +10,7 @@ from torch import nn
 
 import lorica
 from lorica import Recipe
-from lorica.schedules.sora import shrink
+from lorica.methods.schedules.sora import shrink
 from models import llama, logits, train
 from reference import sora as twin
 

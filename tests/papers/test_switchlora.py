@@ -16,16 +16,17 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica import Recipe, moves, rooms
-from lorica.deltas import Pair
-from lorica.schedules import _pools
-from lorica.schedules import _ring as ring
-from lorica.shards import seeded
+from lorica import Recipe
+from lorica.interfaces import Pair
+from lorica.methods.schedules.switchlora import pools, ring
+from lorica.recipe import registry
+from lorica.tensors.dtensor_ops import seeded
+from lorica.training import weight_edits
 from models import gpt2, llama, logits
 from reference import switchlora as twin
 
 WORD = "switchlora"
-Switchlora, Start = rooms.load(WORD), rooms.load(WORD, "inits")
+Switchlora, Start = registry.find(WORD), registry.find(WORD, "inits")
 
 
 def own(optimizer):
@@ -168,7 +169,7 @@ def test_a_hundred_exchanges_of_either_side_keep_the_weight(method, dtype, bound
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64))
     adapters, optimizer = busy(model, dtype, method=method.removesuffix("+select"))
-    moves.draw_(next(adapters.pairs())[1].B, torch.Generator().manual_seed(1), bound=0.3)
+    weight_edits.draw_(next(adapters.pairs())[1].B, torch.Generator().manual_seed(1), bound=0.3)
     start, A = effective(adapters)[0], next(adapters.pairs())[1].A.detach().clone()
     run(adapters, optimizer, 0, 30)
     assert int(own(optimizer)["swaps"][0]) >= 100
@@ -273,7 +274,7 @@ def test_an_exchange_and_the_reverse_one_restore_everything():
     for side, i, slot in (("A", 0, 2), ("B", 1, 4), ("B", 1, 5), ("A", 0, 5)):
         old = (pair.A if side == "A" else pair.B.T)[[i]].detach().clone()
         coming = torch.tensor([slot])
-        moves.swap_(layer, optimizer, side, [i], pools[side][coming].clone())
+        weight_edits.swap_(layer, optimizer, side, [i], pools[side][coming].clone())
         pools[side][ring.occupy(state, i=0, side=side, at=[i], slots=coming)] = old
         assert not torch.equal(kept["AB".index(side)], before["AB".index(side)]) or slot == 5
     for got, want in zip(kept, before, strict=True):
@@ -390,11 +391,11 @@ def test_the_start_alone_is_anchored_and_has_a_text(kind):
     recipe = Recipe.parse("lora+init.switchlora", r=3)
     assert recipe.text() == "init.switchlora" and recipe.init == Start()
     assert Recipe.from_dict(recipe.to_dict()) == recipe == Recipe.parse("init.Switch-LoRA", r=3)
-    assert not recipe.schedules and "pristine" in recipe.given()
+    assert not recipe.schedules and "base_unchanged" in recipe.given()
     model, x = KINDS[kind](), inputs(kind, 5)
     before, published = model(x), model.layer.weight.clone()
     adapters = adapt(model, "init.switchlora+rslora", r=3)
-    assert only(adapters).update.carried is not None
+    assert only(adapters).update.frozen_factors is not None
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
     lorica.detach(model)
     assert torch.equal(model.layer.weight, published)
@@ -405,17 +406,17 @@ def test_the_base_gives_up_what_the_start_adds():
     W0 = model[0].weight.detach().clone()
     adapters = lorica.attach(model, WORD, r=4, verbose=False)
     layer, pair = adapters.layers["0"], next(adapters.pairs())[1]
-    assert pair.scale == 1 / 4 and layer.update.carried is None
+    assert pair.scale == 1 / 4 and layer.update.frozen_factors is None
     torch.testing.assert_close(layer.store.parameter, W0 - pair.B @ pair.A / 4)
 
 
 def test_presets_and_what_replaces_them():
     recipe = Recipe.parse(WORD)
     assert (recipe.r, recipe.lora_alpha, Switchlora.default_learning_rate) == (128, 1, 0.02)
-    assert recipe.init == Start() and recipe.rule.word == "vectoradamw"
+    assert recipe.init == Start() and recipe.rule.name == "vectoradamw"
     assert recipe.text() == WORD and Recipe.parse(f"{WORD}+init.{WORD}") == recipe
     other = Recipe.parse(f"{WORD}+olora")
-    assert other.init.word == "olora" and Recipe.parse(other.text()) == other
+    assert other.init.name == "olora" and Recipe.parse(other.text()) == other
     assert lorica.cite(WORD).count("@") == 2, "the paper once, and LoRA's"
     assert "2406.06564" in lorica.cite(f"init.{WORD}")
     with pytest.raises(ValueError, match="no choice of the room `inits`"):
@@ -519,7 +520,7 @@ def test_trainable_counts_are_the_papers(size, r, millions):
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    count = lorica.attach(model, WORD, r=r, train_rest=True, verbose=False).contract.trainable
+    count = lorica.attach(model, WORD, r=r, train_rest=True, verbose=False).summary.trainable
     assert count == 2 * 32_100 * h + (2 * layers + 1) * h + layers * (8 * r * h + 3 * r * (h + f))
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
 
@@ -615,7 +616,7 @@ def test_what_is_fetched_ahead_is_what_would_be_fetched_in_time(monkeypatch):
     for ahead in (True, False):
         adapters, optimizer = two_layers(f"{WORD}(interval=3, freeze=1, kappa=1)", ranks=(8, 7))
         if not ahead:
-            monkeypatch.setattr(_pools.Transit, "take", lambda self, step: None)
+            monkeypatch.setattr(pools.PoolTransfer, "take", lambda self, step: None)
         run(adapters, optimizer, 0, 20)
         ends.append((adapters.fingerprint(), own(optimizer)["slots"]))
     assert ends[0][0] == ends[1][0] and torch.equal(ends[0][1], ends[1][1])
@@ -652,7 +653,7 @@ def test_a_gpu_computes_the_same_wherever_the_pools_lie(pools, select):
 def test_it_is_the_same_on_shards():
     methods = [f"{WORD}(interval=4, freeze=1, kappa=1)", f"{WORD}(interval=3, kappa=1,"
                " select='random', pools='device')"]  # fmt: skip
-    script = Path(__file__).parents[1] / "optim" / "sharded_rules.py"
+    script = Path(__file__).parents[1] / "rules" / "sharded_rules.py"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"),
         *("--nproc-per-node=2", str(script), *methods),

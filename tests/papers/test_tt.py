@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import chains
 import lorica
 from lorica import Recipe
-from lorica.deltas import _trains as trains
+from lorica.methods.deltas.tt import trains
 from models import llama, logits, perturb, train
 from reference import adamw
 from reference import tt as twin
@@ -125,7 +125,7 @@ def trainable(out: int, features: int, r: int, shape: list[int] | None = None) -
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(features, out, bias=False))
     method = "tt" if shape is None else f"tt(shape={shape})"
-    return lorica.attach(model, method, r=r, verbose=False).contract.trainable
+    return lorica.attach(model, method, r=r, verbose=False).summary.trainable
 
 
 def test_the_published_parameter_counts():
@@ -262,7 +262,7 @@ def test_a_chain_of_trains(start):
             assert not layer.update.delta.weight(None).any()
         chains.move(adapters, optimizer, u)
     assert torch.equal(layer.store.weight(), W), "carried, in the base nothing"
-    assert chains.rank(layer.update.carried.weight()) == (4 if start == "direct" else 2)
+    assert chains.rank(layer.update.frozen_factors.weight()) == (4 if start == "direct" else 2)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
@@ -283,7 +283,7 @@ def fit(method: str, target: Tensor, r: int, lr: float, steps: int = 300) -> tup
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item(), adapters.contract.trainable
+    return loss.item(), adapters.summary.trainable
 
 
 def test_a_planted_train_is_found_and_a_general_matrix_is_not():

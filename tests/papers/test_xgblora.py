@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lorica
 from chains import move, one, rank, state_of
 from lorica import Recipe
-from lorica.schedules.xgblora import block_of
+from lorica.methods.schedules.xgblora import block_of
 from models import llama, logits, train
 from reference import xgblora as twin
 
@@ -58,7 +58,7 @@ def awake(adapters, optimizer) -> list[str]:
     """Names of those that train now, by the state and by the layers, which agree."""
     on = state_of(optimizer)["awake"].tolist()
     names = [n for n, yes in zip(adapters.layers, on, strict=True) if yes]
-    assert names == [n for n, layer in adapters if not layer.resting]
+    assert names == [n for n, layer in adapters if not layer.frozen_for_now]
     return names
 
 

@@ -275,7 +275,7 @@ def yaml_values(canary: Path) -> tuple[str, ...]:
         f'!!python/object/apply:os.system ["{touch}"]',
         f'!!python/object/new:os.system ["{touch}"]',
         "!!python/name:os.system", "!!python/module:os", "!!python/tuple [1, 2]",
-        "!!python/object:lorica.recipe.Recipe {}", "!!binary aGVsbG8=", "!!binary '*'",
+        "!!python/object:lorica.recipe.recipe.Recipe {}", "!!binary aGVsbG8=", "!!binary '*'",
         "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!int x", "!!float x", "!!bool x",
         "!!timestamp x", "!!null x", "!!str 3", "!unknown x", "!<tag:x,2000:y> z", "2026-11-22",
         "2026-13-45", "2026-11-22T10:00:00Z", "190:20:30", "0o17", "0x1F", "1_000", ".nan", ".inf",

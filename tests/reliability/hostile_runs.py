@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lorica
-from lorica.train.options import UsageError
+from lorica.run.options import UsageError
 
 HOUSE = str(Path(lorica.__file__).parent)
 GROWTH = 256 << 20  # bytes that reading a file of a few KiB may add to a process

@@ -35,7 +35,7 @@ from hostile_runs import Enough, Outcome, Step, command, forked
 
 import lorica
 import models
-from lorica import io
+from lorica import formats
 
 Change = Callable[[bytes, Random], tuple[str, bytes]]
 WORDS = "the a cat dog bird sees likes hears red blue small big and not very good bad".split()
@@ -144,15 +144,15 @@ class Subjects:
 
     @staticmethod
     def _load_model(folder: Path) -> list[Step]:
-        from lorica.train import load
+        from lorica.run import load_model
 
         name = str(folder)
         how: dict[str, Any] = {"labels": None, "dtype": "auto", "widen": True}
         return [
-            ("read_config", lambda: load.read_config(name)),
-            ("load_tokenizer", lambda: load.load_tokenizer(name)),
-            ("empty_model", lambda: load.empty_model(name)),
-            ("load_model", lambda: load.load_model(name, "causal-lm", **how)),
+            ("read_config", lambda: load_model.read_config(name)),
+            ("load_tokenizer", lambda: load_model.load_tokenizer(name)),
+            ("empty_model", lambda: load_model.empty_model(name)),
+            ("load_model", lambda: load_model.load_model(name, "causal-lm", **how)),
         ]
 
     # -- adapters ----------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Subjects:
             adapters = lorica.attach(model, method, r=4, verbose=False, **fields)
             models.perturb(adapters)
             own = self.root / f"native-{i}"
-            io.save(adapters, own)
+            formats.save(adapters, own)
             tensors = [p.name for p in sorted(own.glob("*.safetensors"))]
             files = {"lorica.json": in_json, **dict.fromkeys(tensors, in_safetensors)}
             self.add(
@@ -205,7 +205,7 @@ class Subjects:
                 raise
 
         return [
-            ("inspect", lambda: io.inspect(folder)),
+            ("inspect", lambda: formats.inspect(folder)),
             ("load", load),
             ("lorica inspect", lambda: command("inspect", folder, "--json")),
             ("lorica inspect, shown", lambda: command("inspect", folder)),
@@ -218,7 +218,7 @@ class Subjects:
         adapters = lorica.attach(
             copy.deepcopy(self.bert), "lora", r=2, verbose=False, modules_to_save=["classifier"]
         )
-        io.save(adapters, folder)
+        formats.save(adapters, folder)
         (folder / "labels.json").write_text('["bad", "fair", "good"]\n')
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
@@ -227,12 +227,12 @@ class Subjects:
                  "adapter_config.json": in_json}  # fmt: skip
 
         def steps(copied: Path) -> list[Step]:
-            from lorica.train import load
+            from lorica.run import load_model
 
             bare = self.root / "bert-bare"
             return [
-                ("load_base", lambda: load.load_base(str(copied), str(bare))),
-                ("labels", lambda: load._labels(copied, 3)),
+                ("load_base", lambda: load_model.load_base(str(copied), str(bare))),
+                ("labels", lambda: load_model._labels(copied, 3)),
             ]
 
         bare = transformers.BertModel(self.bert.config)
@@ -253,7 +253,7 @@ class Subjects:
         return file
 
     def _configs(self) -> None:
-        from lorica.train.options import TrainOptions, kinds
+        from lorica.run.options import TrainOptions, kinds
 
         folder = self.root / "config"
         data = self._rows(folder)
@@ -329,7 +329,7 @@ class Subjects:
 
     def _read(self, name: str, folder: Path) -> list[Step]:
         from lorica.data import detect, prepare, read
-        from lorica.train.load import load_tokenizer
+        from lorica.run.load_model import load_tokenizer
 
         def run() -> None:
             rows = read(str(folder / name))
@@ -365,7 +365,7 @@ class Subjects:
                 files[f"checkpoint-2/{name}"] = in_json
         for file in where.glob("*.safetensors"):
             files[f"checkpoint-2/{file.name}"] = in_safetensors
-        from lorica.train.options import TrainOptions, kinds
+        from lorica.run.options import TrainOptions, kinds
 
         keys = tuple(kinds(TrainOptions))
         files["config.yaml"] = partial(in_yaml, keys=keys, canary=self.canary)

@@ -45,19 +45,19 @@ def serve() -> None:
     """Fork a child for each line of standard input, and tell its number and how it ended."""
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
     import datasets  # noqa: F401
-    import torch
-
-    import lorica.cli
     import lorica.io.merged
     import lorica.train.pretrain
     import lorica.train.run
     import lorica.train.signals
     import lorica.train.trainer  # noqa: F401
-    from lorica import rooms
+    import torch
 
-    for room in rooms.ROOMS:
-        for word in rooms.words(room):
-            rooms.load(word)
+    import lorica.cli
+    from lorica.recipe import registry
+
+    for room in registry.AXES:
+        for word in registry.names(room):
+            registry.find(word)
     torch.set_num_threads(1)
     codecs.lookup("latin1")  # a child that is nobody may not read Python's own files
     print("ready", flush=True)
@@ -114,7 +114,7 @@ def _mark(marks: Path, journal: Path) -> None:
     """Let the Trainer tell what it is doing."""
     from transformers import Trainer
 
-    from lorica.train.trainer import TrainerMixin
+    from lorica.run.trainer import TrainerMixin
 
     file = os.open(marks, os.O_RDWR)
     shared = mmap.mmap(file, _MARK.size)
@@ -424,7 +424,7 @@ def chain(
 
 def _lost(folder: Path, step: int, flaws: list[str]) -> int:
     """Bytes of the last checkpoint that was told written and is not there as it was."""
-    from lorica.train import checkpoints
+    from lorica.run import checkpoints
 
     lost = 0
     for path in checkpoints.found(folder):
@@ -452,7 +452,7 @@ class Snapshot:
     def of(cls, folder: Path) -> Snapshot:
         import torch
 
-        from lorica.train import checkpoints
+        from lorica.run import checkpoints
 
         parts: dict[str, Any] = {}
         for name in ("adapter", "model", "tokenizer"):

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 
 import lorica
 import models
-from lorica import io
+from lorica import formats
 from lorica.data import detect, prepare, read
-from lorica.io.strict import check_patterns, read_json, read_tensors
-from lorica.train import load
+from lorica.formats.safe_files import check_patterns, read_json, read_tensors
+from lorica.run import load_model
 
 GROUPS = ("native", "peft", "classifier", "data", "model", "config")
 
@@ -158,7 +158,7 @@ def adapter(tmp_path) -> Path:
 
 def native(folder: Path, method: str = "lora") -> Path:
     adapters = lorica.attach(models.llama(), method, r=4, verbose=False)
-    return io.save(adapters, folder)
+    return formats.save(adapters, folder)
 
 
 def edit(file: Path, **changes: object) -> None:
@@ -175,7 +175,7 @@ def refused(folder: Path, match: str, *, inspected: bool = True) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     if inspected:
         with pytest.raises(ValueError, match=match):
-            io.inspect(folder)
+            formats.inspect(folder)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -251,12 +251,12 @@ def test_a_path_out_of_the_folder_is_no_file_of_it(tmp_path):
     for name in ("../adapter_model.safetensors", str(tmp_path / "adapter_model.safetensors")):
         edit(own / "lorica.json", files={name: "0" * 64})
         refused(own, "lacks", inspected=False)
-        assert "lacks" in io.inspect(own)["problems"][0]
+        assert "lacks" in formats.inspect(own)["problems"][0]
 
 
 @pytest.mark.parametrize("pattern", [r"(\w+\.?)*!", ".*.*.*.*.*.*.*.*.*.*.*.*!"])
 def test_a_pattern_without_an_end(adapter, pattern, monkeypatch):
-    monkeypatch.setattr("lorica.io.strict.PATIENCE", 1)
+    monkeypatch.setattr("lorica.formats.safe_files.PATIENCE", 1)
     edit(adapter / "adapter_config.json", target_modules=pattern)
     refused(adapter, "has not ended after")
     edit(adapter / "adapter_config.json", target_modules=["q_proj"], modules_to_save=[pattern])
@@ -284,7 +284,7 @@ def test_tensors_of_another_kind(adapter):
     save_file({**tensors, "\x1b[2J": torch.ones(1)}, file)
     refused(adapter, "is no name")
     save_file({**tensors, first: tensors[first][None]}, file)
-    assert "no complete pair" in io.inspect(adapter)["problems"][0]
+    assert "no complete pair" in formats.inspect(adapter)["problems"][0]
 
 
 def test_carried_factors_of_another_shape(tmp_path):
@@ -295,12 +295,12 @@ def test_carried_factors_of_another_shape(tmp_path):
     site = "model.layers.0.self_attn.q_proj"
     told = json.loads((own / "lorica.json").read_text())
     told["layers"][site]["carried"] = 2
-    carried = {f"{site}.update.carried_A": torch.ones(2, 5)}
-    carried[f"{site}.update.carried_B"] = torch.ones(32, 2)
+    carried = {f"{site}.update.frozen_A": torch.ones(2, 5)}
+    carried[f"{site}.update.frozen_B"] = torch.ones(32, 2)
     save_file({**load_file(file), **carried}, file)
     told["files"][file.name] = sha256(file.read_bytes()).hexdigest()
     (own / "lorica.json").write_text(json.dumps(told))
-    refused(own, r"carried_A is \(2, 5\), two dimensions, one of 32 expected", inspected=False)
+    refused(own, r"frozen_A is \(2, 5\), two dimensions, one of 32 expected", inspected=False)
 
 
 # -- data
@@ -437,7 +437,7 @@ def test_half_a_surrogate_pair_within_a_list(tmp_path):
 
 
 def test_ids_that_the_tokenizer_has_not(subjects, tmp_path):
-    words = load.load_tokenizer(str(subjects.root / "model"))
+    words = load_model.load_tokenizer(str(subjects.root / "model"))
     file = tmp_path / "a.jsonl"
     for wrong in (2**40, -3, len(words)):
         file.write_text(json.dumps({"input_ids": [1, wrong, 2]}) + "\n")
@@ -496,7 +496,7 @@ def test_parts_of_a_model_lie_beside_their_index(subjects, tmp_path, part):
     index.write_text(json.dumps(told))
     how = {"labels": None, "dtype": "auto", "widen": True}
     with pytest.raises(ValueError, match="which is no file of this folder"):
-        load.load_model(str(folder), "causal-lm", **how)
+        load_model.load_model(str(folder), "causal-lm", **how)
 
 
 @pytest.mark.parametrize(
@@ -516,6 +516,6 @@ def test_a_configuration_that_is_none(subjects, tmp_path, changes):
 def test_names_of_classes(tmp_path, text):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(ValueError, match="is no list of the 3 different names"):
-        load._labels(tmp_path, 3)
+        load_model._labels(tmp_path, 3)
     (tmp_path / "labels.json").write_text('["a", "b", "c"]')
-    assert load._labels(tmp_path, 3).names == ("a", "b", "c")
+    assert load_model._labels(tmp_path, 3).names == ("a", "b", "c")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 import lorica
-from lorica.train import Trainer
+from lorica.run import Trainer
 from models import batch, llama, logits, perturb
 
 
@@ -141,7 +141,7 @@ def test_gradients_that_a_rule_leaves_out_do_not_stop_a_run(tmp_path, caplog):
 @pytest.mark.parametrize("last", [False, True])
 def test_figures_that_are_read_a_step_later_stop_the_run_too(last, tmp_path, monkeypatch):
     """As on a GPU, where nobody waits for them; the last step's are read before the end."""
-    monkeypatch.setattr("lorica.train.guard._lags", lambda device: True)
+    monkeypatch.setattr("lorica.run.guard._lags", lambda device: True)
     model, when = llama(), [False]
     lorica.attach(model, "lora", r=2, verbose=False)
     poisoned(model, "model.layers.1.mlp.up_proj", when, backward=False, value=math.nan)
@@ -181,7 +181,7 @@ def test_the_look_costs_next_to_nothing():
     """Of a step of a model as small as this one, whose cost is all overhead, less than a tenth."""
     import time
 
-    from lorica.train.guard import Guard
+    from lorica.run.guard import Guard
 
     model = llama()
     adapters = lorica.attach(model, "lora", r=2, verbose=False)
@@ -236,7 +236,7 @@ def test_data_of_which_every_label_is_masked_is_refused_before_a_model_is_read(t
 
 def test_an_evaluation_without_a_label_is_an_error():
     from lorica.data import prepare
-    from lorica.evaluate import evaluate
+    from lorica.inference.evaluate import evaluate
     from test_generate import SIZE, make_tokenizer
 
     tokenizer = make_tokenizer()
@@ -296,8 +296,8 @@ def test_a_first_step_at_rate_zero_hides_no_adapter_without_gradient(steps):
 def test_an_adapter_that_changes_no_logit_is_not_measured_nor_merged(method, tmp_path):
     """It was saved before its first step; the same adapter is fine where it still trains."""
     from lorica.data import prepare
-    from lorica.evaluate import evaluate
-    from lorica.io import merge_to
+    from lorica.formats import merge_to
+    from lorica.inference.evaluate import evaluate
     from test_generate import SIZE, make_tokenizer
 
     tokenizer = make_tokenizer()
@@ -352,14 +352,14 @@ def test_targets_and_experts_that_cannot_be_adapted_are_errors_and_what_is_left_
             lorica.attach(model, "lora", r=2, target_modules=names, verbose=False)
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     adapters = lorica.attach(experts(), "lora", r=2, verbose=False)
-    told = str(adapters.contract)
+    told = str(adapters.summary)
     fused = [n for n, _ in adapters.model.named_parameters() if ".experts." in n]
     assert len(fused) == 4 and all(f"  left    {name}  " in told for name in fused)
 
 
 def test_schedules_that_no_optimizer_carries_stop_its_first_step():
     """AdaLoRA under a plain optimizer would train as LoRA for ever."""
-    from lorica.proof import expect
+    from lorica.training.checks import expect
 
     model = llama()
     adapters = lorica.attach(model, "adalora", r=2, verbose=False)
@@ -376,7 +376,7 @@ def test_schedules_that_no_optimizer_carries_stop_its_first_step():
     assert "this AdamW trains adapters of" in text and "`adalora` does not ride on it" in text
     assert "lorica.optimizer(adapters" in text and "TrainerMixin" in text
     assert adapters.fingerprint() == before
-    lorica.bind.bind(plain, adapters, total_steps=20)
+    lorica.training.bind.bind(plain, adapters, total_steps=20)
     plain.step()
     assert plain.param_groups[0]["lorica"]["step"] == 1
 
@@ -405,7 +405,7 @@ def test_processes_with_different_adapters_write_no_checkpoint(tmp_path):
 
 def test_a_merge_that_changes_more_than_rounding_explains_is_not_written(tmp_path, monkeypatch):
     """One adapter of fourteen is forgotten."""
-    from lorica.io import merge_to
+    from lorica.formats import merge_to
 
     model = llama()
     adapters = lorica.attach(model, "lora", r=2, verbose=False)
@@ -418,7 +418,7 @@ def test_a_merge_that_changes_more_than_rounding_explains_is_not_written(tmp_pat
             layer.update.delta.pair().B.zero_()
         return merge(model)
 
-    monkeypatch.setattr("lorica.io.merged.merge", forgetful)
+    monkeypatch.setattr("lorica.formats.merge.merge", forgetful)
     with pytest.raises(ValueError, match="explains .* would not be the trained one"):
         merge_to(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -433,7 +433,7 @@ def tied(model: Any) -> Any:
 
 @pytest.mark.parametrize("form", ["target_modules", "modules_to_save"])
 def test_a_trained_head_that_would_be_tied_again_is_not_written(form, tmp_path, monkeypatch):
-    from lorica.io import merge_to
+    from lorica.formats import merge_to
 
     def adapted() -> Any:
         model = llama(tie_word_embeddings=True)
@@ -445,7 +445,7 @@ def test_a_trained_head_that_would_be_tied_again_is_not_written(form, tmp_path, 
     before = logits(model)
     merge_to(model, tmp_path / "good")
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "good")), before)
-    monkeypatch.setattr("lorica.io.merged.merge", tied)
+    monkeypatch.setattr("lorica.formats.merge.merge", tied)
     with pytest.raises(ValueError, match="lm_head was trained apart .* tied again"):
         merge_to(adapted(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

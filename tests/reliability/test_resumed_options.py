@@ -16,8 +16,8 @@ import yaml
 from killed_runs import Subjects
 from killing import Snapshot
 
-from lorica.train.folder import RunFolder
-from lorica.train.options import PretrainOptions, TrainOptions, UsageError
+from lorica.run.folder import RunFolder
+from lorica.run.options import PretrainOptions, TrainOptions, UsageError
 
 Call = Callable[..., str]
 
@@ -256,7 +256,7 @@ def test_a_configuration_that_says_nothing_any_more_is_named(a):
     for text in ("- a\n", "a: [\n"):
         (a / "config.yaml").write_text(text)
         with pytest.raises(UsageError, match="does not say any more what the run is"):
-            from lorica.train.run import train
+            from lorica.run.finetune import train
 
             train(TrainOptions(resume="last", output_dir=str(a)))
 
@@ -290,7 +290,7 @@ def test_another_number_of_processes_is_refused(a, monkeypatch, words):
 
 
 def test_checkpoints_that_do_not_say_how_many_processes_pass(a, made):
-    from lorica.train import checkpoints
+    from lorica.run import checkpoints
 
     cut(a, 2)
     file = a / "checkpoint-2" / "trainer_state.json"

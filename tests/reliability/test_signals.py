@@ -20,11 +20,11 @@ from killing import Snapshot
 from transformers import TrainerCallback, TrainingArguments
 
 import lorica
-from lorica.train import Trainer, checkpoints
-from lorica.train.options import TrainOptions
-from lorica.train.run import train as fine_tune
-from lorica.train.signals import SaveOnSignal
-from lorica.train.stopping import SIGNALS, Stopped, terminable
+from lorica.run import Trainer, checkpoints
+from lorica.run.finetune import train as fine_tune
+from lorica.run.options import TrainOptions
+from lorica.run.signals import SaveOnSignal
+from lorica.run.stopping import SIGNALS, Stopped, terminable
 from models import LENGTH, VOCAB, llama
 
 GOES_ON = re.compile(r"To go on from (checkpoint-\d+): (lorica .+)")
@@ -296,7 +296,7 @@ class Kick(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def told(folder: Path) -> tuple:
+def said(folder: Path) -> tuple:
     """What a run says of itself: evaluations, the best step, the weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
@@ -326,11 +326,11 @@ def passes(tmp_path):
 
 @pytest.mark.parametrize("step", [3, 5, 6])
 def test_a_pass_that_ends_with_a_signal_is_evaluated(passes, step):
-    straight = told(passes("straight"))
+    straight = said(passes("straight"))
     with pytest.raises(Stopped) as stop:
         passes("cut", Kick(step))
     assert stop.value.step == step
-    assert told(passes("cut", resume="last")) == straight
+    assert said(passes("cut", resume="last")) == straight
 
 
 def test_it_saves_where_only_the_best_is_kept(passes):

@@ -51,7 +51,7 @@ def test_nothing_grows(word):
 def test_a_stack_that_grows_by_design_is_told_from_a_leak():
     run = soak.soak("cola(accumulate='factors')", STEPS, WARM)
     in_and_out = 4 * (16 + 16) + 3 * (16 + 24)  # of the seven layers; keys and values are whole
-    assert run.carried[-1] - run.carried[0] == 4 * soak.R * in_and_out
+    assert run.frozen_factors[-1] - run.frozen_factors[0] == 4 * soak.R * in_and_out
     assert not run.growth(control(), UNSETTLED), run
 
 

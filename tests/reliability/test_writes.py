@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from killing import Aim, Snapshot, kill
 
-from lorica.io import folder as folders
-from lorica.train import checkpoints
-from lorica.train.folder import RunFolder
-from lorica.train.options import UsageError
+from lorica.formats import atomic_folder as folders
+from lorica.run import checkpoints
+from lorica.run.folder import RunFolder
+from lorica.run.options import UsageError
 
 NOBODY = 65534
 MIB = 2**20
@@ -196,7 +196,7 @@ def test_one_folder_one_process(nursery, straight, tmp_path):
 
 
 def test_a_lock_without_the_systems_help(tmp_path, monkeypatch):
-    from lorica.train import lock
+    from lorica.run import lock
 
     monkeypatch.setattr(lock, "fcntl", None)
     file = tmp_path / ".lock"
@@ -228,7 +228,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_that_outlives_its_run_holds_nothing(tmp_path):
-    from lorica.train import lock
+    from lorica.run import lock
 
     file = tmp_path / ".lock"
     with subprocess.Popen([sys.executable, "-c", FORKS, file], stdout=subprocess.PIPE) as made:

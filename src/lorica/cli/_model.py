@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from lorica.adapters import Adapters
     from lorica.data import Labels
+    from lorica.model.adapters import Adapters
 
 logger = logging.getLogger("lorica")
 
@@ -59,8 +59,8 @@ class Source:
             ValueError: a folder that holds no model, or no adapter.
         """
         quieten()
-        from lorica.io.strict import locate
-        from lorica.train.load import base_name, load_tokenizer, read_config
+        from lorica.formats.safe_files import locate
+        from lorica.run.load_model import base_name, load_tokenizer, read_config
 
         folder = None if adapter is None else locate(adapter)
         name = base_name(model, folder)
@@ -70,7 +70,7 @@ class Source:
 
     def labels(self, task: str) -> Labels | None:
         """The classes of the model's head, or of the adapter's; None: the data has to say."""
-        from lorica.train.load import _head_size, _labels, own_labels
+        from lorica.run.load_model import _head_size, _labels, own_labels
 
         labels = own_labels(self.config, task)
         if labels is None and self.adapter is not None:
@@ -97,11 +97,11 @@ class Source:
         import torch
 
         import lorica
-        from lorica import io
-        from lorica.io.compressed import is_packed
-        from lorica.proof import check_effect
-        from lorica.targets import fresh_modules
-        from lorica.train.load import load_model, set_padding
+        from lorica import formats
+        from lorica.formats.compressed import is_packed
+        from lorica.model.targets import fresh_modules
+        from lorica.run.load_model import load_model, set_padding
+        from lorica.training.checks import check_effect
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         make = _unpacked if is_packed(self.model) else load_model
@@ -110,7 +110,7 @@ class Source:
         fresh = fresh_modules(model)
         adapters = None
         if self.adapter is not None:
-            adapters = io.load(model, self.adapter, check_base=check_base, trainable=False)
+            adapters = formats.load(model, self.adapter, check_base=check_base, trainable=False)
             check_effect(adapters, "every answer")
         trained = () if adapters is None else adapters.saved
         bare = [name for name in fresh if name not in trained]
@@ -135,8 +135,8 @@ def _unpacked(name: str, task: str, *, labels: Labels | None, dtype: str, widen:
     """A compressed model, as `load_model` gives others; its head and its classes are its own."""
     import torch
 
-    from lorica.io.compressed import unpack
-    from lorica.train.load import AUTO
+    from lorica.formats.compressed import unpack
+    from lorica.run.load_model import AUTO
 
     model: Any = unpack(name)
     if not type(model).__name__.endswith(AUTO[task][1]):
@@ -154,7 +154,7 @@ def chosen_data(data: str | None, split: str | None) -> tuple[str, str | None]:
 
     Left out, the data are the new tasks.
     """
-    from lorica.world.source import NEW, TEST, is_embedded
+    from lorica.embedded.source import NEW, TEST, is_embedded
 
     data = NEW if data is None else data
     return data, TEST if split is None and is_embedded(data) else split

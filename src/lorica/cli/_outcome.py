@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorica.train.folder import strict
+from lorica.run.folder import strict
 
 
 class Others(abc.ABC):

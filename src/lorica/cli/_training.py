@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli._outcome import Others
-from lorica.train.options import RunOptions, UsageError, checkpoint_path
-from lorica.train.stopping import Stopped
+from lorica.run.options import RunOptions, UsageError, checkpoint_path
+from lorica.run.stopping import Stopped
 
 SMALLER = (
     "type `--gradient-checkpointing`, a smaller `--per-device-train-batch-size` (with as many more"
@@ -117,8 +117,8 @@ def resumable(verb: str, options: RunOptions, run: Callable[..., dict[str, Any]]
     Args:
         run: takes the options and `callbacks` of the Trainer's kind.
     """
-    from lorica.train import checkpoints
-    from lorica.train.signals import SaveOnSignal
+    from lorica.run import checkpoints
+    from lorica.run.signals import SaveOnSignal
 
     try:
         return run(options, callbacks=[SaveOnSignal()])

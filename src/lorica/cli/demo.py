@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.demo.options import DemoOptions
+from lorica.run.demo.options import DemoOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ def run(options: Options) -> Outcome:
     # Read when torch is imported. Threads that wait by spinning are twenty times slower than one
     # thread as soon as the machine has something else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from lorica.demo.run import PAGE, demo
+    from lorica.run.demo.run import PAGE, demo
 
     result = demo(options)
     told = result["demo"]
@@ -55,7 +55,7 @@ _COLOURS = {"new": "green", "old": "blue"}
 
 
 def _tasks(told: Mapping[str, Any]) -> Any:
-    from lorica.demo.page import percent
+    from lorica.run.demo.page import percent
 
     columns = ("task", "", "before", "after", " ")
     table = _table("Exact match on inputs never trained on", columns, ("before", "after"))
@@ -81,7 +81,7 @@ def _bar(share: float, width: int = 20) -> str:
 def _answers(samples: Sequence[Mapping[str, str]]) -> Any:
     from rich.text import Text
 
-    from lorica.demo.page import shown
+    from lorica.run.demo.page import shown
 
     table = _table("In its own words", ("prompt", "before", "after", "right"))
     for row in samples:
@@ -95,7 +95,7 @@ def _answers(samples: Sequence[Mapping[str, str]]) -> Any:
 
 
 def _reread(rows: Sequence[Mapping[str, Any]]) -> Any:
-    from lorica.demo.page import difference
+    from lorica.run.demo.page import difference
 
     columns = ("fresh process", "largest difference of a logit", "same answers")
     table = _table("The adapter, read again", columns)
@@ -109,8 +109,8 @@ def _reread(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _summary(result: Mapping[str, Any]) -> list[str]:
-    from lorica.contract import human
-    from lorica.demo.page import base_size
+    from lorica.model.summary import human
+    from lorica.run.demo.page import base_size
 
     told = result["demo"]
     share = result["trainable"] / base_size(result)

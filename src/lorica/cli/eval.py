@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import (
+from lorica.run.options import (
     DTYPE,
     HINT,
     NAMES,
@@ -26,7 +26,7 @@ from lorica.train.options import (
 if TYPE_CHECKING:
     from lorica.cli._model import Source
     from lorica.data import Prepared
-    from lorica.generate import Prompt
+    from lorica.inference.generate import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,8 @@ class Options(VerbOptions):
 def run(options: Options) -> Outcome:
     options.check()
     from lorica.cli._model import Source, chosen_data
-    from lorica.evaluate import compiled
-    from lorica.io.folder import home
+    from lorica.formats.atomic_folder import home
+    from lorica.inference.evaluate import compiled
 
     try:
         compiled(options.answer_pattern)
@@ -133,7 +133,7 @@ class _Work:
     split: str | None
 
     def outcome(self) -> Outcome:
-        from lorica.evaluate import figures
+        from lorica.inference.evaluate import figures
 
         prepared, options = self.prepared, self.options
         names = figures(self.task, prepared.labels)
@@ -188,7 +188,7 @@ class _Work:
     @cached_property
     def task(self) -> str:
         from lorica.data import detect
-        from lorica.generate import language_task
+        from lorica.inference.generate import language_task
 
         asked = self.options.task
         if asked is not None:
@@ -201,8 +201,8 @@ class _Work:
     @cached_property
     def prepared(self) -> Prepared:
         from lorica.data import prepare
-        from lorica.train.load import longest
-        from lorica.train.run import MAX_LENGTH
+        from lorica.run.finetune import MAX_LENGTH
+        from lorica.run.load_model import longest
 
         options, source = self.options, self.source
         limit = longest(source.config, source.tokenizer)
@@ -225,8 +225,8 @@ class _Work:
 
     def prompts(self) -> list[Prompt]:
         """What exact match asks; all of them have an answer to compare with."""
-        from lorica.evaluate import check_references
-        from lorica.generate import Prompter
+        from lorica.inference.evaluate import check_references
+        from lorica.inference.generate import Prompter
 
         if self.task not in ("causal-lm", "seq2seq-lm"):
             raise UsageError(
@@ -251,7 +251,7 @@ class _Work:
 
     def measure(self, model: Any, prompts: list[Prompt] | None, what: str) -> dict[str, Any]:
         from lorica.cli._model import progress
-        from lorica.evaluate import evaluate, exact_match
+        from lorica.inference.evaluate import evaluate, exact_match
 
         options, tokenizer = self.options, self.source.tokenizer
         size = options.per_device_eval_batch_size

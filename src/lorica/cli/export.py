@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, PATH, WHOLE, UsageError, choice
+from lorica.run.options import HINT, PATH, WHOLE, UsageError, choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Options(VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica import io
+    from lorica import formats
     from lorica.cli._model import quieten
-    from lorica.io.export import marks
-    from lorica.io.folder import check_free, home
-    from lorica.train.load import load_base
+    from lorica.formats.atomic_folder import check_free, home
+    from lorica.formats.export import marks
+    from lorica.run.load_model import load_base
 
     whole = options.to != "peft"
     given = {"--r": options.r, "--dtype": options.dtype, "--portable": options.portable or None}
@@ -62,7 +62,7 @@ def run(options: Options) -> Outcome:
     quieten()
     model, tokenizer = load_base(adapter, home(options.model))
     more: dict[str, Any] = {"tokenizer": tokenizer} if whole else {}
-    done: Any = io.export(
+    done: Any = formats.export(
         adapter,
         out,
         to=options.to,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import (
+from lorica.run.options import (
     DTYPE,
     HINT,
     NAMES,
@@ -33,7 +33,7 @@ from lorica.train.options import (
 
 if TYPE_CHECKING:
     from lorica.cli._model import Source
-    from lorica.generate import Answer, Decoding, Prompt, Prompter
+    from lorica.inference.generate import Answer, Decoding, Prompt, Prompter
 
 EXIT = "/exit"
 # What a verb says as it runs goes to standard error, so an answer grows there; it isn't said twice
@@ -149,8 +149,8 @@ class Options(VerbOptions):
 def run(options: Options) -> Outcome:
     options.check()
     from lorica.cli._model import Source
-    from lorica.generate import Decoding, Prompter, language_task
-    from lorica.io.folder import home
+    from lorica.formats.atomic_folder import home
+    from lorica.inference.generate import Decoding, Prompter, language_task
 
     names = Decoding.__dataclass_fields__
     try:
@@ -277,7 +277,7 @@ class _Work:
 
     def _generate(self, model: Any, prompts: list[Prompt], on_text: Any) -> list[list[Answer]]:
         from lorica.cli._model import progress
-        from lorica.generate import generate
+        from lorica.inference.generate import generate
 
         return generate(
             model,

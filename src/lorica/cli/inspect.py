@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, PATH
+from lorica.run.options import HINT, PATH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +23,21 @@ class Options(VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica import io
-    from lorica.io.compressed import is_packed, read_info
-    from lorica.io.folder import home
+    from lorica import formats
+    from lorica.formats.atomic_folder import home
+    from lorica.formats.compressed import is_packed, read_info
 
     adapter = home(options.adapter)
     if is_packed(adapter):
         info = read_info(adapter)
         data = {"path": adapter, "type": "compressed", **info}
         return Outcome(data, (*_small(data), _ranks(info["ranks"])))
-    data = io.inspect(adapter)
+    data = formats.inspect(adapter)
     return Outcome(data, (*_head(data), _table(data), *_problems(data)))
 
 
 def _head(data: dict[str, Any]) -> list[str]:
-    from lorica.contract import human
+    from lorica.model.summary import human
 
     base, versions = data["base"], data["versions"]
     lines = [
@@ -70,7 +70,7 @@ def _table(data: dict[str, Any]) -> Any:
 
 
 def _small(data: dict[str, Any]) -> list[str]:
-    from lorica.contract import human
+    from lorica.model.summary import human
 
     whole, parts = human(data["bytes_before"]), data["parameters_before"]
     return [

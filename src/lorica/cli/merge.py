@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, PATH, TEXT, UsageError
+from lorica.run.options import HINT, PATH, TEXT, UsageError
 
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", re.IGNORECASE)  # of transformers' shards
 
@@ -41,11 +41,11 @@ class Options(VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica import io
+    from lorica import formats
     from lorica.cli._model import quieten
-    from lorica.io.folder import check_free, home
-    from lorica.io.merged import MARKS
-    from lorica.train.load import load_base
+    from lorica.formats.atomic_folder import check_free, home
+    from lorica.formats.merge import MARKS
+    from lorica.run.load_model import load_base
 
     if not _SIZE.fullmatch(options.max_shard_size):
         raise UsageError(
@@ -56,8 +56,10 @@ def run(options: Options) -> Outcome:
     check_free(out, overwrite=options.overwrite, marks=MARKS)
     quieten()
     model, tokenizer = load_base(adapter, home(options.model))
-    adapters = io.load(model, adapter, check_base=not options.ignore_base_hash, trainable=False)
-    merged = io.merge_to(
+    adapters = formats.load(
+        model, adapter, check_base=not options.ignore_base_hash, trainable=False
+    )
+    merged = formats.merge_to(
         adapters,
         out,
         tokenizer=tokenizer,

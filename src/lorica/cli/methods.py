@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, Kind, UsageError, nearest
+from lorica.run.options import HINT, Kind, UsageError, nearest
 
 WORDS = Kind("WORD ...", tuple, nargs="*")
 
@@ -30,37 +30,38 @@ class Options(VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica.rooms import plain
+    from lorica.recipe.registry import normalise
 
     rows = describe()
-    wanted = [plain(word) for word in options.words]
-    known = {row["word"] for row in rows}
+    wanted = [normalise(word) for word in options.words]
+    known = {row["method"] for row in rows}
     for word in wanted:
         if word not in known:
             raise UsageError(
-                f"`{word}` is no method word.{nearest(word, known)} `lorica methods` lists them"
+                f"`{word}` is no method.{nearest(word, known)} `lorica methods` lists them"
             )
-    chosen = [row for row in rows if not wanted or row["word"] in wanted]
+    chosen = [row for row in rows if not wanted or row["method"] in wanted]
     data = {"methods": chosen}
     if wanted:
         return Outcome(data, tuple(_page(row) for row in chosen))
-    return Outcome(data, (_table(chosen), "`lorica methods WORD` describes one in full."))
+    return Outcome(data, (_table(chosen), "`lorica methods NAME` describes one in full."))
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every choice of every room, JSON-ready, walked and not listed."""
-    from lorica.rooms import ROOMS, load, source, words
+    """Every choice of every axis, JSON-ready."""
+    from lorica.methods.choice import AXES, source
+    from lorica.recipe.registry import find, names
 
     rows = []
-    for room, (axis, default, several) in ROOMS.items():
-        for word in words(room):
-            cls = load(word)
+    for axis, (field, default, several) in AXES.items():
+        for name in names(axis):
+            cls = find(name)
             text = source(cls)
             rows.append(
                 {
-                    "word": word,
-                    "axis": axis,
-                    "default": word == default,
+                    "method": name,
+                    "axis": field,
+                    "default": name == default,
                     "several": several,
                     "summary": _sentence(text.text),
                     "paper": _first(r"title\s*=\s*\{(.*?)\},?\s*\n?\s*author", text.bibtex),
@@ -117,7 +118,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("axis", "word", "what it does", "year", "arXiv", "status"):
+    for column in ("axis", "method", "what it does", "year", "arXiv", "status"):
         table.add_column(column, overflow="fold", ratio=1 if column == "what it does" else None)
     axis = None
     for row in rows:
@@ -127,19 +128,19 @@ def _table(rows: list[dict[str, Any]]) -> Any:
             shown = ""
         table.add_row(
             shown,
-            row["word"] + ("*" if row["default"] else ""),
+            row["method"] + ("*" if row["default"] else ""),
             row["summary"],
             str(row["year"] or ""),
             row["arxiv"] or "",
             row["status"],
         )
-    table.caption = "* what an axis holds when nobody speaks of it"
+    table.caption = "* the axis' default"
     table.caption_justify = "left"
     return table
 
 
 def _page(row: dict[str, Any]) -> str:
-    lines = [f"{row['word']}{_call(row)}", f"  axis     {row['axis']}"]
+    lines = [f"{row['method']}{_call(row)}", f"  axis     {row['axis']}"]
     if row["paper"]:
         link = f", arXiv:{row['arxiv']}" if row["arxiv"] else ""
         lines.append(f"  paper    {row['paper']} ({row['year']}){link}")

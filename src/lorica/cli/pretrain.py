@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
 from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
-from lorica.train.options import PretrainOptions
+from lorica.run.options import PretrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Options(PretrainOptions, VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica.train.pretrain import dry_run, pretrain
+    from lorica.run.pretrain import dry_run, pretrain
 
     if options.dry_run:
         found = dry_run(options)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.train.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES, UsageError
+from lorica.run.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES, UsageError
 
 RANKS = (4, 8, 16, 32, 64)
 
@@ -40,8 +40,8 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     import lorica
-    from lorica.recipe import Recipe
-    from lorica.train.load import base_name, empty_model
+    from lorica.recipe.recipe import Recipe
+    from lorica.run.load_model import base_name, empty_model
 
     name = base_name(options.model)
     model = empty_model(name)
@@ -59,7 +59,7 @@ def run(options: Options) -> Outcome:
     except ValueError as error:
         raise UsageError(str(error)) from None
     adapters = lorica.attach(model, recipe, fresh=(), verbose=False)
-    contract = adapters.contract
+    contract = adapters.summary
     adapted = set(adapters.layers) or {name.rsplit(".", 1)[0] for name in adapters.direct}
     for group in groups:
         group["adapted"] = sum(path in adapted for path in group["paths"])
@@ -83,8 +83,8 @@ def survey(model: Any) -> list[dict[str, Any]]:
 
     `parameters_per_rank` is in + out: what one more rank of two factors costs in one layer.
     """
-    from lorica.bases import base_for
-    from lorica.targets import head_names
+    from lorica.model.bases.base import base_for
+    from lorica.model.targets import head_names
 
     heads = head_names(model)
     groups: dict[tuple, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
 from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
-from lorica.train.options import TrainOptions
+from lorica.run.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Options(TrainOptions, VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica.train.run import train
+    from lorica.run.finetune import train
 
     result = resumable("train", options.placed(), train)
     lines = [f"{result['method']}: {result['steps']} steps{loss(result)}", *evaluation(result)]

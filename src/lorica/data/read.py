@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorica.data.formats import READERS, TXT_SPLITS, Options, formats, read_file, suffix_of
 from lorica.data.words import listing, nearest, visible
-from lorica.world.source import dataset as embedded
-from lorica.world.source import is_embedded
+from lorica.embedded.source import dataset as embedded
+from lorica.embedded.source import is_embedded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +50,7 @@ def read(
 
     Args:
         source: path, or a hub id (`org/name`, or `org/name:config` where it has configurations),
-            or embedded tasks (`lorica:new`, see `lorica.world.source`).
+            or embedded tasks (`lorica:new`, see `lorica.embedded.source`).
         split: of a hub data set its split (also in the form `"train[:10%]"`); of a folder the files
             named after it (`train.jsonl`, `train-00000-of-00002.parquet`). Default: `train` where
             there is one, else everything.

@@ -19,7 +19,7 @@ from lorica.data.formats import suffix_of
 from lorica.data.read import read
 from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import Shape, detect
-from lorica.world.source import TEST, TRAIN, is_embedded
+from lorica.embedded.source import TEST, TRAIN, is_embedded
 
 if TYPE_CHECKING:
     import numpy as np

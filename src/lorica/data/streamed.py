@@ -21,7 +21,7 @@ from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import detect
 from lorica.data.stream import BATCH, TASK, Ids, running_ids, strings
 from lorica.data.words import listing, nearest
-from lorica.shards import seeded
+from lorica.tensors.dtensor_ops import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

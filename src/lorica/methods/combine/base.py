@@ -1,0 +1,68 @@
+"""Combines: how W and ΔW make the effective weight.
+
+The suite holds every file to: forward equals x @ effective weight + bias, with and without a bias;
+the function is kept at attach.
+
+To add one: copy `add.py`. `effective` is the one definition that merge, export and the tests use.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lorica.interfaces import BaseLike, Factors, KernelLike, Site, UpdateLike
+from lorica.methods.choice import Choice
+
+
+class AbstractCombine(nn.Module, abc.ABC):
+    """Owns what trains beside ΔW (a magnitude, say)."""
+
+    roles: ClassVar[dict[str, str]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_tell)
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, base: BaseLike, update: UpdateLike, kernel: KernelLike) -> Tensor:
+        """(..., in) -> (..., out), bias included."""
+
+    @abc.abstractmethod
+    def effective(self, base: BaseLike, update: UpdateLike) -> tuple[Tensor, Tensor | None]:
+        """Effective weight (out, in) and bias (out,), in at least float32."""
+
+    def remains(self, update: UpdateLike) -> tuple[Factors, Tensor | None] | None:
+        """Factors and bias (out,) of a layer that does not read its base any more; None: it does,
+        or its update has no factors."""
+        return None
+
+    def start(self, base: BaseLike, update: UpdateLike) -> None:  # noqa: B027
+        """Called once the delta is initialised and its anchor carried: set what depends on W +
+        ΔW."""
+
+    def loaded(self) -> None:  # noqa: B027
+        """Called once the parameters were loaded, by `Adapters.load_state_dict` or by torch's: the
+        place to forget what is derived from them. On every process."""
+
+
+def _tell(combine: AbstractCombine, _keys: Any) -> None:
+    combine.loaded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineChoice(Choice, abc.ABC):
+    """What the user names; `build` makes the module for one layer."""
+
+    axis: ClassVar[str] = "combine"
+    needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
+    # PEFT's own flags under which it computes this combine; None: it can't.
+    peft_flags: ClassVar[Mapping[str, object] | None] = None
+    peft_tensors: ClassVar[Mapping[str, str]] = {}  # parameter -> suffix of PEFT's key
+
+    @abc.abstractmethod
+    def build(self, site: Site) -> AbstractCombine: ...

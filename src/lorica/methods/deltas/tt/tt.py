@@ -1,0 +1,186 @@
+"""TT-LoRA: the whole update as a tensor train.
+
+    ΔW = α·T,  T (out, in) from cores G_k (r_{k−1}, d_k, r_k), k = 1..D;  d_1·…·d_p = in, the others
+    out; r_0 = r_D = 1, every other bond r;  Σ r_{k−1}·d_k·r_k parameters  (lorica.methods.deltas.tt.trains)
+
+α multiplies as it is, without a division by r. The bond between the inputs' cores and the outputs'
+makes ΔW a product of an A (r, in) and a B (out, r) that are trains themselves: its rank is at most
+r, and it is a plain LoRA to whoever asks for factors.
+
+    factors  A and B multiplied out, then x Aᵀ Bᵀ:   once ~ r²·(in + out), a token r·(in + out)
+    through  one core after the other:               a token r·(in + out)·(1 + r/d_1 + …)
+
+`forward` takes the order with fewer multiplies for the shapes it meets: the cores for a few tokens,
+A and B for many. The authors always go through the cores.
+
+The start: each core uniform, divided by its own norm: ‖T‖ ≈ r^(−(D−1)/2). That is not zero, so
+wrapping changes the authors' model. Here `direct` keeps that start, but ΔW = α·(T − T₀), T₀ from
+the first cores, frozen and saved: a few numbers a layer. `zero` has a last core of zeros instead.
+(Their other start, a dense random matrix cut to a train, is left out: ‖ΔW‖ = 5 on 2048 x 2048.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorica.interfaces import Factors, Site
+from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
+from lorica.methods.deltas.tt import trains
+from lorica.methods.scales.base import AbstractScale
+from lorica.tensors.dtensor_ops import copy_, read_full, zero_
+from lorica.tensors.matmul import no_autocast
+
+MOST = 64  # more cores than 2^32 features can have modes
+
+
+class TrainDelta(AbstractDelta):
+    roles: ClassVar[dict[str, str]] = {f"cores.{k}": "core" for k in range(MOST)}
+
+    def __init__(self, site: Site, shape: Sequence[int], inputs: int, *, anchored: bool) -> None:
+        super().__init__()
+        like = {"dtype": site.dtype, "device": site.device}
+        zeros = [torch.zeros(s, **like) for s in trains.ranks(shape, site.r)]
+        self.cores = nn.ParameterList(zeros)
+        self.origin = nn.ParameterList(
+            nn.Parameter(z.clone(), requires_grad=False) for z in zeros if anchored
+        )
+        self.site, self.scale, self.inputs = site, site.scale, inputs
+        once, each, way = trains.multiplies(zeros, inputs)
+        self.few = once / (way - each) if way > each else 0  # fewer tokens go through the cores
+
+    def forward(self, x: Tensor, base) -> Tensor:
+        tokens = x.numel() // max(x.shape[-1], 1)
+        if self.site.lookup or tokens >= self.few:
+            f = self.factors()
+            h = F.embedding(x, f.A.T) if self.site.lookup else F.linear(x, f.A.to(x.dtype))
+            return F.linear(h, (f.scale * f.B).to(h.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        y = trains.through(rows, list(self.cores), self.inputs)
+        if len(self.origin):
+            y = y - trains.through(rows, list(self.origin), self.inputs)
+        return (self.scale * y).view(*x.shape[:-1], y.shape[-1])
+
+    def weight(self, base) -> Tensor:
+        return self.factors().weight()
+
+    def factors(self) -> Factors:
+        """B·A, of rank r, or BA − B₀A₀ = (B − B₀)A + B₀(A − A₀), of rank 2r and exactly zero at the
+        start."""
+        with no_autocast(self.cores[0].device.type):
+            A, B = trains.factors([read_full(c) for c in self.cores], self.inputs)
+            if len(self.origin):
+                first = trains.factors([read_full(c) for c in self.origin], self.inputs)
+                A, B = torch.cat([A, A - first[0]]), torch.cat([B - first[1], first[1]], 1)
+        return Factors(A, B, self.scale)
+
+    def restart(self, link: int, generator: torch.Generator) -> None:
+        trains.draw_cores(list(self.cores), generator)
+        for core, first in zip(self.cores, self.origin, strict=False):
+            copy_(first, core)
+        if not len(self.origin):
+            zero_(self.cores[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StraightScale(AbstractScale):
+    """s = α, whatever the rank.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> recipe = Recipe.parse("tt", r=4)
+        >>> recipe.scale.factor(recipe.lora_alpha, 4)
+        16
+    """
+
+    def factor(self, alpha: float | None, r: int) -> float:
+        assert alpha is not None
+        return alpha
+
+    def alpha_for(self, s: float, r: int) -> float:
+        return s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tt(DeltaChoice):
+    """A tensor train: an update of rank r in a few hundred numbers a layer.
+
+    LoRA whose A and B are chains of small cores: parameters grow with the sum of the mode sizes,
+    not with in + out, and so does what it can express. Merging and PEFT's form are exact, the
+    latter of rank 2r (`zero`: r). Leave weight decay at 0: it falls on each of D factors.
+
+    Cost: a few hundred numbers a layer, LoRA's products, and chains of small ones to form A and
+    B.
+    When: adapters have to be tiny: many users, one model.
+
+    Args:
+        shape: mode sizes, the inputs' first, the outputs' in reverse, as the authors write them
+            (`[16, 8, 4, 4, 4, 4, 8, 16]` for 2048 x 2048); one for all targets, which then have to
+            have these sizes. Default: for each layer the factors of in and of out that need the
+            fewest parameters.
+        start: `direct` (default: the authors', anchored so that the function is kept) or `zero` (a
+            last core of zeros: half the cost, and nothing but that core learns in the first step).
+
+    Raises:
+        ValueError: a shape that is not that of a target.
+
+    Example:
+        >>> import torch, lorica
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> lorica.attach(model, "tt", r=4, verbose=False).summary.trainable
+        256
+
+    Reference:
+        @misc{anjum2024tensor,
+          title = {Tensor Train Low-rank Approximation (TT-LoRA): Democratizing AI with Accelerated
+                   LLMs},
+          author = {Anjum, Afia and Eren, Maksim E. and Boureima, Ismael and Alexandrov, Boian and
+                    Bhattarai, Manish}, year = {2024}, eprint = {2408.01008}
+        }
+    """
+
+    shape: tuple[int, ...] | None = None
+    start: str = "direct"
+
+    gives: ClassVar[frozenset[str]] = frozenset(
+        {"factors", "weight", "lookup", "sharded", "wrapped"}
+    )
+    preset: ClassVar[Mapping[str, str]] = {"scales": "scale.tt"}
+    requires: ClassVar[frozenset[str]] = frozenset({"scales"})
+    default_r: ClassVar[int | None] = 5  # this and the rate: the authors' runs on Llama-3.2-1B
+    default_learning_rate: ClassVar[float | None] = 5e-3
+
+    def default_lora_alpha(self, recipe: Any) -> float | None:
+        return 16
+
+    def __post_init__(self) -> None:
+        if self.start not in ("direct", "zero"):
+            raise ValueError(f"`tt(start={self.start!r})`; allowed: 'direct', 'zero'")
+        if self.shape is None:
+            return
+        modes = tuple(self.shape) if isinstance(self.shape, (list, tuple)) else ()
+        if not 2 <= len(modes) <= MOST or not all(type(d) is int and d > 0 for d in modes):
+            raise ValueError(
+                f"`tt(shape={self.shape!r})`: 2 to {MOST} whole numbers, e.g. `tt(shape=[16, 8,"
+                " 4, 4, 4, 4, 8, 16])` for 2048 x 2048; left out, each layer gets its own"
+            )
+        object.__setattr__(self, "shape", modes)
+
+    def build(self, site: Site) -> TrainDelta:
+        sizes = site.in_features, site.out_features
+        left, right = (trains.modes(size, site.r) for size in sizes)
+        own = [*left, *reversed(right)]
+        shape = own if self.shape is None else self.shape
+        if (inputs := trains.split(shape, *sizes)) is None:
+            raise ValueError(
+                f"`tt(shape={list(shape)})` does not fit {site.name!r} ({sizes[1]} x {sizes[0]}):"
+                f" the leading sizes have to multiply to {sizes[0]} and the others to {sizes[1]},"
+                f" e.g. `tt(shape={own})`. Leave `shape` out, so that each layer gets its own, or"
+                " narrow `target_modules`"
+            )
+        return TrainDelta(site, shape, inputs, anchored=self.start == "direct")

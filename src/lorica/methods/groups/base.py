@@ -1,0 +1,84 @@
+"""Groups: who trains, and at which rate.
+
+A group sees every trained parameter with its declared role, and adjusts the options of its
+optimizer group. One that speaks of A and B needs `sides`, not a `pair`: roles are enough for it.
+To add one: copy `loraplus.py`.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorica.interfaces import Trained
+from lorica.methods.choice import Choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractGroup(Choice, abc.ABC):
+    axis: ClassVar[str] = "groups"
+    freezes: ClassVar[frozenset[str]] = frozenset()  # roles that stay at their start
+
+    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
+        """Options (`lr`, `weight_decay`) of this parameter's optimizer group; default: as they
+        are."""
+        return options
+
+
+def options_of(
+    trained: Trained, choices: Sequence[AbstractGroup], lr: float, weight_decay: float
+) -> dict[str, Any]:
+    """Options of one parameter's optimizer group. Decay spares vectors (norms, biases) and what
+    scales others: a magnitude or a diagonal pulled to 0 takes its row or rank with it."""
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if trained.parameter.ndim < 2 or trained.role in ("magnitude", "diagonal", "bias"):
+        options["weight_decay"] = 0.0
+    for choice in choices:
+        options = choice.adjust(trained, options)
+    return options
+
+
+def grouped(
+    trained: Iterable[Trained], choices: Sequence[AbstractGroup], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups, one for each set of options."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for t in trained:
+        options = options_of(t, choices, lr, weight_decay)
+        group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
+        group["params"].append(t.parameter)
+    return list(groups.values())
+
+
+def at_own_rate(
+    groups: Iterable[dict[str, Any]],
+    trained: Iterable[Trained],
+    lr: float,
+    modules_lr: float | None,
+) -> list[dict[str, Any]]:
+    """The same optimizer groups, but modules that train in full stand apart and learn at
+    `modules_lr`, where that is given.
+
+    Raises:
+        ValueError: a rate below 0, of which torch checks the default alone; or one for such
+            modules, and none trains.
+    """
+    for name, rate in (("lr", lr), ("modules_lr", lr if modules_lr is None else modules_lr)):
+        if not 0 <= float(rate) < math.inf:
+            raise ValueError(f"`{name}={rate!r}`: a learning rate is a finite number, at least 0")
+    if modules_lr is None:
+        return [*groups]
+    if not (modules := {id(t.parameter) for t in trained if t.role == "module"}):
+        raise ValueError(
+            f"a rate of {modules_lr:g} for the modules that train in full, and none does; name"
+            " some in `modules_to_save`, or leave the rate out"
+        )
+    out = []
+    for group in groups:
+        for own in (False, True):
+            if params := [p for p in group["params"] if (id(p) in modules) is own]:
+                out.append({**group, "params": params, **({"lr": modules_lr} if own else {})})
+    return out

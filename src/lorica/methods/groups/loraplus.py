@@ -1,0 +1,62 @@
+"""LoRA+: η_B = λ·η_A with λ ≫ 1.
+
+In wide networks A and B cannot both learn efficiently at one rate (efficient: η_A = Θ(1/n), η_B =
+Θ(1)). Group
+membership is by declared role: B at λη, everything else at η. PEFT also moves every one-dimensional
+parameter (DoRA's magnitudes, norms, biases) to λη, because it sorts by dimension; the theory speaks
+of B alone, and so does this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorica.interfaces import Trained
+from lorica.methods.groups.base import AbstractGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPlus(AbstractGroup):
+    """B learns `loraplus_lr_ratio` times faster than A.
+
+    Cost: nothing but a number to tune.
+    When: hard tasks, where features have to change; with a lower rate than LoRA's.
+
+    Args:
+        loraplus_lr_ratio: λ; default 16, the authors' advice together with a lower η (default here
+        5e-5).
+        loraplus_lr_embedding: rate of both factors of an adapted embedding; default 1e-6, PEFT's
+            and the authors'.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("loraplus(loraplus_lr_ratio=4)").groups[0].loraplus_lr_ratio
+        4
+
+    Reference:
+        @inproceedings{hayou2024loraplus,
+          title = {LoRA+: Efficient Low Rank Adaptation of Large Models},
+          author = {Hayou, Soufiane and Ghosh, Nikhil and Yu, Bin},
+          booktitle = {ICML}, year = {2024}, eprint = {2402.12354}
+        }
+    """
+
+    loraplus_lr_ratio: float = 16
+    loraplus_lr_embedding: float = 1e-6
+
+    needs: ClassVar[frozenset[str]] = frozenset({"sides"})
+
+    def __post_init__(self) -> None:
+        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`loraplus({name}={getattr(self, name)!r})` must be positive")
+
+    default_learning_rate: ClassVar[float | None] = 5e-5
+
+    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
+        if trained.lookup and trained.role in ("A", "B"):
+            return {**options, "lr": self.loraplus_lr_embedding}
+        if trained.role == "B":
+            return {**options, "lr": options["lr"] * self.loraplus_lr_ratio}
+        return options

@@ -1,0 +1,56 @@
+"""Inits: where training starts.
+
+`fill` writes the start into a pair; it is pure and deterministic under its generator. A file that
+does not give `zero_start` leaves ΔW₀ ≠ 0; the layer then carries −ΔW₀ frozen beside it (the
+*anchor*), so the base is never mutated and the function is kept. The suite holds every file to
+that.
+
+To add one: copy `gaussian.py` (zero start) or `olora.py` (anchored).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica.methods.choice import Choice
+from lorica.tensors.dtensor_ops import copy_
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractInit(Choice, abc.ABC):
+    axis: ClassVar[str] = "inits"
+    needs: ClassVar[frozenset[str]] = frozenset({"pair"})
+    reads_weight: ClassVar[bool] = False  # False: `fill` gets a weight on the meta device
+    # The value of PEFT's `init_lora_weights` under which it subtracts this very start from the
+    # base.
+    peft_frozen_start: ClassVar[str | None] = None
+
+    @abc.abstractmethod
+    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+        """Write the start into `pair.A` (r, in) and `pair.B` (out, r).
+
+        Args:
+            weight: the weight (out, in) as it now stands, in at least float32; on the meta device
+                unless the file declares `reads_weight`, so that nothing is gathered for nothing.
+            pair: see `lorica.methods.deltas.base.Pair`.
+            generator: on the CPU, seeded by the recipe's seed and the layer's name.
+        """
+
+
+@torch.no_grad()
+def fill_(pair, init, weight: Tensor, generator: torch.Generator) -> None:
+    """Apply an init to a pair, plain or sharded: filled full-size, then cut."""
+    full = dataclasses.replace(pair, A=_like(pair.A), B=_like(pair.B))
+    init.fill(weight, full, generator)
+    copy_(pair.A, full.A)
+    copy_(pair.B, full.B)
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device)

@@ -1,0 +1,56 @@
+"""OLoRA: start from the QR factors of the weight.
+
+    W = Q R (reduced, float32);  B₀ = Q[:, :r] (out, r), A₀ = R[:r, :] (r, in);  y = x Wᵀ + s·(x(BA
+    − B₀A₀)ᵀ)
+
+B₀ᵀB₀ = I. A₀ and B₀ are the raw blocks whatever s is, so the default α = r makes s = 1. Signs of
+diag(R) are the linear algebra library's and change nothing in training: compare products, never
+factors. PEFT subtracts s·B₀A₀ from the base; here the base keeps its bytes and the layer carries
+−B₀, A₀. On GPT-2's transposed weight the factorisation is of the (out, in) matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica.methods.inits.base import AbstractInit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Olora(AbstractInit):
+    """Orthonormal start from QR of the pre-trained weight, anchored so that the function is kept.
+
+    Both factors get a gradient from the first step on. Not to be confused with O-LoRA (orthogonal
+    subspaces for continual learning).
+
+    Cost: a QR a layer at the start, and frozen factors as large as the trained ones.
+    When: short runs: the loss falls from the first step.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("olora", r=8).lora_alpha
+        8
+
+    Reference:
+        @misc{buyukakyuz2024olora,
+          title = {OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models},
+          author = {Büyükakyüz, Kerim}, year = {2024}, eprint = {2406.01775}
+        }
+    """
+
+    reads_weight: ClassVar[bool] = True
+    peft_frozen_start: ClassVar[str | None] = "olora"
+    default_learning_rate: ClassVar[float | None] = 2e-4
+
+    def default_lora_alpha(self, recipe: Any) -> float | None:
+        return recipe.scale.alpha_for(1.0, recipe.r)
+
+    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+        r = pair.A.shape[0]
+        q, upper = torch.linalg.qr(weight[:, :r])  # of all W the first r columns would be the same
+        pair.B.copy_(q)
+        pair.A.copy_(torch.cat([upper, q.T @ weight[:, r:]], dim=1))

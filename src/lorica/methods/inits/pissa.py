@@ -1,0 +1,84 @@
+"""PiSSA: start from the principal singular part of the weight.
+
+    W = U S Vᵀ (float32);  B₀ = U_r √(S_r/s) (out, r), A₀ = √(S_r/s) V_rᵀ (r, in)
+
+so that s·B₀A₀ is the best rank-r approximation for every s. `niter` > 0 replaces the exact SVD by a
+seeded randomised one with that many power iterations; its factors are stored with the adapter, so
+nothing has to be reproduced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica.methods.inits.base import AbstractInit
+from lorica.tensors import dtensor_ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pissa(AbstractInit):
+    """Principal singular values and vectors as the start, anchored so that the function is kept.
+
+    Cost: an SVD a layer at the start (`niter=16`: a sketch), and frozen factors as large as the
+    trained ones.
+    When: short runs, and low ranks.
+
+    Args:
+        niter: 0 (default) is the exact SVD; N > 0 the randomised one with N power iterations
+            (PEFT's `pissa_niter_N`; 16 is the usual N), faster on wide layers and deterministic
+            under the recipe's seed.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("pissa(niter=16)").text()
+        'pissa(niter=16)'
+
+    Reference:
+        @inproceedings{meng2024pissa,
+          title = {PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+          Language Models}, author = {Meng, Fanxu and Wang, Zhaohui and Zhang, Muhan},
+          booktitle = {NeurIPS}, year = {2024}, eprint = {2404.02948}
+        }
+    """
+
+    niter: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.niter, int) or self.niter < 0:
+            raise ValueError(f"`pissa(niter={self.niter!r})` is a whole number; 0 is the exact SVD")
+
+    reads_weight: ClassVar[bool] = True
+    peft_frozen_start: ClassVar[str | None] = "pissa"
+    default_learning_rate: ClassVar[float | None] = 2e-4
+
+    def default_lora_alpha(self, recipe: Any) -> float | None:
+        return recipe.scale.alpha_for(1.0, recipe.r)
+
+    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+        r = pair.A.shape[0]
+        u, s, vh = _range_svd(weight, r, self.niter, generator) if self.niter else _svd(weight)
+        root = (s[:r] / pair.scale).sqrt()
+        pair.B.copy_(u[:, :r] * root)
+        pair.A.copy_(root[:, None] * vh[:r])
+
+
+def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(weight, full_matrices=False)
+
+
+def _range_svd(
+    weight: Tensor, r: int, niter: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomised range finder with `niter` re-orthonormalised power iterations and 8 spare
+    directions."""
+    k = min(r + 8, *weight.shape)
+    probe = dtensor_ops.draw((weight.shape[1], k), generator)
+    q = torch.linalg.qr(weight @ probe.to(weight)).Q  # (out, k)
+    for _ in range(niter):
+        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
+    u, s, vh = torch.linalg.svd(q.T @ weight, full_matrices=False)  # (k, in)
+    return q @ u, s, vh

@@ -1,0 +1,427 @@
+"""One layer's product with its update as one autograd function, in any order that can be best.
+
+    y = g ∘ (x Wᵀ + s·drop(x) Aᵀ Bᵀ + s·x A₂ᵀ B₂ᵀ) + b     g (out,), and A₂ B₂, frozen: optional
+
+x (N, in), W (out, in), A (k, in), B (out, k); N tokens, m = in, n = out. Multiplies beside Nmn:
+
+    forward    factors  x Wᵀ; (x Aᵀ) Bᵀ added in place                 Nk(m + n)
+               sum      V = W + s·BA; x Vᵀ                             mnk
+    for x      factors  dY W; (dY B) A added in place                  Nk(m + n)
+               sum      V again; dY V                                  mnk
+    for A, B   small    (dY B)ᵀ X, dYᵀ (X Aᵀ)                          2Nk(m + n)
+               outer    G = dYᵀ X; Bᵀ G, G Aᵀ                          Nmn + 2mnk
+
+These are f1, f2, b1, b3, b4, b5 of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; no other
+order of theirs is ever cheapest. Saved for backward is x alone (and y for g): V and x Aᵀ are formed
+again, a dropout mask is drawn again from its seed, and under autocast x is cast again, since the x
+that layers share costs less than a copy for each.
+
+Products with g are folded into V or B where that is smaller than an activation. From the saved
+output of a layer without bias, ∂L/∂g = (Σ dY ∘ y) / g.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorica.interfaces import BaseLike, Factors, RowScale, UpdateLike
+from lorica.methods.kernels._orders import WIDE, Call, Order
+from lorica.methods.kernels.base import AbstractKernel, plain
+from lorica.tensors import dropout
+from lorica.tensors.matmul import added, no_autocast, rounds_float32
+
+SAVES = ("output", "product", "nothing")
+FEW, PART = 32, 512  # rank at most, and tokens a part, of a product that is formed in parts
+SLICE = 64  # rows at a time, where a wide copy of all would be made
+TINY = 2.0**-60  # |g| is at least this, so that y / g gives back what g scaled
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        gain: Tensor | None, a2: Tensor | None, b2: Tensor | None, scale: float,
+        forward_sum: bool, input_sum: bool, outer: bool, keep_sum: bool, p: float, seed: int,
+        drop_all: bool, saves: str, dtype: torch.dtype, grad: bool, formed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        needs = (grad and need for need in ctx.needs_input_grad)  # which says nothing of no_grad
+        need_x, need_w, _, need_a, need_b, need_gain, *_ = needs
+        g = None if gain is None else _apart_from_zero(gain, dtype)
+        call = _Call(x, w, bias, a, b, g, a2, b2, scale, p, seed, drop_all, dtype)
+        call.plain = formed
+        keep = need_gain and saves == "product"
+        again = need_gain and saves == "nothing"
+        output = need_gain and saves == "output"
+        # A frozen A needs no x in backward, only the small x Aᵀ; evaluation needs neither.
+        slim = need_b and not (need_a or need_w or again)
+        y, h, u = call.forward(forward_sum, keep)
+        if slim and h is None:
+            h = call.small()
+        if output and not torch.compiler.is_compiling():
+            ctx.version = _marked(y)
+        ctx.save_for_backward(
+            x if need_a or need_w or again else None, w, bias, a, b, gain, a2, b2,
+            h if slim else None, u, call.formed if keep_sum and need_x and input_sum else None,
+            g, y if output else None,
+        )  # fmt: skip
+        ctx.rest = scale, p, seed, drop_all, dtype
+        ctx.order = input_sum, outer and not slim
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, bias, a, b, gain, a2, b2, h, u, formed, g, y = _unpack(ctx)
+        if torch.is_grad_enabled():  # a second derivative: what was kept would count as a constant
+            formed = None
+            g = None if gain is None else _apart_from_zero(gain, ctx.rest[-1])
+            if h is not None or u is not None:
+                raise RuntimeError(
+                    "this layer kept a product for backward that a second derivative would need"
+                    " again; add `+reference` to the method to differentiate twice"
+                )
+        with no_autocast(grads[0].device.type):
+            call = _Call(x, w, bias, a, b, g, a2, b2, *ctx.rest)
+            call.formed = formed
+            out = call.backward(grads[0], h, u, y, ctx.needs_input_grad, *ctx.order)
+        return *out, *[None] * 14
+
+
+def _marked(y: Tensor) -> int:
+    """y's version, well above that of a copy which a hook on saved tensors may hand back."""
+    nothing = y[:0]
+    for _ in range(3):
+        nothing.zero_()
+    return y._version
+
+
+def _unpack(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, of which the model may not have changed the output.
+
+    Torch checks that by itself but where a hook keeps the tensors, as in checkpointed segments.
+    """
+    try:
+        saved = ctx.saved_tensors
+        changed = False
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        changed = True
+    y = None if changed else saved[-1]
+    if changed or (y is not None and not _compiling() and y._version > ctx.version):
+        raise RuntimeError(
+            "the model changes the output of an adapted layer in place, and backward reads that"
+            " output for the gradient of its magnitude; let it keep a copy of its own with"
+            " `+auto(saves='product')` in the method, or nothing, for one more product, with"
+            " `+auto(saves='nothing')`"
+        )
+    return saved
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def _watched() -> bool:
+    """Whether somebody sees each operation, and may keep its result: a policy of selective
+    checkpointing, which a change in place would spoil."""
+    return not _compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def _plus(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """y + scale·left right, in place where nobody else has y."""
+    if _watched():
+        return torch.addmm(y, left, right, alpha=scale)
+    return y.addmm_(left, right, alpha=scale)
+
+
+def _apart_from_zero(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (out,), so far from 0 that y / g gives back what g scaled, for products in this dtype.
+
+    Wide: rounded, it would stand still while a magnitude trains, and its whole row would be off.
+    """
+    g = gain.to(torch.promote_types(dtype, torch.float32))
+    least = max(TINY, torch.finfo(dtype).tiny)  # float16 has no TINY
+    return g.abs().clamp_min_(least).copysign_(g)
+
+
+def _times(y: Tensor, factor: Tensor, *, fresh: bool = True) -> Tensor:
+    """y ∘ factor, computed with the factor's digits and rounded to y's dtype once: in place, or in
+    a copy where y is not `fresh` or somebody looks on."""
+    keep = not fresh or _watched()
+    if y.dtype == factor.dtype:
+        return y * factor if keep else y.mul_(factor)
+    y = y.clone() if keep else y
+    if y.device.type != "cpu" or _compiling() or torch.is_grad_enabled():
+        return y.mul_(factor)
+    # A CPU would make a wide copy of all of y, at thirty times the time.
+    for i in range(0, y.shape[0], SLICE):
+        y[i : i + SLICE].mul_(factor if factor.ndim == 1 else factor[i : i + SLICE])
+    return y
+
+
+def _into_rank(small: Tensor, x: Tensor) -> Tensor:
+    """smallᵀ x (k, m) of small (N, k) and x (N, m).
+
+    A CPU shares the result out among its threads, and a few rows are too little for that: in parts
+    of the tokens, side by side, this takes 0.5 to 0.8 of the time. The parts do not depend on the
+    number of threads.
+    """
+    n, k = small.shape
+    if x.device.type != "cpu" or x.dtype not in WIDE or _compiling() or k > FEW or n < PART:
+        return small.T @ x
+    parts = max(2, round(n / PART))
+    even = n // parts * parts
+
+    def split(t: Tensor) -> Tensor:
+        return t[:even].unflatten(0, (parts, -1))
+
+    out = torch.bmm(split(small).mT, split(x)).sum(0)
+    return out if even == n else torch.addmm(out, small[even:].T, x[even:])
+
+
+def _over_tokens(dy: Tensor, y: Tensor) -> Tensor:
+    """Σ dY ∘ y (out,), in at least float32; float16 would overflow in the products already."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if dy.dtype != torch.float16:
+        return (dy * y).sum(0, dtype=wide)
+    if _compiling():
+        return (dy.to(wide) * y).sum(0)
+    parts = zip(dy.split(SLICE), y.split(SLICE), strict=True)  # no wide copy of an activation
+    return torch.stack([(d.to(wide) * v).sum(0) for d, v in parts]).sum(0)
+
+
+class _Call:
+    """The tensors of one call, in the dtype that it computes in."""
+
+    def __init__(
+        self, x: Any, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Any,
+        a2: Tensor | None, b2: Tensor | None, scale: float, p: float, seed: int, drop_all: bool,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        def cast(t: Any) -> Any:
+            return None if t is None else t.to(dtype)
+
+        self.w, self.a, self.b = cast(w), cast(a), cast(b)
+        self.x: Any = cast(x)
+        self.a2: Any = cast(a2)
+        self.b2: Any = cast(b2)
+        self.bias: Any = cast(bias)
+        self.k, self.still = a.shape[0], scale
+        self.mask = dropout.Mask(p, seed) if p else None
+        self.formed: Tensor | None = None
+        self.plain: Tensor | None = None  # the sum without g, ours to change
+        self.scale = scale / (1 - p)  # with what dropout owes to the features that stay
+        if drop_all and a2 is not None:  # one pair of all that dropout falls on
+            self.a, self.b = torch.cat([self.a, self.a2]), torch.cat([self.b, self.b2], 1)
+            self.a2 = self.b2 = None
+        self.g = g
+
+    def dropped(self) -> Tensor:
+        """x after dropout, but for the scale."""
+        if self.mask is None:
+            return self.x
+        return self.mask.blank_(self.x.clone(memory_format=torch.contiguous_format))
+
+    def small(self) -> Tensor:
+        return self.dropped() @ self.a.T
+
+    def sum(self, gained: bool = True) -> Tensor:
+        """g ∘ (W + ΔW) (out, in), of both pairs."""
+        if self.formed is not None and gained:
+            return self.formed
+        if given := self.plain is not None:
+            v, self.plain = self.plain, None
+        else:
+            v = added(self.w, self.b, self.a, self.scale)
+            if self.a2 is not None:
+                v = _plus(v, self.b2, self.a2, self.still)
+        if self.g is not None and gained:
+            v = _times(v, self.g[:, None], fresh=not (given and _compiling()))
+        self.formed = v if gained else None
+        return v
+
+    def forward(self, as_sum: bool, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y (N, out); x Aᵀ where it was formed; y without gain and bias where it is to be kept."""
+        h = None
+        late = self.g is not None and (keep or not as_sum)  # y is scaled, not V
+        bias = None if late else self.bias
+        if as_sum:
+            y = F.linear(self.x, self.sum(not late), bias)
+        else:
+            h = self.small()
+            y = _plus(F.linear(self.x, self.w, bias), h, self.b.T, self.scale)
+            if self.a2 is not None:
+                y = _plus(y, self.x @ self.a2.T, self.b2.T, self.still)
+        if not late:
+            return y, h, None
+        g: Any = self.g
+        u = y if keep else None
+        y = _times(y, g, fresh=not keep)
+        if self.bias is not None:
+            y = y + self.bias if _watched() else y.add_(self.bias)
+        return y, h, u
+
+    def backward(
+        self, dy: Tensor, h: Tensor | None, u: Tensor | None, y: Tensor | None, needs: Any,
+        as_sum: bool, outer: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        need_x, need_w, need_bias, need_a, need_b, need_gain, *_ = needs
+        k, row = self.k, None if self.g is None else self.g[:, None]
+        b = self.b if row is None else _times(self.b, row, fresh=False)
+        z: Any = None
+        G: Any = None
+        dx = dw = da = db = None
+        if (need_a and not outer) or (need_x and not as_sum):
+            z = (dy @ b).mul_(self.scale)  # (N, k)
+        if need_w or (outer and (need_a or need_b)):
+            G = dy.T @ self.x  # (out, in)
+        if need_x:
+            dx = dy @ self.sum() if as_sum else self._for_x(dy, z)
+        if outer:
+            da = (b[:, :k].T @ G).mul_(self.scale) if need_a else None
+            db = G @ self.a[:k].T if need_b else None
+        elif need_a or need_b:
+            x: Any = None if h is not None else self.dropped()
+            da = _into_rank(z[:, :k], x) if need_a else None
+            if need_b:
+                small = x @ self.a[:k].T if h is None else h[:, :k]
+                db = _into_rank(small, dy).T  # faster than dYᵀ h, whose result is tall
+        if db is not None:
+            s: Any = self.scale if row is None else row * self.scale
+            db.mul_(s)
+        if need_w:
+            dw = G if row is None else _times(G, row, fresh=False)
+        dbias = dy.sum(0) if need_bias else None
+        dgain = self._for_gain(dy, u, y) if need_gain else None
+        return dx, dw, dbias, da, db, dgain
+
+    def _for_x(self, dy: Tensor, z: Tensor) -> Tensor:
+        """dY W + (dY B) A, without their sum."""
+        dx = z @ self.a
+        dx = dx if self.mask is None else self.mask.blank_(dx)
+        w, b2 = self.w, self.b2
+        if self.g is not None and dy.shape[0] <= w.shape[1]:  # on the smaller of the two
+            dy = _times(dy, self.g, fresh=False)
+        elif self.g is not None:
+            w = _times(w, self.g[:, None], fresh=False)
+            b2 = None if b2 is None else _times(b2, self.g[:, None], fresh=False)
+        dx.addmm_(dy, w)
+        return dx if b2 is None else dx.addmm_(dy @ b2, self.a2, alpha=self.still)
+
+    def _for_gain(self, dy: Tensor, u: Tensor | None, y: Tensor | None) -> Tensor:
+        if y is not None:
+            return _over_tokens(dy, y) / self.g
+        return _over_tokens(dy, self._before_gain() if u is None else u)
+
+    def _before_gain(self) -> Tensor:
+        u = self.x @ (self.sum(False).T if self.mask is None else self.w.T)
+        if self.mask is not None:
+            u.addmm_(self.small(), self.b.T, alpha=self.scale)
+            if self.a2 is not None:
+                u.addmm_(self.x @ self.a2.T, self.b2.T, alpha=self.still)
+        return u
+
+
+class Plan(NamedTuple):
+    """How one call is computed, and of what.
+
+    Attributes:
+        dtype: that the products are computed in.
+        w, own, frozen: W (out, in), the trained factors and the frozen ones.
+        forms: whether W + ΔW (out, in) would be used, if the row scale forms it on the way.
+    """
+
+    order: Order
+    dtype: torch.dtype
+    w: Tensor
+    own: Factors
+    frozen: Factors | None
+    forms: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused(AbstractKernel):
+    """A kernel that computes by the function above; a file says in which order.
+
+    Args:
+        saves: what is kept of a layer whose rows are scaled (`dora`) for the scales' gradient:
+            `output` (default), which the activation after it often keeps anyway; `product`, a
+            tensor of the same size that no model can change, also taken in place of the output
+            where there is a bias; or `nothing`, for one more product.
+    """
+
+    saves: str = "output"
+
+    def __post_init__(self) -> None:
+        if self.saves not in SAVES:
+            raise ValueError(
+                f"`{self.name}(saves={self.saves!r})`; allowed: {', '.join(map(repr, SAVES))}"
+            )
+
+    @abc.abstractmethod
+    def order(self, call: Call) -> Order:
+        """In which order to compute this call."""
+
+    def keeps_sum(self) -> bool:
+        """Whether W + ΔW is saved for backward."""
+        return False
+
+    def plan(self, x: Tensor, base: BaseLike, update: UpdateLike) -> Plan | None:
+        """None: as it is written. What has no pair of factors knows its own order; where a mask
+        cannot be a seed, dropout is the compiler's; a transform sees through plain products."""
+        dropping = update.dropping
+        unlike = (dropping and not dropout.seeded()) or (not _compiling() and dropout.transformed())
+        if update.delta.pair() is None or base.lookup or unlike:
+            return None
+        own, frozen, w, device = (
+            update.delta.factors(),
+            update.frozen_factors,
+            base.weight(),
+            x.device,
+        )
+        assert own is not None  # a pair has factors
+        auto = torch.is_autocast_enabled(device.type)
+        auto = auto and x.dtype != torch.float64  # which torch's autocast leaves alone, too
+        dtype = torch.get_autocast_dtype(device.type) if auto else x.dtype
+        grad = torch.is_grad_enabled()
+        order = self.order(Call(
+            tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
+            out_features=w.shape[0], r=own.A.shape[0],
+            frozen_rank=0 if frozen is None else frozen.A.shape[0], dtype=dtype,
+            device=device.type, exact=not rounds_float32(device.type), dropping=dropping,
+            needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
+            needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
+        ))  # fmt: skip
+        alike = dtype in WIDE and dtype == w.dtype == own.A.dtype  # the caller forms it wide
+        return Plan(order, dtype, w, own, frozen, order.forward_sum and alike)
+
+    def product(
+        self, x: Tensor, base: BaseLike, update: UpdateLike, *, gain: RowScale | None = None
+    ) -> Tensor:
+        plan = self.plan(x, base, update)
+        if plan is None:
+            return plain(x, base, update, gain=gain)
+        order, dtype, w, own, frozen, forms = plan
+        g, formed = (None, None) if gain is None else gain(forms)
+        bias = base.bias()
+        a2, b2 = (None, None) if frozen is None else (frozen.A, frozen.B)
+        if frozen is not None and frozen.scale != own.scale:
+            b2 = frozen.B * (frozen.scale / own.scale)
+        dropping, grad = update.dropping, torch.is_grad_enabled()
+        saves = self.saves
+        if saves == "output" and (bias is not None or _watched()):
+            saves = "product"  # a small g would be lost in the bias' rounding
+        with no_autocast(x.device.type):
+            y = _Linear.apply(
+                x.reshape(-1, x.shape[-1]), w, bias, own.A, own.B, g, a2, b2, own.scale,
+                order.forward_sum, order.input_sum, order.outer, self.keeps_sum(),
+                update.dropout if dropping else 0.0, dropout.draw_seed() if dropping else 0,
+                update.drop_frozen, saves, dtype, grad, formed,
+            )  # fmt: skip
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]

@@ -1,0 +1,60 @@
+"""Ranks and alphas by pattern, PEFT's `rank_pattern` and `alpha_pattern`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorica.methods.ranks.base import AbstractRank
+
+
+def flaw(pattern: Any) -> str | None:
+    """Why this is no pattern that `first_match` can take; None: it is one."""
+    for form in ("{}", r"(.*\.)?({})"):
+        try:
+            re.compile(form.format(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            return str(error)
+    return None
+
+
+def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
+    """The first pattern that ends the module path `name` on whole components, PEFT's rule."""
+    return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(AbstractRank):
+    """`rank_pattern` and `alpha_pattern` over `r` and `lora_alpha`; taken by itself where either is
+    given.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("lora", rank_pattern={"q_proj": 4}).rank.name
+        'pattern'
+    """
+
+    reads_patterns: ClassVar[bool] = True
+
+    def assign(self, names: Sequence[str], recipe: Any) -> dict[str, tuple[int, float | None]]:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(recipe, field):
+                if not any(first_match({pattern: 0}, name) for name in names):
+                    raise ValueError(
+                        f"`{field}` has {pattern!r}, which matches none of the {len(names)} target"
+                        " modules; a pattern ends a module path on whole components, e.g."
+                        f" {names[0]!r}"
+                    )
+        out = {}
+        for name in names:
+            rank, alpha = (
+                first_match(recipe.rank_pattern, name),
+                first_match(recipe.alpha_pattern, name),
+            )
+            out[name] = (
+                recipe.rank_pattern[rank] if rank is not None else recipe.r,
+                recipe.alpha_pattern[alpha] if alpha is not None else recipe.lora_alpha,
+            )
+        return out

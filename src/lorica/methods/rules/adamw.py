@@ -1,0 +1,49 @@
+"""AdamW, torch's own.
+
+m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← (1 − ηλ)p − η·(m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lorica.methods.rules.base import AbstractRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(AbstractRule):
+    """Adam with decoupled weight decay, the default rule.
+
+    Cost: two numbers of state for each trained one.
+    When: the default.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("lora").rule.name
+        'adamw'
+
+    Reference:
+        @inproceedings{loshchilov2019decoupled,
+          title = {Decoupled Weight Decay Regularization},
+          author = {Loshchilov, Ilya and Hutter, Frank}, booktitle = {ICLR}, year = {2019}, eprint =
+          {1711.05101}
+        }
+    """
+
+    trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
+    state_per_element: ClassVar[int] = 2
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
+
+    def build(
+        self, groups: list[dict[str, Any]], options: Mapping[str, Any]
+    ) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, **options)
+
+    def options_from(self, args: Any) -> dict[str, Any]:
+        fused = getattr(args.optim, "value", args.optim) == "adamw_torch_fused"
+        options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return {**options, "fused": True} if fused else options

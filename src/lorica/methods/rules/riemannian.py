@@ -1,0 +1,106 @@
+"""Riemannian preconditioning: each factor's gradient times the inverse Gram matrix of the other.
+
+    Ā = (BᵀB + δI)⁻¹ ∂L/∂A  (r, r)·(r, in);    B̄ = ∂L/∂B (AAᵀ + δI)⁻¹  (out, r)·(r, r)
+
+Then the inner rule (AdamW or SGD) takes Ā and B̄ for gradients. With SGD and δ → 0 the step on ΔW
+is −η s² (P_B G + G P_A), the full gradient projected onto the present column and row spaces,
+whatever the sizes of A and B; the s² is left to the rate.
+
+Both inverses are made of the factors before the step, as in PEFT and in the authors' SGD; their
+AdamW moves A first and takes the new A for B, by a slip. Where a Gram matrix is singular its
+pseudo-inverse stands in (the authors take the identity, silently). At B = 0 the gradient of A is 0
+and so is Ā. One step later ‖B‖ is about η, and a δ far below η² makes Ā very long: AdamW hides its
+length but its second moment stays inflated, hence the authors' low betas (0.7, 0.8) and large δ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lorica.methods.rules._elementwise import Adam, Elementwise, Sgd
+from lorica.methods.rules._engine import PairRule, Stack
+from lorica.methods.rules._spectral import damped_inverse, product
+
+_INNER: dict[str, type[Elementwise]] = {"adamw": Adam, "sgd": Sgd}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Riemannian(PairRule):
+    """Gradients measured in the metric of the low-rank product, then AdamW or SGD.
+
+    Not to be confused with `lorarite`, whose moments too are free of the factors' sizes. What is in
+    no pair gets the inner rule as it is. A factor that is frozen beside the other is no obstacle:
+    the other's half stands alone.
+
+    Cost: an r × r inverse for each factor and step.
+    When: plain SGD (`inner='sgd'`), which it helps most; δ has to be tuned.
+
+    Args:
+        delta: δ ≥ 0, the damping; default 1e-2, PEFT's (the authors': 1e-6, tuned from 1e-7 to
+            100).
+        inner: `adamw` (default) or `sgd` (without momentum, as in the paper).
+        relative: count δ in units of the Gram matrix' mean eigenvalue, so that it means the same
+            at every size of the factors; default False, the paper's.
+
+    Example:
+        >>> from lorica import Recipe
+        >>> Recipe.parse("riemannian(delta=1e-6, inner='sgd')").learning_rate
+        (0.02, 'riemannian')
+
+    Reference:
+        @inproceedings{zhang2024riemannian,
+          title = {Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models},
+          author = {Zhang, Fangzhao and Pilanci, Mert}, booktitle = {ICML}, year = {2024},
+          eprint = {2402.02347}
+        }
+    """
+
+    delta: float = 1e-2
+    inner: str = "adamw"
+    relative: bool = False
+
+    trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state"})
+
+    def __post_init__(self) -> None:
+        if not self.delta >= 0:
+            raise ValueError(
+                f"`riemannian(delta={self.delta!r})` must not be negative, e.g. 1e-2 or 1e-6"
+            )
+        if self.inner not in _INNER:
+            raise ValueError(
+                f"`riemannian(inner={self.inner!r})`; allowed: {', '.join(map(repr, _INNER))}"
+            )
+        if not isinstance(self.relative, bool):
+            raise ValueError(f"`riemannian(relative={self.relative!r})`; allowed: True, False")
+
+    @property
+    def default_learning_rate(self) -> float | None:  # type: ignore[override]
+        return 2e-2 if self.inner == "sgd" else None  # the paper's on GPT-2; None: as without
+
+    @property
+    def plain(self) -> Elementwise:
+        return _INNER[self.inner]()
+
+    def options(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        plain = {**self.plain.defaults, **given}
+        return plain, {**plain, "delta": self.delta, "relative": self.relative}
+
+    def update(
+        self, stack: Stack, state: tuple[dict[str, Tensor], dict[str, Tensor]], shared: Any
+    ) -> Sequence[Tensor | None]:
+        o, out = stack.options, []
+        for (factor, partner), own in zip(stack.sides, state, strict=True):
+            if not factor.moves:
+                out.append(None)
+                continue
+            inverse = damped_inverse(partner.as_partner(), o["delta"], relative=o["relative"])
+            gradient = product(inverse, factor.gradient())  # (n, r, r)·(n, r, d)
+            out.append(
+                self.plain.stacked(factor.value(), gradient, own, factor.lr, o["weight_decay"], o)
+            )
+        return out

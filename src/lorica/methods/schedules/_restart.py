@@ -1,0 +1,194 @@
+"""What every restarting schedule shares: after each `every` steps the update is put away, and a
+fresh adapter with fresh optimizer state goes on from there.
+
+    link i trains (Aᵢ, Bᵢ) on W₀ + Σ_{j<i} sBⱼAⱼ;  at its end W or carried gains sBᵢAᵢ, B = 0
+
+The event comes after the step (never between backward and step), and not after the last one: the
+adapter that is saved is the last link. Links are drawn from (seed, step, layer), alike on every
+process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.distributed.tensor import DTensor
+
+from lorica.methods.choice import Choice
+from lorica.methods.schedules.base import AbstractSchedule
+
+CONTINUED = "continued"
+
+
+def shape(name: str, part: float) -> float:
+    """Factor of the rate when `part` of a link, in [0, 1), is over."""
+    return {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[name]
+
+
+def allow(choice: Choice, name: str, *values: str) -> None:
+    """ValueError unless the argument is one of these."""
+    if (value := getattr(choice, name)) not in values:
+        raise ValueError(
+            f"`{choice.name}({name}={value!r})`; allowed: {', '.join(map(repr, values))}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restarts(AbstractSchedule):
+    every: int | None = None
+
+    links: ClassVar[int]  # how many restarts a run has where `every` is left out
+    warm_start: ClassVar[int] = 0  # steps before the first link, of those that have it; see `_warm`
+
+    needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight", "factors", "separate"})
+    gives: ClassVar[frozenset[str]] = frozenset({"keeps_function"})
+    edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.every, int) and not isinstance(self.every, bool)
+        if self.every is not None and not (whole and self.every >= 1):
+            raise ValueError(
+                f"`{self.name}(every={self.every!r})`: whole optimizer steps, at least 1, e.g."
+                f" `{self.name}(every=1000)`; left out, it is fitted to the run"
+            )
+
+    def write_base(self) -> None:
+        """Declare that the base is written to, instead of factors being carried."""
+        object.__setattr__(self, "needs", self.needs - {"factors"} | {"writable_base"})
+        object.__setattr__(self, "withdraws", self.withdraws | {"base_unchanged"})
+
+    # -- when
+
+    def fit(self, total_steps: int | None) -> AbstractSchedule:
+        if self.every is None:
+            if total_steps is None:
+                raise ValueError(
+                    f"`{self.name}`: without `total_steps` the interval cannot be fitted; give it"
+                    f" to `lorica.optimizer`, or type `{self.name}(every=...)`"
+                )
+            every = self._fitted(total_steps)
+            if every < 1:
+                raise ValueError(
+                    f"`{self.name}`: {total_steps} steps are too few for two restarts;"
+                    f" {self._make_room(total_steps, 2)}"
+                )
+            return dataclasses.replace(self, every=every)
+        if total_steps is not None and self.events(total_steps) < 1:
+            spare = self._spare(total_steps)
+            remedy = f"give at most {spare}"
+            if spare < 1:
+                remedy = self._make_room(total_steps, self.every)
+            if self._fitted(total_steps) >= 1:
+                remedy += ", or leave `every` out to have it fitted"
+            raise ValueError(
+                f"`{self.name}(every={self.every})` would restart 0 times in {total_steps} steps;"
+                f" {remedy}"
+            )
+        return self
+
+    def _make_room(self, total_steps: int, spare: int) -> str:
+        """What to type for so many steps that may end a link."""
+        free = self._spare(total_steps) + self.warm_start  # without any
+        if not self.warm_start or free < min(spare, 2):
+            return f"train for at least {total_steps - self._spare(total_steps) + spare} steps"
+        most, also = (free - spare, "") if free >= spare else (free - 2, " and leave `every` out")
+        return f"`warm_start={self.warm_start}` leaves no room: give it at most {most} steps{also}"
+
+    def _fitted(self, total_steps: int) -> int:
+        spare = self._spare(total_steps)
+        return min(-(-(spare + 1) // (self.links + 1)), spare // 2)
+
+    def _spare(self, total_steps: int) -> int:
+        return total_steps - 1  # the last step ends no link
+
+    def events(self, total_steps: int) -> int:
+        """Restarts in a run of so many steps."""
+        assert self.every is not None
+        return max(self._spare(total_steps), 0) // self.every
+
+    def plan(self, total_steps: int | None) -> str:
+        count = "" if total_steps is None else f", {self.events(total_steps)} restarts"
+        return f"every={self.every}{count}"
+
+    def ends(self, training: Any) -> bool:
+        """Whether a link ends with this step."""
+        done = training.step + 1
+        return done % self.every == 0 and done != training.total_steps
+
+    # -- what
+
+    def init(self, adapters: Any) -> dict[str, Any]:
+        return {"links": 0}
+
+    def after_step(self, state: dict[str, Any], training: Any) -> None:
+        if self.ends(training):
+            state["links"] += 1
+            self.restart(state, training, training.adapters.layers)
+
+    def restart(self, state: dict[str, Any], training: Any, layers: Iterable[str], **how: Any):
+        """Put the updates of these layers away, and start fresh ones.
+
+        Args:
+            **how: `accumulate` and `keep_state` of `training.merge_`.
+        """
+        layers = [*layers]
+        for name in layers:
+            training.merge_(
+                training.adapters.layers[name],
+                link=state["links"],
+                generator=training.generator(name),
+                **how,
+            )
+        training.restarted(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Restarts):
+    """The fine-tuning kind: finished links are carried or folded, and each may have its own rate
+    curve."""
+
+    accumulate: str = "factors"
+    lr_scheduler_type: str = CONTINUED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        allow(self, "accumulate", "factors", "base")
+        allow(self, "lr_scheduler_type", CONTINUED, "constant", "linear", "cosine")
+        if self.accumulate == "base":
+            self.write_base()
+
+    def plan(self, total_steps: int | None) -> str:
+        own = self.lr_scheduler_type != CONTINUED
+        curve = f", rate {self.lr_scheduler_type} in each, in the run's place" if own else ""
+        return super().plan(total_steps) + curve
+
+    def before_step(self, state: dict[str, Any], training: Any) -> None:
+        if self.accumulate == "factors" and training.step == 0:
+            self._refuse_shards(training.adapters)
+        if self.lr_scheduler_type != CONTINUED:
+            assert self.every is not None
+            training.lr_factor(shape(self.lr_scheduler_type, self._part(training)))
+
+    def _refuse_shards(self, adapters: Any) -> None:
+        """ValueError now, not at the first restart, where nothing could be carried."""
+        for name, layer in adapters:
+            if any(isinstance(p, DTensor) for p in layer.update.parameters()):
+                raise ValueError(
+                    f"`{self.text()}`: the parameters of {name!r} are sharded, so what is carried"
+                    f" cannot grow; put finished updates into the base instead, with"
+                    f" `{self.name}(accumulate='base')`"
+                )
+
+    def _part(self, training: Any) -> float:
+        """How much of the link that this step belongs to is over."""
+        every: Any = self.every
+        begun = training.step - training.step % every
+        left = (training.total_steps or begun + every) - begun
+        return (training.step - begun) / min(every, left)
+
+    def restart(self, state: dict[str, Any], training: Any, layers: Iterable[str], **how: Any):
+        super().restart(state, training, layers, accumulate=self.accumulate, **how)

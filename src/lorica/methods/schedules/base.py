@@ -1,0 +1,88 @@
+"""Schedules: what changes between optimizer steps.
+
+A schedule is a frozen dataclass of hyperparameters; all that changes lives in the `state` dict it
+is handed: numbers, strings and tensors of fixed shape, its keys fixed by `init`. It rides on the
+optimizer (`lorica.training.bind`), so a plain loop and the Trainer run the same steps and save the same
+state. It never indexes, fills or sums a parameter itself: the verbs of `lorica.training.weight_edits` do, on plain
+and on sharded tensors. Random draws come from `training.generator()`.
+
+The suite holds every file to: plain loop equals Trainer bit for bit; resume equals the straight run
+bit for bit; an event that declares `keeps_function` keeps it; the state loads with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorica.methods.choice import Choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractSchedule(Choice, abc.ABC):
+    axis: ClassVar[str] = "schedules"
+    edits: ClassVar[frozenset[str]] = frozenset()  # of "base", "pair", "rank", "gradient mask"
+
+    # Roles that have to train beside it: what it takes away there is to grow back.
+    regrows: ClassVar[frozenset[str]] = frozenset()
+
+    # Rate curves it brings, values of `--lr-scheduler-type`; see `with_curve`.
+    lr_scheduler_types: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the targets' own weights train for a while."""
+        return False
+
+    @property
+    def freezes_layers(self) -> bool:
+        """Whether some of what trains rests for a while, and has no gradient then."""
+        return self.trains_base
+
+    def with_curve(self, name: str, warmup_steps: int) -> AbstractSchedule:
+        """The same with one of the curves that it brings; such a file has these two arguments."""
+        fields: Any = {"lr_scheduler_type": name, "warmup_steps": warmup_steps}
+        return dataclasses.replace(self, **fields)
+
+    def fit(self, total_steps: int | None) -> AbstractSchedule:
+        """Fill what was left out from the horizon; a given interval that never fires is a
+        ValueError."""
+        return self
+
+    def plan(self, total_steps: int | None) -> str:
+        """What will happen when, for people; asked of what `fit` returned."""
+        return ""
+
+    def final_from(self, total_steps: int | None) -> int:
+        """After so many steps the weights are what the method promises, and stay so to the end;
+        asked of what `fit` returned.
+
+        Before that a lower loss is no reason to prefer them: a model that still leans on what is
+        being taken away is better, and is not what was asked for. Default 0: at any time.
+        """
+        return 0
+
+    def state_bytes(self, adapters: Any) -> int:
+        """What its state holds, where that is more than some numbers a layer."""
+        return 0
+
+    @abc.abstractmethod
+    def init(self, adapters: Any) -> dict[str, Any]:
+        """The initial state; touches no weight."""
+
+    def before_step(self, state: dict[str, Any], training: Any) -> None:  # noqa: B027
+        """Gradients are present and clipped."""
+
+    def after_step(self, state: dict[str, Any], training: Any) -> None:  # noqa: B027
+        """Parameters have moved, gradients are still present."""
+
+    def restarted(self, state: dict[str, Any], layers: Sequence[str]) -> None:  # noqa: B027
+        """The updates of these layers were put away, and fresh ones train in their place: what
+        `state` has learnt of the old vectors is to be forgotten. See `Training.restarted`."""
+
+    def restore(self, state: dict[str, Any], training: Any) -> None:  # noqa: B027
+        """Called after `init` and after loading: who rests and who trains as it was when `state`
+        was saved. Touches no weight."""

@@ -1,0 +1,42 @@
+"""A full-rank warm start before a schedule sets in: the targets' weights train, adapters rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorica.methods.schedules.base import AbstractSchedule
+from lorica.tensors.dtensor_ops import forget_state, reset_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart(AbstractSchedule):
+    """Put before a schedule's class. What trains beside an update (a magnitude, a bias) does so
+    from the first step on."""
+
+    warm_start: int = 0
+
+    @property
+    def trains_base(self) -> bool:
+        return self.warm_start > 0
+
+    def init(self, adapters: Any) -> dict[str, Any]:
+        own: Any = super().init(adapters)  # type: ignore[safe-super]
+        return {**own, "warming": self.trains_base}
+
+    def restore(self, state: dict[str, Any], training: Any) -> None:
+        super().restore(state, training)
+        if self.trains_base:
+            training.set_trainable(() if state["warming"] else None, base=state["warming"])
+
+    def ends_warm(self, state: dict[str, Any], training: Any) -> bool:
+        """Whether the warm start ends with this step; then the adapters train from here on, with a
+        fresh optimizer. The caller starts them anew on the weights as they now stand."""
+        if not state["warming"] or training.step + 1 != self.warm_start:
+            return False
+        adapters, optimizer = training.adapters, training.optimizer
+        reset_state(optimizer, *(t.parameter for t in adapters.trained()))
+        forget_state(optimizer, *(layer.store.parameter for _, layer in adapters))
+        state["warming"] = False
+        self.restore(state, training)
+        return True

@@ -1,0 +1,205 @@
+"""Adapters: the live handle on an adapted model.
+
+Holds names and modules, never tensors: sharding replaces parameters, and every access goes through
+the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.interfaces import Pair, Trained
+from lorica.methods.groups.base import at_own_rate
+from lorica.methods.objectives.base import Context
+from lorica.model import state
+from lorica.model.forward_hooks import ForwardHooks
+from lorica.model.layer import AdaptedLinear
+from lorica.model.modules_to_save import TrainedModule, swapped
+from lorica.tensors.dtensor_ops import read_full, reshard
+
+if TYPE_CHECKING:
+    from lorica.model.summary import Summary
+    from lorica.recipe.recipe import Recipe
+
+_HANDLE = "_lorica_adapters"
+
+
+class Adapters:
+    """What `lorica.attach` returns.
+
+    Attributes:
+        model: the adapted model.
+        recipe: the recipe it was adapted with.
+        layers: {module path: AdaptedLinear}, in model order.
+        saved: {module path: TrainedModule}, what trains in full beside its frozen original.
+        direct: {name: role} of parameters that train in place.
+        signals: {word: what a schedule tells an objective of the same word}; mirrors the
+            schedule's state, so it is not saved.
+        contract: see `lorica.model.summary.Summary`.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.dtype = dtype
+        self.layers: dict[str, AdaptedLinear] = {}
+        self.saved: dict[str, TrainedModule] = {}
+        self.direct: dict[str, str] = {}
+        self.requires_grad: dict[str, bool] = {}  # as it was before attach
+        self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
+        self.base_unchanged = "base_unchanged" in recipe.given()
+        self.base_hash: str | None = None  # of the published weights, set on first use
+        self.signals: dict[str, Any] = {}
+        self.hooks: ForwardHooks
+        self.summary: Summary
+
+    @staticmethod
+    def of(model: nn.Module) -> Adapters:
+        """The handle of an adapted model.
+
+        Raises:
+            ValueError: nothing is attached.
+        """
+        handle = vars(model).get(_HANDLE)
+        if handle is None:
+            raise ValueError(
+                f"no adapters are attached to this {type(model).__name__}; "
+                "type `lorica.attach(model, 'lora')` first"
+            )
+        return handle
+
+    def __iter__(self) -> Iterator[tuple[str, AdaptedLinear]]:
+        return iter(self.layers.items())
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    # -- what trains
+
+    def pairs(self) -> Iterator[tuple[str, Pair]]:
+        """(module path, trained pair) of every layer that has one."""
+        for name, layer in self.layers.items():
+            if (pair := layer.update.delta.pair()) is not None:
+                yield name, pair
+
+    def trained(self) -> list[Trained]:
+        """Every parameter that trains, with its role, in model order."""
+        out = []
+        frozen = frozenset().union(*(g.freezes for g in self.recipe.groups))  # type: ignore[attr-defined]
+        for site, layer in self.layers.items():
+            lookup = layer.site.lookup
+            out += [
+                Trained(f"{site}.{name}", p, role, site, lookup)
+                for name, p, role in layer.trained()
+                if role not in frozen
+            ]
+        for site, module in self.saved.items():
+            out += [Trained(f"{site}.{n}", p, role, site) for n, p, role in module.trained()]
+        if any(s.trains_base for s in self.recipe.schedules):
+            out += [
+                Trained(f"{n}.base.weight", layer.store.parameter, "weight", n)
+                for n, layer in self.layers.items()
+            ]
+        parameters = dict(self.model.named_parameters()) if self.direct else {}
+        for n, role in self.direct.items():
+            out.append(Trained(n, parameters[n], role, n.rpartition(".")[0]))
+        return out
+
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, modules_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups as the recipe's rule wants them: one for each set of options, or one for
+        each pair; decay spares vectors (magnitudes, norms, biases).
+
+        Args:
+            lr: rate of a parameter that no choice on the groups axis touches.
+            weight_decay: decoupled decay of everything with two dimensions or more.
+            modules_lr: rate of the modules that train in full beside the targets (those to save, or
+                embeddings, norms and head); default `lr`.
+
+        Raises:
+            ValueError: a rate below 0; `modules_lr` where no such module trains.
+        """
+        reshard(self.model)
+        rule: Any = self.recipe.rule
+        return at_own_rate(rule.groups(self, lr, weight_decay), self.trained(), lr, modules_lr)
+
+    # -- loss and reference
+
+    def loss(self, outputs: Any, batch: Any = None, *, share: float = 1.0) -> Tensor:
+        """The task's loss (`outputs["loss"]`, 0-d) with the recipe's objectives applied.
+
+        Args:
+            share: this micro-batch's part of one update, so that a penalty enters an accumulated
+                update once.
+        """
+        loss, context = outputs["loss"], Context(outputs, batch, self, share)
+        for objective in sorted(self.recipe.objectives, key=lambda o: o.penalises):
+            loss = objective.loss(loss, context)  # type: ignore[attr-defined]
+        return loss
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is the original one, e.g. as a reference.
+
+        Raises:
+            ValueError: the base is not base_unchanged and no copy was kept.
+        """
+        if not self.base_unchanged and self.originals is None:
+            raise ValueError(
+                f"`{self.recipe.text()}` trains the base itself, so there is no original left to"
+                " fall back on; attach with `keep_base=True`"
+            )
+        modules = [*self.layers.values(), *self.saved.values()]
+        before = [m.disabled for m in modules]
+        for m in modules:
+            m.disabled = True
+        try:
+            with swapped(self):
+                yield
+        finally:
+            for m, disabled in zip(modules, before, strict=True):
+                m.disabled = disabled
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that training changes or the forward reads beside the frozen base, full-size.
+
+        Keys are paths in the model. Sharded tensors are gathered, so every process has to call.
+        """
+        return {name: read_full(p).detach() for name, p in state.tensors(self).items()}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`, strict: a missing, extra or misshapen tensor is a
+        ValueError, and nothing is written then."""
+        state.load(self, saved)
+
+    def fingerprint(self, *, buffers: bool = True) -> str:
+        """SHA-256 of all of `state_dict` and of the persistent buffers (running statistics, say) of
+        modules that train in full: equal on every process, or training has drifted apart.
+
+        Args:
+            buffers: False leaves them out: under DDP each process has its own between two forwards.
+        """
+        own = state.buffers(self) if buffers else {}
+        return state.hash_exactly({**own, **self.state_dict()})
+
+    def hash_base(self) -> str:
+        """SHA-256 of the frozen base, independent of the dtype it is held in; see `lorica.model.state`.
+
+        Modules that train in full are left out. Computed once: with a method that writes to the
+        base `attach` asks for it, before the first step.
+        """
+        if self.base_hash is None:
+            self.base_hash = state.hash_values(self.base_parameters())
+        return self.base_hash
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The frozen base's parameters under the names they have in the plain model."""
+        return state.base_parameters(self)

@@ -1,0 +1,234 @@
+"""attach, detach, merge: put an update into a model, take it out, or leave its effect there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lorica.interfaces import Site
+from lorica.model.adapters import _HANDLE, Adapters
+from lorica.model.bases.base import AbstractBase
+from lorica.model.forward_hooks import ForwardHooks
+from lorica.model.layer import AdaptedLinear
+from lorica.model.modules_to_save import (
+    TrainedModule,
+    bias_modules,
+    keep,
+    replace,
+    restore,
+    train_in_place,
+)
+from lorica.model.summary import Summary, fill, say
+from lorica.model.targets import find, fresh_modules, refuse, refuse_idle, sites_of
+from lorica.model.unbound import expect
+from lorica.model.update import Update
+from lorica.recipe.recipe import Recipe
+from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
+
+logger = logging.getLogger("lorica")
+
+
+@on_cpu
+def attach(
+    model: nn.Module,
+    method: str | Recipe = "lora",
+    *,
+    fresh: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep_base: bool = False,
+    verbose: bool = True,
+    initialise: bool = True,
+    **fields: Any,
+) -> Adapters:
+    """Adapt a model in place and return the handle.
+
+    Everything is checked before anything changes: on an error the model is as it was.
+
+    Args:
+        model: any torch module; loaded, not yet sharded or wrapped.
+        method: text form or `Recipe`.
+        fresh: paths of modules that came without weights from the checkpoint (a new head); they
+            train in full. Default: found by transformers' own marks.
+        dtype: of everything that trains; float32 by default, whatever the base's.
+        keep_base: with a method that trains the base itself, keep a copy so that `detach` can
+            restore it.
+        verbose: log the contract (logger `lorica`, level INFO; printed to standard error if nothing
+            listens).
+        initialise: False leaves the start out, for a caller that writes all of the state at once
+            (a load); a rank above the layer's is then let pass, since the file decides.
+        **fields: fields of `Recipe`, e.g. `r=16`, `target_modules=["q_proj"]`.
+
+    Raises:
+        ValueError: what `Recipe` and the targets' rules refuse; a rank above the layer's; adapters
+            already there; a weight that is sharded already.
+
+    Example:
+        >>> import torch, lorica
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        >>> adapters = lorica.attach(model, "dora+olora", r=2, verbose=False)
+        >>> [name for name, _ in adapters]
+        ['0', '1']
+    """
+    recipe = Recipe.parse(method, **fields)
+    if _HANDLE in vars(model):
+        raise ValueError(
+            f"this {type(model).__name__} has adapters already"
+            f" ({Adapters.of(model).recipe.text()!r}); `lorica.detach(model)` or"
+            " `lorica.merge(model)` first"
+        )
+    wraps: bool = recipe.delta.wraps  # type: ignore[union-attr]
+    fresh = fresh_modules(model) if fresh is None else list(fresh)
+    in_place = recipe.train_rest or not wraps
+    saved = () if recipe.train_rest else (*dict.fromkeys([*recipe.modules_to_save, *fresh]),)
+    targets = find(
+        model,
+        target_modules=recipe.target_modules,
+        exclude_modules=recipe.exclude_modules,
+        layers_to_transform=recipe.layers_to_transform,
+        modules_to_save=saved,
+        wraps=wraps,
+    )
+    refuse(model, recipe, targets)
+    sites = sites_of(model, recipe, targets, dtype, any_rank=not initialise) if wraps else {}
+
+    adapters = Adapters(model, recipe, dtype)
+    adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+    contract = Summary(method=recipe.text(), fresh=list(fresh), tied=targets.tied)
+    if wraps:
+        layers = {
+            n: _build(model.get_submodule(n), b, recipe, sites[n])
+            for n, b in targets.layers.items()
+        }
+        recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
+        for name, layer in layers.items() if initialise else ():
+            start(layer, recipe, f"{recipe.seed}/{name}")
+            refuse_idle(layer, recipe)
+        wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
+        wrapped |= bias_modules(model, recipe, targets, dtype)
+        if keep_base and not adapters.base_unchanged and not in_place:
+            keep(adapters, layers)
+        replace(model, {**wrapped, **layers})  # a parent before its child
+        adapters.layers, adapters.saved = layers, wrapped
+    if in_place:
+        train_in_place(model, adapters, targets, dtype, keep_base)
+    trained = {id(t.parameter) for t in adapters.trained()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    vars(model)[_HANDLE] = adapters
+    if not adapters.base_unchanged:
+        adapters.hash_base()
+        for layer in adapters.layers.values():  # the base is training state: no anchor beside it
+            layer.update.fold_frozen_(layer.store)
+            layer.update.clear_frozen_()
+    adapters.hooks = ForwardHooks(adapters)
+    adapters.summary = fill(contract, adapters, targets)
+    expect(adapters)
+    if verbose:
+        say(str(adapters.summary))
+    return adapters
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the adapters out: the published base, bit for bit.
+
+    Raises:
+        ValueError: nothing is attached, or training wrote to the base and no copy was kept.
+    """
+    adapters = Adapters.of(model)
+    if not adapters.base_unchanged and adapters.originals is None:
+        raise ValueError(
+            f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
+            " gone; attach with `keep_base=True` to be able to detach, or load the base again"
+        )
+    replace(model, {n: m.base for n, m in {**adapters.layers, **adapters.saved}.items()})
+    restore(adapters)
+    return _release(model, adapters)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Leave a plain model that computes what the adapted one does.
+
+    The effective weight is formed in float32 and rounded once to the base's dtype. A weight that is
+    shared with another module (a tied head) is untied first, in the configuration too.
+    """
+    adapters = Adapters.of(model)
+    reshard(model)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            "this model is sharded, and its engine would go on computing with the weights it holds;"
+            " `lorica.save` the adapters, then load base and adapters in one process and merge"
+            " there"
+        )
+    untied, plain = False, {}
+    for name, layer in adapters.layers.items():
+        weight, bias = layer.effective()
+        module, store = layer.base, layer.store
+        untied |= name in adapters.summary.tied
+        value = (weight.T if store.transposed else weight).detach()
+        old = store.parameter
+        module.weight = nn.Parameter(value.to(old.dtype).contiguous())  # type: ignore[assignment]
+        if bias is not None and bias is not module.bias:  # trained, or the combine's own
+            module.bias = nn.Parameter(bias.detach().to(old.dtype).clone())  # type: ignore[assignment]
+        plain[name] = module
+    for name, module in adapters.saved.items():
+        untied |= name in adapters.summary.tied
+        plain[name] = module.merged()
+    replace(model, plain)
+    if untied:
+        for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
+            config.tie_word_embeddings = False
+    return _release(model, adapters)
+
+
+def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
+    """Fill a new layer's pair, carry the anchor of a start that is not zero, and let the combine
+    begin."""
+    store, update = layer.store, layer.update
+    pair, on_meta = update.delta.pair(), store.parameter.is_meta
+    init: Any = recipe.init
+    with torch.no_grad():
+        if pair is not None:
+            weight = store.weight().detach()
+            weight = weight if init.reads_weight else weight.to("meta")
+            if not on_meta:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                init.fill(weight.to(wide), pair, seeded(key))
+            if "zero_start" not in init.gives:
+                update.add_frozen_(pair.right(), -pair.B)
+        elif not on_meta:
+            update.delta.restart(0, seeded(key))
+        if not on_meta:
+            layer.combine.start(store, update)
+
+
+# -- steps of attach
+
+
+def _build(
+    module: nn.Module, base: type[AbstractBase], recipe: Recipe, site: Site
+) -> AdaptedLinear:
+    parts: Any = recipe
+    # An anchor is dropped with the start that it takes out; finished links stay whole.
+    anchored = parts.init is not None and "zero_start" not in parts.init.gives
+    drop_frozen = anchored and recipe.lora_dropout_on == "update"
+    update = Update(
+        parts.delta.build(site), site, dropout=recipe.lora_dropout, drop_frozen=drop_frozen
+    )
+    layer = AdaptedLinear(
+        base(module), update, parts.combine.build(site), parts.kernel, site,
+        train_bias=recipe.bias != "none",
+    )  # fmt: skip
+    return layer.train(module.training)
+
+
+def _release(model: nn.Module, adapters: Adapters) -> nn.Module:
+    del vars(model)[_HANDLE]
+    adapters.hooks.remove()
+    for name, p in model.named_parameters():
+        p.requires_grad_(adapters.requires_grad.get(name, True))
+    return model

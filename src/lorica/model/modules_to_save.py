@@ -1,0 +1,184 @@
+"""What trains in full beside low-rank updates: fresh heads, `modules_to_save`, biases, or
+everything."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from lorica.model import state
+from lorica.model.targets import Targets
+
+
+class TrainedModule(nn.Module):
+    """A module that trains in full (a fresh head, `modules_to_save`) beside its frozen original.
+
+    Args:
+        base: the original; stays as it is.
+        only: names of the base's own parameters that train; None means all. The others are shared,
+        not copied.
+    """
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype, only: frozenset[str] | None = None):
+        super().__init__()
+        shared = {
+            id(p): p for n, p in base.named_parameters() if only is not None and n not in only
+        }
+        self.base = base
+        self.copy = copy.deepcopy(base, dict(shared))
+        for name, p in self.copy.named_parameters():
+            if only is None or name in only:
+                p.data = p.data.to(dtype)
+        for b in self.copy.buffers() if only is None else ():
+            b.data = _cast(b.data, dtype)
+        self.only = only
+        self.dtype = dtype
+        self.disabled = False
+
+    def forward(self, *args, **kwargs):
+        if self.disabled:
+            return self.base(*args, **kwargs)
+        own = next(self.base.parameters()).dtype
+        if own == self.dtype:
+            return self.copy(*args, **kwargs)
+        if self.only is not None:  # the rest is shared with the base, so the few go to its dtype
+            cast = {n: p.to(own) for n, p in self.copy.named_parameters() if n in self.only}
+            return torch.func.functional_call(self.copy, cast, args, kwargs)
+        return _cast(self.copy(*_cast(args, self.dtype), **_cast(kwargs, self.dtype)), own)
+
+    def trained(self) -> list[tuple[str, nn.Parameter, str]]:
+        role = "module" if self.only is None else "bias"
+        return [
+            (f"copy.{name}", p, role)
+            for name, p in self.copy.named_parameters()
+            if self.only is None or name in self.only
+        ]
+
+    def merged(self) -> nn.Module:
+        """A plain module, in the original's dtypes, that computes what this one does."""
+        for name in self.only or [n for n, _ in self.copy.named_parameters()]:
+            p, original = self.copy.get_parameter(name), self.base.get_parameter(name)
+            p.data = p.data.to(original.dtype)
+            if self.only is not None:  # in place, for another module may share the parameter
+                original.data = p.data
+        for b, original in zip(self.copy.buffers(), self.base.buffers(), strict=True):
+            b.data = b.data.to(original.dtype)
+        return self.copy if self.only is None else self.base
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base if self.disabled else self.copy, name)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors in `dtype`, also within tuples, lists and mappings of the plain kinds and
+    transformers' outputs; a cache stays the object that it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(v, dtype) for v in value)
+    if type(value) is dict or isinstance(value, ModelOutput):
+        return type(value)(**{k: _cast(v, dtype) for k, v in value.items()})
+    return value
+
+
+def bias_modules(
+    model: nn.Module, recipe: Any, targets: Targets, dtype: torch.dtype
+) -> dict[str, TrainedModule]:
+    """With `bias="all"`: every other module that has a bias of its own."""
+    if recipe.bias != "all":
+        return {}
+    out, held = {}, set()
+    for name, module in reversed([*model.named_modules()]):  # a child before its parent
+        bias = dict(module.named_parameters(recurse=False)).get("bias")
+        saved = any(name == s or name.startswith(s + ".") for s in targets.saved)
+        if bias is not None and name and name not in targets.layers and not saved:
+            if id(bias) not in held:
+                out[name] = TrainedModule(module, dtype, frozenset({"bias"}))
+        held.add(id(bias))  # a parent may own its child's bias as well, and does not use it then
+    return dict(reversed(out.items()))
+
+
+def train_in_place(
+    model: nn.Module, adapters: Any, targets: Targets, dtype: torch.dtype, keep: bool
+) -> None:
+    """Parameters of the model train as they are, beside adapters or without: the targets' and those
+    of modules to save, or all that no adapter stands for."""
+    recipe = adapters.recipe
+    roots = [*targets.layers, *targets.saved]
+    stood_for = {id(p) for p in state.tensors(adapters).values()}
+    whole = recipe.whole or recipe.train_rest
+    chosen = {id(p) for r in roots for p in model.get_submodule(r).parameters()}
+    names = [  # a shared parameter has one, which may lie outside of the module that was asked for
+        n
+        for n, p in model.named_parameters()
+        if p.is_floating_point() and id(p) not in stood_for and (whole or id(p) in chosen)
+    ]
+    if keep:  # the others are held in `dtype`, too, so that one forward has one dtype
+        written = stood_for | {id(model.get_parameter(n)) for n in names}
+        adapters.originals = {
+            n: p.data.clone()
+            for n, p in state.base_parameters(adapters).items()
+            if id(p) in written or (p.is_floating_point() and p.dtype != dtype)
+        }
+    for p in model.parameters():
+        if p.is_floating_point() and p.dtype != torch.float64:
+            p.data = p.data.to(dtype)
+    roles: dict[int, str] = {}
+    for name in targets.layers:
+        layer = adapters.layers.get(name)
+        owner = model.get_submodule(name) if layer is None else layer.base
+        for leaf, p in owner.named_parameters(recurse=False):
+            roles[id(p)] = leaf if leaf in ("weight", "bias") else "module"
+    adapters.direct = {n: roles.get(id(model.get_parameter(n)), "module") for n in names}
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module where the one of that path stands, under all of its names."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    places = {name: names[id(model.get_submodule(name))] for name in modules}
+    for name, module in modules.items():
+        for owner, _, leaf in (path.rpartition(".") for path in places[name]):
+            parent = model.get_submodule(owner)
+            setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
+
+
+def keep(adapters: Any, layers: Mapping[str, Any]) -> None:
+    """Copies of the weights that training will write to, by their names in the plain model."""
+    adapters.originals = {
+        f"{name}.{leaf}": p.detach().clone()
+        for name, layer in layers.items()
+        for leaf, p in layer.base.named_parameters()
+    }
+
+
+def restore(adapters: Any) -> None:
+    """Put the copies back, where there are any; the model is the plain one again."""
+    parameters = dict(adapters.model.named_parameters())
+    for name, original in (adapters.originals or {}).items():
+        parameters[name].grad, parameters[name].data = None, original
+
+
+@contextlib.contextmanager
+def swapped(adapters: Any) -> Iterator[None]:
+    """Within, the kept copies stand in the model; by pointer, so a graph recorded before stays
+    valid."""
+    live = adapters.base_parameters() if adapters.originals else {}
+    held = {name: live[name].data for name in adapters.originals or {}}
+    try:
+        for name in held:
+            live[name].data = adapters.originals[name]
+        yield
+    finally:
+        for name, data in held.items():
+            live[name].data = data

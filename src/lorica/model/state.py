@@ -1,0 +1,129 @@
+"""What of an adapted model is state: read, written back, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.tensors.dtensor_ops import copy_, read_full, reshard
+
+
+def tensors(adapters: Any) -> dict[str, nn.Parameter]:
+    """{path: parameter} of all that training changes or the forward reads beside the frozen
+    base."""
+    out: dict[str, nn.Parameter] = {}
+    for site, layer in adapters.layers.items():
+        out |= {f"{site}.{n}": p for n, p, _ in layer.trained()}
+        out |= {f"{site}.{n}": p for n, p in layer.frozen()}
+        if not adapters.base_unchanged:
+            out[f"{site}.base.weight"] = layer.store.parameter
+    for site, module in adapters.saved.items():
+        out |= {f"{site}.{n}": p for n, p, _ in module.trained()}
+    parameters = dict(adapters.model.named_parameters()) if adapters.direct else {}
+    return out | {n: parameters[n] for n in adapters.direct}
+
+
+def buffers(adapters: Any) -> dict[str, Tensor]:
+    """{path: persistent buffer} of the modules that train in full (running statistics, say)."""
+    out: dict[str, Tensor] = {}
+    for site, module in adapters.saved.items():
+        own = {n for n, _ in module.copy.named_parameters(remove_duplicate=False)}
+        if module.only is None:
+            state = module.copy.state_dict()
+            out |= {f"{site}.copy.{n}": t for n, t in state.items() if n not in own}
+    return out
+
+
+def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
+    """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
+    reshard(adapters.model)
+    before = {}
+    for site, layer in adapters.layers.items():  # what is carried grows and goes with training
+        update, device = layer.update, layer.store.parameter.device
+        a, b = (saved.get(f"{site}.update.carried_{side}") for side in "AB")
+        rank = -1 if a is None or b is None else a.shape[0]
+        if rank == (-1 if update.frozen_A is None else update.frozen_A.shape[0]):
+            continue
+        before[site] = update.frozen_A, update.frozen_B
+        update.clear_frozen_()
+        if a is not None and b is not None:
+            update.add_frozen_(
+                torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
+            )
+    own = tensors(adapters)
+    shared = [n for n in own if n in saved and saved[n].shape != own[n].shape]
+    wrong = {
+        "missing": sorted(set(own) - set(saved)),
+        "extra": sorted(set(saved) - set(own)),
+        "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in shared],
+    }
+    if any(wrong.values()):
+        for site, (a, b) in before.items():
+            update = adapters.layers[site].update
+            update.frozen_A, update.frozen_B = a, b
+        listed = "; ".join(
+            f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            for what, names in wrong.items()
+            if names
+        )
+        recipe = adapters.recipe
+        raise ValueError(
+            f"the saved tensors are not those of these adapters: {listed}. The recipe here is"
+            f" `{recipe.text()}` with r={recipe.r}; attach with the saved one"
+        )
+    for name, p in own.items():
+        copy_(p, saved[name])
+    for layer in adapters.layers.values():
+        layer.update.delta.loaded()
+        layer.combine.loaded()
+
+
+_CHUNK = 1 << 24  # elements: bounded memory for large tables
+
+
+def base_parameters(adapters: Any) -> dict[str, nn.Parameter]:
+    """See `Adapters.base_parameters`."""
+    inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
+    own = {id(p) for p in tensors(adapters).values()} - inner
+    saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
+    out = {}
+    for name, p in adapters.model.named_parameters():
+        if (id(p) in own and name not in adapters.direct) or id(p) in saved:
+            continue
+        owner, _, leaf = name.rpartition(".base.")
+        out[f"{owner}.{leaf}" if owner in adapters.layers else name] = p
+    return out
+
+
+def hash_exactly(named: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(named.items()):
+        digest.update(name.encode())
+        for chunk in value.detach().reshape(-1).split(_CHUNK):
+            digest.update(as_bytes(chunk))
+    return digest.hexdigest()
+
+
+def hash_values(named: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values: a half-precision copy held in float32 hashes
+    as it did."""
+    digest = hashlib.sha256()
+    for name, p in sorted(named.items()):
+        full = read_full(p).detach()
+        digest.update(f"{name}{tuple(full.shape)}".encode())
+        if not full.is_meta:
+            for chunk in full.reshape(-1).split(_CHUNK):
+                digest.update(as_bytes(chunk, torch.float32))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> memoryview:
+    """The raw bytes of a tensor, in its own dtype or another; of a copy, since numpy locks the
+    storage that it looks into, and FSDP2 resizes its own."""
+    copy = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+    return copy.contiguous().reshape(-1).view(torch.uint8).numpy().data

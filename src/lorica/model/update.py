@@ -1,0 +1,226 @@
+"""Update: the trained delta and what is carried frozen beside it.
+
+*Carried* is a stack of factors under the layer's own scale: the start ΔW₀ of an anchored init
+enters with a minus, a finished link of a restarting schedule with a plus. So the base is never
+mutated by a start. Combines, norms, kernels and export take the update as a whole, of rank r + k,
+and know neither part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from lorica.interfaces import Factors, Site
+from lorica.methods.deltas.base import AbstractDelta
+from lorica.model.bases.base import AbstractBase
+from lorica.tensors import dropout
+from lorica.tensors.dtensor_ops import add_, outer_add_, zero_
+from lorica.tensors.matmul import added, no_autocast
+
+ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
+
+
+class Update(nn.Module):
+    """delta + carried of one layer, with the dropout that falls on it. Combines, kernels and export
+    take this."""
+
+    frozen_A: nn.Parameter | None  # (k, in), frozen
+    frozen_B: nn.Parameter | None  # (out, k), frozen; sign folded in, scale that of the delta
+
+    def __init__(self, delta: AbstractDelta, site: Site, *, dropout: float, drop_frozen: bool):
+        super().__init__()
+        self.delta = delta
+        self.lookup = site.lookup
+        self.dropout = dropout
+        self.drop_frozen = drop_frozen
+        # Parameters, not buffers: DDP would broadcast buffers at every forward, FSDP2 fails to load
+        # them.
+        self.register_parameter("frozen_A", None)
+        self.register_parameter("frozen_B", None)
+
+    @torch.no_grad()
+    def add_frozen_(self, A: Tensor, B: Tensor) -> None:
+        """Stack A (k, in), B (out, k) onto what is frozen.
+
+        Raises:
+            ValueError: the model is sharded, and its parameters cannot grow.
+        """
+        if isinstance(A, DTensor):
+            raise ValueError(
+                "finished updates cannot be carried in a model that is sharded, for its parameters"
+                " cannot grow; put them into the base instead, with `accumulate='base'`"
+            )
+        like = {"dtype": self._dtype, "device": A.device}
+        A, B = A.to(**like), B.to(**like)
+        if self.frozen_A is not None and self.frozen_B is not None:
+            A, B = torch.cat([self.frozen_A, A]), torch.cat([self.frozen_B, B], dim=1)
+        self.frozen_A = nn.Parameter(A.clone(), requires_grad=False)
+        self.frozen_B = nn.Parameter(B.clone(), requires_grad=False)
+
+    @torch.no_grad()
+    def fold_frozen_(self, base: AbstractBase) -> None:
+        """Put what is carried into the base; it is zero from then on."""
+        if (frozen := self.frozen_factors) is None:
+            return
+        if not base.parameter.is_meta:
+            how: Any = {"alpha": frozen.scale, "transposed": base.transposed}
+            outer_add_(base.parameter, frozen.B, frozen.A, **how)
+        zero_(frozen.A)
+        zero_(frozen.B)
+
+    @torch.no_grad()
+    def accumulate_(self, base: AbstractBase, accumulate: str, share: float = 1.0) -> None:
+        """Add `share` of what the delta has learnt to the base or to what is frozen.
+
+        Args:
+            accumulate: `base` or `factors`.
+
+        Raises:
+            ValueError: `factors` of a delta that has none, or of a model that is sharded already.
+        """
+        factors = self.delta.factors()
+        if accumulate == "factors":
+            if factors is None:
+                raise ValueError(
+                    "an update without factors cannot be carried; put finished updates into the"
+                    " base instead, with `accumulate='base'`"
+                )
+            self.add_frozen_(factors.A, factors.B * (share * factors.scale / self.delta.scale))
+        elif factors is not None:
+            how: Any = {"alpha": share * factors.scale, "transposed": base.transposed}
+            outer_add_(base.parameter, factors.B, factors.A, **how)
+        else:
+            weight = self.delta.weight(base)
+            assert weight is not None  # `weight` is what every caller needs of a delta
+            add_(base.parameter, share * (weight.T if base.transposed else weight))
+
+    def clear_frozen_(self) -> None:
+        """Carry nothing; before sharding."""
+        self.frozen_A = self.frozen_B = None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.delta.parameters()).dtype
+
+    @property
+    def frozen_factors(self) -> Factors | None:
+        if self.frozen_A is None or self.frozen_B is None:
+            return None
+        return Factors(self.frozen_A, self.frozen_B, self.delta.scale)
+
+    @property
+    def dropping(self) -> bool:
+        """Whether this call drops inputs, so that no one matrix stands for the update."""
+        return self.training and self.dropout > 0
+
+    def factors(self) -> Factors | None:
+        """Low-rank view of the whole update, rank r + k, or None where the delta has none."""
+        own, frozen = self.delta.factors(), self.frozen_factors
+        if own is None or frozen is None:
+            return own
+        if own.scale != frozen.scale:
+            own = Factors(own.A, own.B * (own.scale / frozen.scale), frozen.scale)
+        return Factors(torch.cat([own.A, frozen.A]), torch.cat([own.B, frozen.B], 1), own.scale)
+
+    def weight(self, base: AbstractBase) -> Tensor:
+        """ΔW (out, in) of the whole update, in at least float32."""
+        if (factors := self.factors()) is not None:
+            return factors.weight()
+        with no_autocast(base.parameter.device.type):
+            own, frozen = self.delta.weight(base), self.frozen_factors
+        assert own is not None, "the combine needs a weight and the recipe's check let this pass"
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        return own if frozen is None else own + frozen.weight()
+
+    @torch.no_grad()
+    def formed_norms(self, base: AbstractBase, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Row norms of V = W + ΔW (out,), and V (out, in) itself, new, where it is to be kept.
+
+        In at least float32, without gradients. A V that nobody keeps is formed some rows at a time.
+        """
+        with no_autocast(base.parameter.device.type):
+            w = base.weight()
+            if (factors := self.factors()) is None:
+                delta = self.weight(base)
+                v = w.to(delta.dtype) + delta
+                return torch.linalg.vector_norm(v, dim=1), v if keep else None
+            wide = torch.promote_types(factors.A.dtype, torch.float32)
+            A, B = factors.A.to(wide), factors.B.to(wide)
+
+            def form(w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+                v = added(w.to(wide), B, A, factors.scale)
+                return torch.linalg.vector_norm(v, dim=1), v
+
+            rows = max(1, ROWS[w.device.type != "cpu"] // w.shape[1])
+            if keep or rows >= w.shape[0] or torch.compiler.is_compiling():
+                norms, v = form(w, B)
+                return norms, v if keep else None
+            parts = zip(w.split(rows), B.split(rows), strict=True)
+            return torch.cat([form(*part)[0] for part in parts]), None
+
+    def row_norms(self, base: AbstractBase) -> Tensor:
+        """Row norms of W + ΔW (out,), in at least float32, without forming ΔW where factors exist:
+
+        c² = rowsum(W²) + 2 rowsum((W Aᵀ) ∘ B) + rowsum((B A Aᵀ) ∘ B), the scale folded into B.
+        What autograd keeps of this is small.
+        """
+        with no_autocast(base.parameter.device.type):
+            if (factors := self.factors()) is None:
+                delta = self.weight(base)
+                return torch.linalg.vector_norm(base.weight().to(delta.dtype) + delta, dim=1)
+            wide = torch.promote_types(factors.A.dtype, torch.float32)
+            w, A = base.weight().to(wide), factors.A.to(wide)
+            B = factors.B.to(wide) * factors.scale
+            cross = F.linear(w, A)  # (out, k)
+            own = torch.linalg.vector_norm(w, dim=1).square()  # without a copy of W
+            square = own + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
+            # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
+            return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+
+    # -- the product, split by what dropout falls on
+
+    def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input after dropout; for token ids a mask (..., 1) instead, since a dropped one-hot
+        is a zero."""
+        if not self.dropping:
+            return x, None
+        if self.lookup:
+            mask = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
+            return x, F.dropout(mask, self.dropout)
+        return dropout.drop(x, self.dropout), None
+
+    def dropped_part(self, x: Tensor, base: AbstractBase, keep: Tensor | None = None) -> Tensor:
+        """The part that dropout falls on, of an input already dropped."""
+        factors = self.factors() if self.drop_frozen else self.delta.factors()
+        if factors is not None and self.delta.pair() is not None:
+            return self._product(x, factors, keep)
+        y = self.delta(x, base)  # a delta whose factors are a mere view knows a cheaper order
+        y = y if keep is None else y * keep
+        frozen = self.frozen_factors if self.drop_frozen else None
+        return y if frozen is None else y + self._product(x, frozen, keep)
+
+    def undropped_part(self, x: Tensor) -> Tensor | None:
+        """The part that dropout leaves alone, or None where that is nothing."""
+        frozen = None if self.drop_frozen else self.frozen_factors
+        return None if frozen is None else self._product(x, frozen)
+
+    def forward(self, x: Tensor, base: AbstractBase) -> Tensor:
+        """x ΔWᵀ: (..., in) -> (..., out), in x's dtype (token ids: in the base's)."""
+        dropped, keep = self.drop(x)
+        y = self.dropped_part(dropped, base, keep)
+        if (still := self.undropped_part(x)) is not None:
+            y = y + still
+        return y.to(base.parameter.dtype) if self.lookup else y
+
+    def _product(self, x: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
+        if self.lookup:
+            h = F.embedding(x, factors.A.T)  # (..., k)
+            return F.linear(h if keep is None else h * keep, factors.B * factors.scale)
+        # The small factors go to x's dtype, never x to theirs: no wide copy of an activation.
+        B = factors.B if factors.scale == 1 else factors.B * factors.scale
+        return F.linear(F.linear(x, factors.A.to(x.dtype)), B.to(x.dtype))

@@ -1,0 +1,241 @@
+"""Recipe: the user's whole choice, one field per axis, checked before anything expensive happens.
+
+Example:
+    >>> from lorica.recipe.recipe import Recipe
+    >>> recipe = Recipe.parse("dora + olora + rslora", r=8)
+    >>> recipe.text()
+    'dora+olora+rslora'
+    >>> Recipe.from_dict(recipe.to_dict()) == recipe
+    True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorica.methods.choice import AXES, Choice, source
+from lorica.recipe.compatibility import (
+    DENSE,
+    check_capabilities,
+    check_effects,
+    check_fields,
+    check_values,
+)
+from lorica.recipe.parse import choices_of
+from lorica.recipe.registry import build
+
+# Whose default counts first where several choices have one: what changes most decides.
+_PRECEDENCE = (
+    "schedules", "deltas", "inits", "ranks", "groups", "rules", "combine", "scales", "objectives",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a user decides about an update; frozen, comparable, saved beside every result.
+
+    Args:
+        r: rank of what trains. Default: the method's own, else 16.
+        lora_alpha: numerator of the scale. Default: the method's own (`filled` says which and
+        whose).
+        lora_dropout: probability in [0, 1) that an input feature of the update is dropped.
+        lora_dropout_on: `update` (the trained factors and what is carried, so that an anchored
+            start stays exact in training mode) or `delta` (the trained factors alone, PEFT's form).
+        target_modules: names (suffixes of module paths), one regular expression (full match), or
+            `all-linear`: every linear layer but the head.
+        exclude_modules: the same forms; what they match is left out.
+        layers_to_transform: indices of the blocks to adapt; None means all.
+        modules_to_save: names of modules that train in full and are saved with the adapter.
+        bias: `none`, `lora_only` (biases of the adapted layers train) or `all`.
+        train_rest: everything but the targets' weights trains too, in place (embeddings, norms,
+            head, biases), as in pre-training.
+        rank_pattern, alpha_pattern: {pattern: value} over `r` and `lora_alpha`; the first match
+        counts.
+        seed: of every random draw at attach, together with the layer's name.
+
+    Raises:
+        ValueError: an argument out of range, two words on one axis, or a combination that the
+            declarations of its parts rule out.
+    """
+
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_dropout_on: str = "update"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    train_rest: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    delta: Any = None
+    combine: Any = None
+    init: Any = None
+    scale: Any = None
+    rank: Any = None
+    schedules: tuple[Any, ...] = ()
+    groups: tuple[Any, ...] = ()
+    rule: Any = None
+    objectives: tuple[Any, ...] = ()
+    kernel: Any = None
+    filled: dict[str, tuple[Any, str]] = field(default_factory=dict, compare=False, repr=False)
+
+    # -- construction
+
+    @classmethod
+    def parse(cls, method: str | Mapping[str, Any] | Recipe = "lora", **fields: Any) -> Recipe:
+        """Read the text form (`"dora+olora+rslora"`, `"loraplus(loraplus_lr_ratio=8)"`).
+
+        `method` may also be a mapping {word: {argument: value}} as a YAML file has it, or a recipe,
+        whose fields `fields` then replace.
+        """
+        check_fields([f.name for f in dataclasses.fields(cls)], method, fields)
+        if isinstance(method, Recipe):
+            given = {k: v for k, v in method.to_dict().items() if k not in method.filled}
+            return cls.from_dict({**given, **fields}) if fields else method
+        return cls(**{**choices_of(method), **fields})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`; unknown keys are an error."""
+        data = dict(data)
+        known = {f.name for f in dataclasses.fields(cls)} - {"filled"} | {"method"}
+        if extra := sorted(set(data) - known):
+            raise ValueError(f"unknown recipe fields {extra}; known: {sorted(known)}")
+        return cls.parse(data.pop("method", AXES["scales"][1]), **data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the method's text and every plain field, defaults filled in."""
+        own = [f.name for f in dataclasses.fields(self) if f.name not in {*_CHOICES, "filled"}]
+        values = {name: getattr(self, name) for name in own}
+        kinds = {tuple: list, dict: dict}
+        return {
+            "method": self.text(),
+            **{k: kinds.get(type(v), lambda x: x)(v) for k, v in values.items()},
+        }
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (list, set)):
+                put(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+        put(self, "modules_to_save", tuple(self.modules_to_save or ()))
+        defaulted = []
+        for room, (name, word, several) in AXES.items():
+            if getattr(self, name) is None and not several:
+                patterns = self.rank_pattern or self.alpha_pattern
+                word = "pattern" if room == "ranks" and patterns else word
+                put(self, name, build(str(word), {}))
+                defaulted.append(name)
+        have = self.given()
+        for name in defaulted:  # an axis nobody spoke of is empty where it has nothing to act on
+            if getattr(self, name).needs - have:
+                put(self, name, None)
+        check_effects(self)
+        if "r" in self.takes:
+            own = self._own(lambda c: c.only_r) or self._own(lambda c: c.default_r)
+            self._fill("r", own or (16, "Lorica"))
+        check_values(self)
+        if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
+            put(self, "lora_alpha", int(self.lora_alpha))  # one way to write it
+        if "lora_alpha" in self.takes:
+            self._fill("lora_alpha", self._own(lambda c: c.default_lora_alpha(self)))
+        self.check()
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Which of the numeric fields mean something to one of the choices."""
+        takes = frozenset().union(*(c.takes for c in self.choices))
+        return takes if self.scale is not None and self.scale.uses_alpha else takes - {"lora_alpha"}
+
+    @property
+    def whole(self) -> bool:
+        """Every weight of the model trains in place."""
+        narrowed = self.exclude_modules or self.layers_to_transform is not None
+        return not self.delta.wraps and self.target_modules == "all-linear" and not narrowed
+
+    def _fill(self, name: str, default: tuple[Any, str] | None) -> None:
+        if getattr(self, name) is None and default is not None:
+            object.__setattr__(self, name, default[0])
+            self.filled[name] = default
+
+    def _own(self, value: Callable[[Choice], Any]) -> tuple[Any, str] | None:
+        """The first choice, by precedence, that has a value of its own, and its word."""
+        for room in _PRECEDENCE:
+            for choice in self.of(room):
+                if (own := value(choice)) is not None:
+                    return own, choice.name
+        return None
+
+    @property
+    def learning_rate(self) -> tuple[float, str] | None:
+        """The method's default rate and the word it comes from: the rule's own, else a schedule's,
+        else the lowest that one of the parts asks for."""
+        for choices in (self.of("rules"), self.schedules, self.choices):
+            rates = [(r, c.name) for c in choices if (r := c.default_learning_rate)]
+            if rates:
+                return min(rates, key=lambda pair: pair[0])
+        return None
+
+    # -- access
+
+    def of(self, room: str) -> tuple[Choice, ...]:
+        value = getattr(self, AXES[room][0])
+        if value is None:
+            return ()
+        return value if isinstance(value, tuple) else (value,)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return tuple(c for room in AXES for c in self.of(room))
+
+    def text(self) -> str:
+        """The shortest text that `parse` reads back as these choices."""
+        named, implied = [], {}
+        for choice in self.choices:
+            for room, text in choice.preset.items():
+                implied.setdefault(room, set()).add(text)
+        for room, (_, default, several) in AXES.items():
+            brought = implied.get(room, set())
+            for choice in self.of(room):
+                text = choice.text()
+                if room == "ranks" and choice.name == "pattern" and not brought:
+                    continue  # follows from rank_pattern and alpha_pattern
+                known = text in brought if several else brought == {text}
+                if not known and (brought or text != default or choice.preset):
+                    named.append(text)
+        plain = str(AXES["scales"][1])
+        needless = "" if "scales" in implied else plain
+        return "+".join(t for t in named if t != needless) or plain
+
+    def given(self, base: frozenset[str] = DENSE) -> frozenset[str]:
+        """All capabilities at hand: what the choices and the base give, less what is withdrawn."""
+        have = base.union(*(c.gives for c in self.choices))
+        own = {"base_unchanged"} if self.train_rest else set()
+        return have.difference(own, *(c.withdraws for c in self.choices))
+
+    def check(self, base: frozenset[str] = DENSE) -> None:
+        """Every `needs` is met by somebody's `gives`; else ValueError: the pair, why, a way out."""
+        check_capabilities(self, base)
+
+
+_CHOICES = {name for name, _, _ in AXES.values()}
+
+
+def cite(recipe: Recipe | str) -> str:
+    """BibTeX of exactly the methods that this recipe uses.
+
+    Example:
+        >>> "2402.09353" in cite("dora+olora")
+        True
+    """
+    recipe = Recipe.parse(recipe)
+    entries = [b for c in recipe.choices for b in source(type(c)).bibtex]
+    return "\n\n".join(dict.fromkeys(entries))

@@ -1,0 +1,26 @@
+"""Training on the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "Reference": "lorica.run.reference",
+    "SaveOnSignal": "lorica.run.signals",
+    "Trainer": "lorica.run.trainer",
+    "TrainerMixin": "lorica.run.trainer",
+}
+__all__ = ["Reference", "SaveOnSignal", "Trainer", "TrainerMixin"]
+
+if TYPE_CHECKING:
+    from lorica.run.reference import Reference as Reference
+    from lorica.run.signals import SaveOnSignal as SaveOnSignal
+    from lorica.run.trainer import Trainer as Trainer
+    from lorica.run.trainer import TrainerMixin as TrainerMixin
+
+
+def __getattr__(name: str) -> Any:  # transformers' Trainer is heavy: imported by whoever needs it
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lorica.run' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

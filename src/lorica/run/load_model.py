@@ -1,0 +1,346 @@
+"""Models and tokenizers of transformers, loaded for a task, with errors that fit one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorica.data import Labels
+
+# task -> (transformers' auto class, ending of the class names of that task)
+AUTO = {
+    "causal-lm": ("AutoModelForCausalLM", "ForCausalLM"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "ForConditionalGeneration"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "ForSequenceClassification"),
+    "token-classification": ("AutoModelForTokenClassification", "ForTokenClassification"),
+}
+
+
+def base_name(model: str | None, adapter: str | Path | None = None) -> str:
+    """The base that is meant: the one named, else the adapter's own, else the embedded one.
+
+    Raises:
+        UsageError: the adapter is a whole model, or doesn't name its base.
+    """
+    from lorica.embedded import base_path
+    from lorica.run.options import UsageError
+
+    if model is not None:
+        return model
+    if adapter is None:
+        return str(base_path())
+    from lorica import formats
+
+    told = formats.inspect(adapter)
+    if told["type"] == "model":
+        raise UsageError(
+            f"`--adapter {adapter}` is a whole model (`{told['method']}` trains the base itself);"
+            f" type `--model {adapter}` instead"
+        )
+    name = told["base"].get("name")
+    if not name:
+        raise UsageError(f"`--adapter {adapter}` does not name its base; give it with `--model`")
+    return name
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        ValueError: there is no such folder, or no model in it, or no such model to be had.
+    """
+    from transformers import AutoConfig
+
+    check_source(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        classes = config.architectures or []
+        if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+            raise ValueError(f"`architectures` is {str(classes)[:80]}, not a list of class names")
+    except Exception as error:  # transformers says what is wrong with a file in many ways
+        raise ValueError(_cannot("a model", name, error)) from error
+    return config
+
+
+def check_source(name: str) -> None:
+    """A name that can only mean a folder has to be one."""
+    path = Path(name).expanduser()
+    looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if (looks or path.exists()) and not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"the model `{name}` {what}: a model is a folder with a config.json, or a hub id such"
+            " as `org/name`. Check the path (it is taken from the current folder)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"the folder `{name}` holds no model: it has no config.json. Name the folder that"
+            " `save_pretrained` wrote"
+        )
+
+
+def check_parts(name: str) -> None:
+    """The index of a model in several files names files beside it, and nothing else.
+
+    Raises:
+        ValueError: a name that leads out of the folder, or no name.
+    """
+    from lorica.formats.safe_files import read_json
+    from lorica.text import shorten
+
+    index = Path(name).expanduser() / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    parts = read_json(index).get("weight_map")
+    bad = [p for p in parts.values() if not _beside(p)] if isinstance(parts, dict) else [parts]
+    if bad:
+        raise ValueError(
+            f"{index}: `weight_map` names {shorten(bad[0])}, which is no file of this folder; the file"
+            " was changed. Copy the folder again from where it came"
+        )
+
+
+def _beside(part: Any) -> bool:
+    return isinstance(part, str) and part.endswith(".safetensors") and Path(part).name == part
+
+
+def _cannot(what: str, name: str, error: Exception) -> str:
+    reason = " ".join(re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", str(error)).split())
+    if not isinstance(error, (OSError, ValueError)) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    if "trust_remote_code" in reason:
+        reason = "it brings Python code of its own, which is never run here"
+    reason = reason if len(reason) < 300 else reason[:297] + "..."
+    return (
+        f"cannot load {what} from `{name}`: {reason.rstrip('.')}. Copy it again from where it came,"
+        " or name another"
+    )
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """The model's modules without any weights (on the meta device), from its configuration."""
+    import torch
+    import transformers
+
+    config = read_config(name)
+    made_for = (config.architectures or [""])[0]
+    cls: Any = getattr(transformers, made_for, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        cls = None
+    with torch.device("meta"):
+        try:
+            if cls is None:
+                return transformers.AutoModel.from_config(config, trust_remote_code=False)
+            return cls(config)
+        except Exception as error:
+            raise ValueError(_cannot("the layers", name, error)) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; where it has no padding token, EOS pads (nothing looks at padding)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(_cannot("a tokenizer", name, error)) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def own_labels(config: PretrainedConfig, task: str) -> Labels | None:
+    """The classes that a checkpoint's head was trained for; None: it has no head of this task."""
+    from lorica.data import Labels
+
+    if not any(name.endswith(AUTO[task][1]) for name in config.architectures or []):
+        return None
+    if task not in ("sequence-classification", "token-classification"):
+        return None
+    count: Any = config.num_labels
+    named: Any = config.label2id or {}
+    if count == 1:
+        return Labels()
+    if not named or dict(named) == {f"LABEL_{i}": i for i in range(count)}:
+        return Labels.from_num_labels(count)
+    return Labels.from_label2id(named)
+
+
+def load_model(
+    name: str,
+    task: str,
+    *,
+    labels: Labels | None,
+    dtype: str,
+    attn_implementation: str | None = None,
+    widen: bool,
+) -> PreTrainedModel:
+    """The model for a task, on the CPU.
+
+    Args:
+        labels: the classes of a classification; a head of that size is made where the checkpoint
+            has none.
+        dtype: `auto` keeps the checkpoint's.
+        widen: make float32 of a checkpoint's float16 (exact: every float16 is a float32).
+    """
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    check_parts(name)
+    auto: Any = getattr(transformers, AUTO[task][0])
+    more: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    more = more or {"dtype": "auto"}
+    if attn_implementation is not None:
+        more["attn_implementation"] = attn_implementation
+    if labels is not None:
+        more |= {
+            "id2label": labels.id2label,
+            "label2id": labels.label2id,
+            "problem_type": labels.problem_type,
+        }
+    try:
+        model = auto.from_pretrained(name, trust_remote_code=False, **more)
+    except Exception as error:
+        raise ValueError(_cannot(f"a model for {task}", name, error)) from error
+    if dtype == "auto" and widen:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.dtype is torch.float16:
+                tensor.data = tensor.data.float()
+        model.config.dtype = model.dtype
+    return model
+
+
+def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Tell a classifier of sequences what its batches are padded with: a decoder's looks for the
+    last token before the padding, and takes no batch of several rows without."""
+    from lorica.data.tokenise import pad_of
+
+    config = model.config.get_text_config()
+    asks = task == "sequence-classification" and getattr(config, "pad_token_id", None) is None
+    if asks and tokenizer is not None:
+        config.pad_token_id = pad_of(tokenizer)
+
+
+def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
+    """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer
+    (None where neither folder has one).
+
+    Args:
+        name: the base; None: the one that the adapter names.
+    """
+    from lorica import formats
+    from lorica.formats.safe_files import locate
+    from lorica.run.options import UsageError
+
+    own = locate(adapter)
+    told = formats.inspect(own)
+    name = name or told["base"].get("name")
+    if not name:
+        raise UsageError(f"`{adapter}` does not name its base; give it with `--model`")
+    if told["type"] == "model":
+        raise UsageError(
+            f"`{adapter}` is a whole model already (`{told['method']}` trains the base itself); use"
+            " it as it is"
+        )
+    config = read_config(name)
+    task = _task(told, config)
+    classes = _head_size(own, task)
+    labels = own_labels(config, task)
+    if labels is None and classes is not None:
+        labels = _labels(own, classes)
+    model = load_model(name, task, labels=labels, dtype="auto", widen=False)
+    tokenizer = None
+    for folder in (own, Path(name)):
+        if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(name if folder is not own else str(own))
+            break
+    set_padding(model, task, tokenizer)
+    return model, tokenizer
+
+
+_PEFT_TASKS = {
+    "CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+}  # fmt: skip
+
+
+def _task(told: dict[str, Any], config: PretrainedConfig) -> str:
+    """What the adapter was trained for: its model's class says so, or PEFT's task type."""
+    if (found := _PEFT_TASKS.get(told["task_type"] or "")) is not None:
+        return found
+    for name in (told["base"].get("class"), *(config.architectures or [])):
+        for task, (_, ending) in AUTO.items():
+            if name is not None and name.endswith(ending):
+                # Models of images and text, which have no encoder-decoder, end in that name too.
+                if task != "seq2seq-lm" or config.is_encoder_decoder:
+                    return task
+    raise ValueError(
+        f"`{told['path']}` does not say what its model does, and neither does the base (its class"
+        f" is {(config.architectures or ['unknown'])[0]}); allowed: {', '.join(AUTO)}"
+    )
+
+
+def _head_size(adapter: Path, task: str) -> int | None:
+    """Outputs of the classifier that lies in the adapter's folder; None: there is none."""
+    from safetensors import safe_open
+
+    if task not in ("sequence-classification", "token-classification"):
+        return None
+    for file in sorted(adapter.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                whole = key.replace(".copy.", ".")  # of a module that lorica trains in full
+                if whole.endswith(("classifier.weight", "score.weight", "out_proj.weight")):
+                    return next(iter(tensors.get_slice(key).get_shape()), None)
+    return None
+
+
+def _labels(adapter: Path, classes: int) -> Labels:
+    """The classes' names, where the run that wrote the adapter has left them beside it."""
+    import json
+
+    from lorica.data import Labels
+
+    file = adapter / "labels.json"
+    if file.is_file():
+        try:
+            names: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError):
+            names = None
+        texts = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+        count = 0 if classes == 1 else classes  # one output is a regression's
+        if not texts or len(set(names)) != len(names) or len(names) != count:
+            raise ValueError(
+                f"{file} is no list of the {classes} different names that the head of this adapter"
+                " has outputs for. Copy the folder again from where it came, or remove that file:"
+                " the classes then have numbers"
+            )
+        return Labels(tuple(names))
+    return Labels() if classes == 1 else Labels.from_num_labels(classes)
+
+
+def longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that the model and its tokenizer allow a row; None: there is no end, or they do not
+    say."""
+    has = vars(config)
+    places: Any = has.get("max_position_embeddings")
+    if "relative_attention_num_buckets" in has and places is None:
+        return None  # T5's positions are distances; the length in its files is its pre-training's
+    if isinstance(places, int) and config.model_type in _COUNT_FROM_PADDING:
+        padding = config.pad_token_id
+        places -= (1 if padding is None else padding) + 1
+    known = [places, has.get("n_positions"), tokenizer.model_max_length]
+    return min((n for n in known if isinstance(n, int) and 0 < n < 10**9), default=None)
+
+
+# RoBERTa and what was made after it: the first token's position is the padding's id and one.
+_COUNT_FROM_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip

@@ -1,0 +1,203 @@
+"""What a run says while it runs: a line a log step, in metrics.jsonl and on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from lorica.run.checkpoints import saving
+from lorica.run.folder import RunFolder, strict
+
+logger = logging.getLogger("lorica")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: of the accelerator's allocator, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class RunLog(TrainerCallback, ExportableState):
+    """Writes metrics.jsonl, tells of progress, evaluates at the last step, and stops a run whose
+    loss is no number.
+
+    Args:
+        folder: where metrics.jsonl lies; lines after the step that a run goes on from are dropped.
+        device: whose memory is measured.
+        facts: saved with every checkpoint, e.g. the hash of the data.
+        main: whether this process is the one that writes.
+        remedy: what else to say where the loss is no number.
+        tokens_per_step: where every step has as many; None: the Trainer counts them.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        device: torch.device,
+        facts: dict[str, Any],
+        main: bool = True,
+        *,
+        remedy: str = "",
+        tokens_per_step: int | None = None,
+    ) -> None:
+        self.folder, self.device, self.facts, self.main = folder, device, facts, main
+        self.remedy, self.tokens_per_step = remedy, tokens_per_step
+        self.before = 0.0  # seconds of the sessions that this one goes on from
+        self.start = self.last = self.mark = time.perf_counter()
+        self.idle = 0.0  # seconds since the last line in which nothing was trained
+        self.first = self.tokens = 0  # step and tokens that this session begins with
+        self.live = main and sys.stderr.isatty()
+
+    def state(self) -> dict[str, Any]:
+        log = self.folder / "metrics.jsonl"
+        if self.main and log.is_file():  # the lines reach the disk before the checkpoint does
+            with open(log, "rb") as file:
+                os.fsync(file.fileno())
+        return {"args": {}, "attributes": {"facts": self.facts}}
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(state)
+
+    def begin(self, state: Any) -> None:
+        """Keep the lines up to the step that the run goes on from."""
+        kept = [line for line in self.folder.lines() if line["step"] <= state.global_step]
+        kept = kept if state.global_step else []
+        self.before = max((line["seconds"] for line in kept), default=0.0)
+        self.first, self.tokens = state.global_step, state.num_input_tokens_seen
+        if self.main:
+            with saving("metrics.jsonl", self.folder.path):
+                self.folder.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept))
+        self.start = self.last = self.mark = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.mark = time.perf_counter()
+        if self.tokens_per_step is not None:
+            state.num_input_tokens_seen = state.global_step * self.tokens_per_step
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            # Where it goes by passes, the end of the last one does it.
+            control.should_evaluate = args.eval_strategy == "steps"
+            control.should_save = args.save_strategy == "steps"
+        elif self.live:
+            print(f"\r\x1b[Kstep {state.global_step}/{state.max_steps}", end="", file=sys.stderr)
+            sys.stderr.flush()
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._train_line(state, logs)
+        elif any(name.startswith("eval_") for name in logs):
+            self._eval_line(state, logs)
+
+    def _train_line(self, state: Any, logs: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        tokens, self.tokens = state.num_input_tokens_seen - self.tokens, state.num_input_tokens_seen
+        pace = tokens / max(now - self.last - self.idle, 1e-9)
+        self.last, self.idle = now, 0.0
+        line = {"step": state.global_step, "epoch": round(state.epoch, 6), "loss": logs["loss"]}
+        line |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
+        line |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
+        line |= {"tokens_per_second": round(pace, 1), "peak_memory": peak_memory(self.device)}
+        self._write(line)
+        done = state.global_step
+        left = (state.max_steps - done) * (now - self.start) / max(done - self.first, 1)
+        self._say(
+            f"step {done}/{state.max_steps}  loss {logs['loss']:.4f}"
+            f"  lr {logs.get('learning_rate', 0):.2e}  {pace:,.0f} tokens/s  {clock(left)} left"
+        )
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {done}: training has diverged. Lower"
+                f" `--learning-rate`, or raise `--warmup-ratio`{self.remedy}"
+            )
+
+    def _eval_line(self, state: Any, logs: dict[str, Any]) -> None:
+        figures = {k: v for k, v in logs.items() if k.startswith("eval_") and measures(k)}
+        self._write({"step": state.global_step, **figures, "seconds": round(self.seconds, 3)})
+        shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in figures.items())
+        self._say(f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
+        self._rested()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._rested()
+
+    def _rested(self) -> None:
+        """An evaluation or a checkpoint took the time since the step's end."""
+        now = time.perf_counter()
+        self.idle, self.mark = self.idle + now - self.mark, now
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        with (
+            saving(f"the line of step {line['step']} in metrics.jsonl", self.folder.path),
+            open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(strict(line)) + "\n")
+
+    def _say(self, text: str) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        if self.main:
+            logger.info(text)
+
+
+class StreamPlace(TrainerCallback, ExportableState):
+    """Where a streamed data set is to be gone on with, in every checkpoint.
+
+    Args:
+        streamed: see `lorica.data.streamed.Streamed`.
+        rows_per_step: over all processes.
+    """
+
+    def __init__(self, streamed: Any, rows_per_step: int) -> None:
+        self.streamed, self.rows_per_step, self.consumed = streamed, rows_per_step, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Of a resumed run the Trainer counts the steps since; a stream is one pass.
+        state.epoch = state.global_step / state.max_steps
+        self.consumed = state.global_step * self.rows_per_step
+        self.streamed.place(self.consumed)  # earlier ones are not needed again
+
+    def state(self) -> dict[str, Any]:
+        place = self.streamed.place(self.consumed)
+        return {"args": {}, "attributes": {"place": place, "consumed": self.consumed}}
+
+
+def measures(name: str) -> bool:
+    """Whether it measures the model, not the machine."""
+    return not name.endswith(("_runtime", "_per_second", "_time"))
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    Example:
+        >>> clock(3700)
+        '1:01:40'
+    """
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,48 @@
+"""What an error quotes, cut to what a person reads."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+_LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what a terminal would obey
+
+
+def shorten(value: Any, width: int = 120) -> str:
+    """A value of a file as an error message shows it: as Python writes it, and cut.
+
+    Example:
+        >>> shorten("q" * 300, width=10)
+        "'qqqqqq..."
+    """
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def cut(text: str) -> str:
+    """The text, of whose words none is longer than 1,000 characters, with control characters as
+    Python writes them.
+
+    Example:
+        >>> len(cut("a" * 9000))
+        503
+    """
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], _LONG.sub(r"\1...", text))
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, of the machine or of an accelerator.
+
+    Example:
+        >>> no_memory(MemoryError())
+        True
+    """
+    torch: Any = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    # The CPU's allocator, and cuBLAS, have no error of their own.
+    words = ("DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

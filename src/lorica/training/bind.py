@@ -1,0 +1,224 @@
+"""bind: schedules and the start-up proof ride on the optimizer.
+
+The optimizer is the one object that a plain loop and the Trainer share, and both save it. Its step
+hooks call the schedules, and their state lives in `param_groups[0]["lorica"]`, the one place that
+torch's checkpoint API, Accelerate and the Trainer all keep. `bind` is lazy: it registers hooks and
+writes numbers, and touches no weight or optimizer state before the first real step; it holds names,
+not tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+
+from lorica.model.adapters import Adapters
+from lorica.recipe.recipe import Recipe
+from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
+from lorica.tensors.matmul import no_autocast
+from lorica.training.checks import GradientCheck
+from lorica.training.training import Training
+
+logger = logging.getLogger("lorica")
+KEY = "lorica"
+VERSION = 1
+
+
+# -- what a call of `optimizer.step` is: a real step, torch's dummy step, or one that GradScaler skips
+
+
+def in_full(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
+    """No autocast: what an event rounds stays rounded."""
+    return no_autocast(optimizer.param_groups[0]["params"][0].device.type)
+
+
+def is_fake(optimizer: torch.optim.Optimizer) -> bool:
+    """torch's checkpoint API steps an optimizer without state once, with zero rates and
+    gradients."""
+    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return not any(reduce_scalar(grads))
+
+
+def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """A scaler that met an overflow does not call an ordinary optimizer, but a fused one, which it
+    tells to do nothing."""
+    found = vars(optimizer).get("found_inf")
+    return found is not None and bool(found)
+
+
+def unscale(optimizer: torch.optim.Optimizer) -> None:
+    """Divide gradients that a scaler leaves for a fused optimizer to unscale."""
+    if (scale := vars(optimizer).get("grad_scale")) is None:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.div_(scale.to(p.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+# -- the hooks
+
+
+class _Binding:
+    def __init__(
+        self, adapters: Adapters, optimizer: torch.optim.Optimizer, schedules: tuple
+    ) -> None:
+        self.adapters = adapters
+        self.schedules = schedules
+        self.real = False
+        self.rates: list[Any] = []
+        self.gradient_check = GradientCheck(adapters)
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+        optimizer.register_load_state_dict_pre_hook(self.check_loaded)
+        optimizer.register_load_state_dict_post_hook(self.loaded)
+
+    # -- around a step
+
+    @on_cpu
+    @torch.no_grad()
+    def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self.real = not (fake := is_fake(optimizer)) and not is_skipped(optimizer)
+        self.gradient_check.skipped += fake
+        if not self.real:
+            return
+        if self.schedules:
+            unscale(optimizer)
+        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
+            raise ValueError(
+                "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
+                " schedule reads would be stale; call `loss.backward()` and then `optimizer.step()`"
+            )
+        own = optimizer.param_groups[0][KEY]
+        self.gradient_check.check_held(optimizer, own["total_steps"])
+        self.gradient_check.check(own["seen"], own["step"])
+        training = Training(optimizer, self.adapters, own)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        with in_full(optimizer):
+            for schedule in self.schedules:
+                schedule.before_step(own["schedules"][schedule.name], training)
+
+    @on_cpu
+    @torch.no_grad()
+    def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self.real:
+            return
+        own = optimizer.param_groups[0][KEY]
+        training = Training(optimizer, self.adapters, own)
+        with in_full(optimizer):
+            for schedule in self.schedules:
+                schedule.after_step(own["schedules"][schedule.name], training)
+        own["rate"] = float(optimizer.param_groups[0]["lr"])
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        own["step"] += 1
+
+    # -- checkpoints
+
+    def check_loaded(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        own = optimizer.param_groups[0][KEY]
+        saved = state["param_groups"][0].get(KEY)
+        if saved is None:
+            raise ValueError(
+                "the optimizer's checkpoint has no state of Lorica: it was written by another"
+                " optimizer. Resume with a checkpoint of this recipe, or start anew"
+            )
+        for name in ("version", "method", "seed", "total_steps"):
+            if saved[name] != own[name]:
+                raise ValueError(
+                    f"the checkpoint has {name} {saved[name]!r}, this run {own[name]!r}; resume"
+                    f" with the same {name}, or start anew in another folder"
+                )
+
+    @on_cpu
+    def loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        own = optimizer.param_groups[0][KEY]
+        states = own.setdefault("schedules", {})
+        training = Training(optimizer, self.adapters, own)
+        for schedule in self.schedules:  # an empty state may have been dropped on the way
+            schedule.restore(states.setdefault(schedule.name, {}), training)
+
+
+@on_cpu
+def bind(
+    optimizer: torch.optim.Optimizer,
+    adapters: Adapters,
+    *,
+    total_steps: int | None = None,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """Let the recipe's schedules and the start-up proof ride on `optimizer`.
+
+    Args:
+        optimizer: holds the parameters of `adapters`; made before or after sharding, bound before
+        the first step.
+        total_steps: the horizon, in optimizer steps, where a schedule needs it.
+        seed: of the schedules' random draws.
+    """
+    recipe: Recipe = adapters.recipe
+    if KEY in optimizer.param_groups[0]:
+        raise ValueError("this optimizer is bound already; make a new one with `lorica.optimizer`")
+    schedules = tuple(s.fit(total_steps) for s in recipe.schedules)  # type: ignore[attr-defined]
+    sites = {t.site for t in adapters.trained()}
+    optimizer.param_groups[0][KEY] = {
+        "version": VERSION,
+        "method": recipe.text(),
+        "step": 0,
+        "seed": seed,
+        "total_steps": total_steps or 0,
+        "rate": 0.0,  # what the last step was taken with, where a schedule changes it
+        "seen": torch.zeros(len(sites), dtype=torch.bool),
+        "schedules": {s.name: s.init(adapters) for s in schedules},
+    }
+    binding = _Binding(adapters, optimizer, schedules)
+    rule: Any = recipe.rule
+    told = {s.name: s.plan(total_steps) for s in schedules}
+    told[rule.name] = rule.horizon(optimizer, total_steps)
+    for word, plan in told.items():
+        if plan:
+            logger.info("  %s: %s", word, plan)
+    binding.loaded(optimizer)
+    return optimizer
+
+
+def optimizer(
+    adapters: Adapters,
+    lr: float | None = None,
+    *,
+    weight_decay: float = 0.0,
+    modules_lr: float | None = None,
+    total_steps: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """The recipe's rule over the recipe's groups, with its schedules bound: an ordinary torch
+    optimizer.
+
+    Args:
+        lr: learning rate; default the method's own (see the contract).
+        weight_decay: decoupled; spares vectors. Default 0, the Trainer's.
+        modules_lr: rate of the modules that train in full beside the targets. Default: `lr`.
+        total_steps: the horizon, where a schedule needs it.
+        **options: of the rule's optimizer, e.g. `betas`, `eps`.
+
+    Example:
+        >>> import torch, lorica
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> adapters = lorica.attach(model, "lora", r=2, verbose=False)
+        >>> lorica.optimizer(adapters).param_groups[0]["lr"]
+        0.0002
+    """
+    if lr is None:
+        default = adapters.recipe.learning_rate
+        if default is None:
+            raise ValueError(f"`{adapters.recipe.text()}` has no default rate; give `lr`")
+        lr = float(default[0])
+    rule: Any = adapters.recipe.rule
+    made = rule.build(adapters.param_groups(lr, weight_decay, modules_lr), options)
+    return bind(made, adapters, total_steps=total_steps, seed=seed)

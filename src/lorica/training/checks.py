@@ -1,0 +1,185 @@
+"""Checks that training takes place: what was asked for happens, or the run stops.
+
+Within ten steps (or in all of a shorter run) every adapter must have had a gradient. An adapter
+that is loaded for use must change something.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorica.model import unbound
+from lorica.model.adapters import Adapters
+from lorica.model.targets import head_names
+from lorica.tensors.dtensor_ops import read_full, reduce_scalar
+
+WATCHED_STEPS = 10
+logger = logging.getLogger("lorica")
+
+
+@torch.no_grad()
+def changes_nothing(adapters: Adapters) -> bool:
+    """Whether the adapted model is the base, bit for bit in every effective weight and bias; ends
+    at the first that differs. Updates that are no matrix count as a change."""
+    for module in adapters.saved.values():
+        old = dict(module.base.named_parameters())
+        new = dict(module.copy.named_parameters())
+        if any(not torch.equal(new[n], p.to(new[n].dtype)) for n, p in old.items() if n in new):
+            return False
+    if adapters.layers and "weight" not in adapters.recipe.given():
+        return False
+    for _, layer in adapters:
+        weight, bias = layer.effective()
+        base = layer.store.weight()
+        if not torch.equal(read_full(weight), read_full(base).to(weight.dtype)):
+            return False
+        was = layer.store.bias()
+        if (bias is None) != (was is None):
+            return False
+        if bias is not None and was is not None:
+            if not torch.equal(read_full(bias), read_full(was).to(bias.dtype)):
+                return False
+    return not adapters.direct
+
+
+def attached(model: Any) -> Adapters | None:
+    """The handle of an adapted model; None: it is plain."""
+    try:
+        return Adapters.of(model)
+    except ValueError:
+        return None
+
+
+def loaded_for_use(adapters: Adapters) -> bool:
+    """Whether they were loaded to be used as they are (`trainable=False`), and act: nothing of them
+    trains, and they are not disabled. What still trains may be fresh and change nothing."""
+    modules = [*adapters.layers.values(), *adapters.saved.values()]
+    trains = any(t.parameter.requires_grad for t in adapters.trained())
+    return adapters.base_unchanged and not trains and not any(m.disabled for m in modules)
+
+
+def check_effect(adapters: Adapters, where: str) -> None:
+    """Of adapters loaded for use, that they change something.
+
+    Args:
+        adapters: others are let pass, see `loaded_for_use`.
+        where: what is about to be made with them, for the message.
+
+    Raises:
+        ValueError: they change nothing.
+    """
+    if loaded_for_use(adapters) and changes_nothing(adapters):
+        raise ValueError(no_effect(adapters, where))
+
+
+def no_effect(adapters: Adapters, where: str) -> str:
+    """What an adapter without effect is told."""
+    return (
+        f"the adapter `{adapters.recipe.text()}` ({len(adapters.layers)} layers,"
+        f" {len(adapters.saved)} modules in full) changes no logit, so {where} would be that of the"
+        " base alone: it was saved before its first step, or its values were lost. `lorica inspect"
+        " FOLDER` shows the norm of each layer's update; train it, or load the right folder"
+    )
+
+
+class GradientCheck:
+    """Looks at gradients before each of the first steps; costs nothing once all were seen."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        unbound.discard(adapters)
+        self.adapters = adapters
+        self.watched = WATCHED_STEPS
+        self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
+        self.hooks: list[Any] = []
+        self.held = False
+        self.skipped = 0  # steps that counted as none: at rate 0, without any gradient
+
+    def check_held(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
+        """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
+        engine that flattens parameters, they are not, and steps would move nothing."""
+        if self.held:
+            return
+        # A run's first step alone does not tell an idle layer from one that no token reached.
+        left = (total_steps or WATCHED_STEPS) - self.skipped
+        self.watched = max(1 if self.skipped else 2, min(WATCHED_STEPS, left))
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [t.name for t in self.adapters.trained() if id(t.parameter) not in held]
+        if lost:
+            raise ValueError(
+                f"the optimizer does not hold {len(lost)} of the trained parameters (e.g."
+                f" {lost[0]!r}): they were replaced after it was made. Shard the model first and"
+                " call `lorica.optimizer` after that; under an engine that flattens parameters"
+                " (DeepSpeed) use DDP or FSDP2 instead"
+            )
+        self.held = True
+
+    def check(self, seen: Tensor, step: int) -> None:
+        """Note in `seen` (a flag for each adapter, in model order) which adapters have a gradient.
+
+        An adapter's parameters count together: with B = 0 only B has a gradient at first.
+
+        Raises:
+            ValueError: at the last watched step, some had none although tokens reached them.
+        """
+        if step >= self.watched or bool(seen.all()):
+            while self.hooks:
+                self.hooks.pop().remove()
+            return
+        units: dict[str, list[Any]] = {}
+        for t in self.adapters.trained():
+            units.setdefault(t.site, []).append(t.parameter)
+        sites = list(units)
+        resting = {site for site, layer in self.adapters.layers.items() if layer.frozen_for_now}
+        waiting = [i for i in range(len(sites)) if not bool(seen[i])]
+        grads = [(i, p.grad) for i in waiting for p in units[sites[i]] if p.grad is not None]
+        squares = reduce_scalar([g for _, g in grads])
+        for (i, _), square in zip(grads, squares, strict=True):
+            if square != 0:  # a non-finite gradient is one, too
+                seen[i] = True
+        missing = [sites[i] for i in waiting if not bool(seen[i]) and sites[i] not in resting]
+        for site in missing:
+            self._look(site)
+        if missing and step == self.watched - 1:
+            self._report(missing, len(sites))
+
+    def _look(self, site: str) -> None:
+        """From now on remember whether any token reaches this layer."""
+        if site in self.reached:
+            return
+        self.reached[site] = False
+
+        def note(module: Any, args: tuple) -> None:
+            self.reached[site] |= bool(args) and args[0].numel() > 0
+
+        module = self.adapters.model.get_submodule(site)
+        self.hooks.append(module.register_forward_pre_hook(note))
+
+    def _report(self, missing: list[str], count: int) -> None:
+        reached = torch.tensor([self.reached[s] for s in missing], dtype=torch.int32)
+        if dist.is_initialized():  # an expert may have had its tokens on another process
+            reached = reached.to(next(self.adapters.model.parameters()).device)
+            dist.all_reduce(reached, op=dist.ReduceOp.MAX)
+        resting = [s for s, r in zip(missing, reached.tolist(), strict=True) if not r]
+        # Every token reaches a head; one that none reached is computed past its adapter.
+        heads = head_names(self.adapters.model)
+        silent = [s for s in missing if s not in resting or s in heads]
+        resting = [s for s in resting if s not in heads]
+        if len(resting) == count:
+            silent, resting = resting, []
+        if resting:
+            logger.warning(
+                "no token reached %d adapted layer(s) in the first %d steps: %s",
+                len(resting), self.watched, ", ".join(resting),
+            )  # fmt: skip
+        if silent:
+            raise ValueError(
+                f"{len(silent)} adapter(s) had no gradient in {self.watched} steps, so nothing"
+                f" there is being trained: {', '.join(silent)}. Does the loss depend on these"
+                " layers, and does gradient checkpointing keep gradients (use_reentrant=False, or"
+                " model.enable_input_require_grads())?"
+            )

@@ -1,0 +1,77 @@
+"""Models loaded for a task: what files say of it, and what they leave out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers import models as token_models
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    MPNetConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    T5Config,
+)
+
+import lorica
+from lorica import formats
+from lorica.run.load_model import _task, load_base, longest
+from lorica.run.token_weighting import TokenWeighted
+from models import llama
+
+
+def some_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(token_models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **more)
+
+
+@pytest.mark.parametrize(("config", "said", "end"), [
+    (T5Config(n_positions=512), 512, None),
+    (T5Config(), None, None),
+    (RobertaConfig(max_position_embeddings=514), None, 512),
+    (RobertaConfig(max_position_embeddings=514), 512, 512),
+    (RobertaConfig(max_position_embeddings=514), 128, 128),
+    (MPNetConfig(max_position_embeddings=514), None, 512),
+    (BertConfig(max_position_embeddings=512), None, 512),
+])  # fmt: skip
+def test_positions_end_where_the_models_tables_do(config, said, end):
+    assert longest(config, some_tokenizer(model_max_length=said)) == end
+
+
+def test_a_name_alone_makes_no_encoder_decoder():
+    told = {"task_type": None, "base": {"class": "SomeForConditionalGeneration"}, "path": "here"}
+    assert _task(told, T5Config()) == "seq2seq-lm"
+    with pytest.raises(ValueError, match="does not say what its model does"):
+        _task(told, LlamaConfig(architectures=["OtherForConditionalGeneration"]))
+
+
+def test_an_adapter_of_the_hub_finds_the_bases_tokenizer(tmp_path: Path, monkeypatch: Any):
+    base = tmp_path / "base"
+    llama().save_pretrained(base)
+    some_tokenizer(model_max_length=33).save_pretrained(base)
+    model = llama()
+    model.name_or_path = str(base)
+    formats.save(lorica.attach(model, "lora", r=2, verbose=False), tmp_path / "down")
+    monkeypatch.setattr(formats.strict, "_download", lambda repository: tmp_path / "down")
+    monkeypatch.chdir(tmp_path)
+    assert load_base("owner/name", str(base))[1].model_max_length == 33
+    some_tokenizer(model_max_length=44).save_pretrained(tmp_path / "down")
+    assert load_base("owner/name", str(base))[1].model_max_length == 44, "the adapter's own"
+    shutil.rmtree(tmp_path / "down")
+    with pytest.raises(ValueError):
+        load_base("owner/name", str(base))
+
+
+def test_a_trainer_that_does_not_say_shifts_no_labels():
+    labels = torch.tensor([[3, 4, -100]])
+    older: Any = SimpleNamespace()
+    assert TokenWeighted._labels(older, {"labels": labels}) == 2
+    newer: Any = SimpleNamespace(_loss_shifts_labels=True)
+    assert TokenWeighted._labels(newer, {"labels": labels}) == 1
