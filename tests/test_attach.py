@@ -463,7 +463,7 @@ def test_the_contract_counts_what_is_there():
     assert sum(info["count"] for info in contract.layers.values()) == len(adapters)
     assert json.loads(json.dumps(contract.as_dict()))["method"] == "dora+olora"
     text = str(contract)
-    for part in ("parameters train", "magnitude", "carried", "in full lm_head", "default",
+    for part in ("parameters train", "magnitude", "frozen factors", "in full lm_head", "default",
                  "lora_alpha=4 (from olora)", "learning_rate="):  # fmt: skip
         assert part in text, text
 

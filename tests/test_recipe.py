@@ -15,8 +15,8 @@ from lorica.recipe.registry import axis_of, build, find, names, normalise, unkno
 
 @pytest.mark.parametrize(("method", "fields", "parts"), [
     # given, where, what is allowed, what to type instead
-    ("dora+olara", {}, ["unknown method word `olara`", "did you mean `olora`?", "Known words:"]),
-    ("zzzzzz", {}, ["unknown method word `zzzzzz`", "`lorica methods` lists all words"]),
+    ("dora+olara", {}, ["unknown method `olara`", "did you mean `olora`?", "Known methods:"]),
+    ("zzzzzz", {}, ["unknown method `zzzzzz`", "`lorica methods` lists all methods"]),
     ("olora+pissa", {}, ["`olora` and `pissa`", "axis `init`", "name one of them"]),
     ("lora+lora", {}, ["`lora` and `lora`", "axis `scale`"]),
     ("loraplus+loraplus", {}, ["`loraplus` and `loraplus`", "axis `groups`"]),
@@ -164,11 +164,11 @@ def test_citations_are_of_exactly_the_methods_used():
     assert "2106.09685" not in lorica.cite("full")
 
 
-def test_rooms():
+def test_axes():
     assert axis_of("dora") == "combine" and axis_of("nothing") is None
     assert "reference" in names("kernels") and issubclass(find("dora"), Choice)
     assert "`dora`" in unknown("dor")
-    with pytest.raises(ValueError, match="`dora` is no choice of the room `inits`; allowed there"):
+    with pytest.raises(ValueError, match="`dora` is no choice of the axis `inits`; allowed there"):
         find("dora", "inits")
-    with pytest.raises(ValueError, match="unknown method word `nope`"):
+    with pytest.raises(ValueError, match="unknown method `nope`"):
         find("nope")

@@ -11,12 +11,12 @@ the test side is ever trained on.
 A new task is one class in one of the files of `families/`; nothing else lists tasks.
 
 Example:
-    >>> from lorica import world
-    >>> [task.name for task in world.tasks("old")][:3]
+    >>> from lorica import embedded
+    >>> [task.name for task in embedded.tasks("old")][:3]
     ['add', 'ascend', 'copy']
-    >>> sorted(world.generate("old", 1, seed=0)[0])
+    >>> sorted(embedded.generate("old", 1, seed=0)[0])
     ['completion', 'prompt', 'task']
-    >>> (world.base_path() / "config.json").is_file()
+    >>> (embedded.base_path() / "config.json").is_file()
     True
 """
 

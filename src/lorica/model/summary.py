@@ -101,7 +101,7 @@ def fill(contract: Summary, adapters: Any, targets: Any) -> Summary:
     for t in trained:
         _count(contract.trained, f"{t.role}" if t.role != "module" else "in full", t.parameter)
     for p in base.values():
-        _count(contract.frozen, "carried" if id(p) in own else "base", p)
+        _count(contract.frozen, "frozen factors" if id(p) in own else "base", p)
     contract.total = sum(p.numel() for p in model.parameters())
     contract.saved = list(adapters.saved)
     if not adapters.direct or adapters.layers:
@@ -135,7 +135,7 @@ def fill(contract: Summary, adapters: Any, targets: Any) -> Summary:
     contract.memory = {
         "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
         "trained": size,
-        "carried": sum(p.numel() * p.element_size() for p in carried),
+        "frozen factors": sum(p.numel() * p.element_size() for p in carried),
         "gradients": size,
         "optimizer": state.state_elements(adapters) * 4,
     }

@@ -103,8 +103,8 @@ def scratch_rate(recipe: Recipe) -> tuple[float, str]:
         >>> scratch_rate(Recipe.parse("lora"))
         (0.001, 'pre-training')
     """
-    for room in ("optim", "schedules"):
-        rated = [(c.default_learning_rate, c.name) for c in recipe.of(room)]
+    for axis in ("rules", "schedules"):
+        rated = [(c.default_learning_rate, c.name) for c in recipe.of(axis)]
         if found := [(rate, word) for rate, word in rated if rate is not None]:
             return min(found)
     return LEARNING_RATE, "pre-training"
