@@ -4,13 +4,14 @@ the tables between markers in the other pages.
     python docs/generate.py            writes
     python docs/generate.py --check    writes nothing; exit status 1 where a page is out of date
 
-A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`; NAME is a function of
-this file that is listed in `TABLES`. All rows come from declarations, by walking the rooms, the
-verbs and the shapes of data: a new file of the package needs no edit here.
+A generated table is between `<!-- generated: NAME -->` and `<!-- /generated -->`, where NAME is a key
+of `TABLES` below. All rows come from declarations in the code: the axes, the commands and the shapes
+of data are found by walking their packages, so a new method or command needs no edit here.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import re
@@ -53,44 +54,44 @@ def filled(text: str, name: str) -> str:
 
 
 def axes() -> str:
-    """One row an axis: its question and its words; the default is bold."""
+    """One row per axis: its question and its methods, the default in bold."""
     rows = []
-    for room, (axis, default, several) in registry.AXES.items():
+    for axis, (field, default, several) in registry.AXES.items():
         found = [
-            f"[{f'**{w}**' if w == default else w}](docs/methods.md#{w})"
-            for w in registry.names(room)
+            f"[{f'**{name}**' if name == default else name}](docs/methods.md#{name})"
+            for name in registry.names(axis)
         ]
         if found:
             rows.append(
-                (axis + (" (several)" if several else ""), _question(room), ", ".join(found))
+                (field + (" (several)" if several else ""), _question(axis), ", ".join(found))
             )
-    return table(("axis", "question", "words"), rows)
+    return table(("axis", "what it decides", "methods"), rows)
 
 
 def defaults() -> str:
-    """What each word brings where `--r`, `--lora-alpha` and `--learning-rate` are left out."""
+    """Each method's defaults for `--r`, `--lora-alpha` and `--learning-rate`."""
     rows = []
     for row in describe():
-        if row["axis"] == "kernel" or (row["default"] and row["word"] != _plain_method()):
+        if row["axis"] == "kernel" or (row["default"] and row["method"] != _plain_method()):
             continue
-        recipe = _alone(row["word"])
+        recipe = _alone(row["method"])
         if recipe is None:
             continue
         rate = recipe.learning_rate
         rows.append(
             (
-                f"`{row['word']}`",
+                f"`{row['method']}`",
                 _number(recipe.r),
-                _number(recipe.lora_alpha) + _formula(row["word"]),
+                _number(recipe.lora_alpha) + _formula(row["method"]),
                 "" if rate is None else _number(rate[0]),
                 "" if rate is None else f"`{rate[1]}`",
             )
         )
-    return table(("word", "r", "lora_alpha", "learning_rate", "rate declared by"), rows)
+    return table(("method", "r", "lora_alpha", "learning_rate", "rate declared by"), rows)
 
 
 def data_shapes() -> str:
-    """One row a shape: the columns that tell it, what else it reads, what it is trained for."""
+    """One row per shape: the columns that identify it, optional columns, tasks."""
     rows = []
     for shape in shapes():
         needed = [
@@ -103,7 +104,7 @@ def data_shapes() -> str:
 
 
 def command_line() -> str:
-    """One row a verb."""
+    """One row per command."""
     rows = []
     for verb in verbs():
         source = (ROOT / "src" / "lorica" / "cli" / f"{verb}.py").read_text(encoding="utf-8")
@@ -125,48 +126,53 @@ _HEAD = """<!-- written by docs/generate.py; edit the code, not this page -->
 
 # Methods
 
-A method is words joined by `+`, in any order: `dora+olora+rslora`. Each word chooses one point on
-one axis; an axis nobody speaks of has its default (bold). A word takes arguments in the form
-`pissa(niter=16)`. `-`, `_` and upper case are ignored: `LoRA-RITE` is `lorarite`. The same
-descriptions are printed by `lorica methods` and `lorica methods WORD`; `lorica.cite("dora+olora")`
-gives the BibTeX entries.
+A method is one or more names joined by `+`, in any order: `dora+olora+rslora`. Each name makes the
+choice on one axis, and every axis you leave out keeps its default (bold below). Give arguments in
+parentheses: `pissa(niter=16)`. Upper case, `-` and `_` don't matter: `LoRA-RITE` is `lorarite`.
 
-How to choose: [choose.md](choose.md). What stands together: [compatibility.md](compatibility.md).
-How to add one: [extending.md](extending.md).
+This page has one section per axis and one entry per name. An entry gives the equations, the cost,
+when the method is worth trying, its arguments, and what it declares about itself: what it *needs*
+from the rest of the recipe, what it *gives*, and what it *withdraws*. Lorica decides from these
+declarations which methods combine. `lorica methods` prints the same table in the terminal,
+`lorica methods NAME` one entry, and `lorica.cite("dora+olora")` the BibTeX entries.
+
+See also [which method to choose](choose.md), [which ones combine](compatibility.md),
+[how to add one](extending.md) and the [glossary](glossary.md).
 """
 
 
 def methods_page() -> str:
     rows = describe()
     parts = [_HEAD]
-    for room, (axis, default, several) in registry.AXES.items():
-        own = [row for row in rows if row["axis"] == axis]
+    for axis, (field, default, several) in registry.AXES.items():
+        own = [row for row in rows if row["axis"] == field]
         if not own:
             continue
-        parts.append(f"## Axis `{axis}`: {_question(room)}\n")
+        parts.append(f"## Axis `{field}`: {_question(axis)}\n")
         parts.append(
-            "Several words may stand together.\n" if several else "One word; the default is bold.\n"
+            "You can name several of these; by default there is none.\n"
+            if several
+            else f"You can name one of these; the default is `{default}`.\n"
         )
         listed = [
             (
-                f"[{'**' + r['word'] + '**' if r['word'] == default else r['word']}](#{r['word']})",
+                f"[{'**' + r['method'] + '**' if r['method'] == default else r['method']}](#{r['method']})",
                 r["summary"],
                 _paper(r),
-                r["status"],
             )
             for r in own
         ]
-        parts.append(table(("word", "what it does", "paper", "status"), listed) + "\n")
+        parts.append(table(("method", "what it does", "paper"), listed) + "\n")
         parts += [_entry(row) for row in own]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _entry(row: dict[str, Any]) -> str:
-    cls = registry.find(row["word"])
+    cls = registry.find(row["method"])
     module = inspect.getmodule(cls)
     body, arguments = _sections(inspect.cleandoc(cls.__doc__ or ""))
     body = re.sub(r"\n(Cost|When): ", r"\n\n**\1:** ", body).replace("\n\n\n", "\n\n")
-    lines = [f"### {row['word']}\n", body + "\n"]
+    lines = [f"### {row['method']}\n", body + "\n"]
     if equations := inspect.cleandoc((module.__doc__ or "") if module else ""):
         lines.append(f"```text\n{equations}\n```\n")
     for name, default in row["arguments"].items():
@@ -175,7 +181,7 @@ def _entry(row: dict[str, Any]) -> str:
         lines.append("")
     facts = []
     # Of an object: a rate may depend on the arguments.
-    rate = None if "required" in row["arguments"].values() else _rate(row["word"])
+    rate = None if "required" in row["arguments"].values() else _rate(row["method"])
     if rate is not None:
         facts.append(f"default learning rate {_number(rate)}")
     if row["preset"]:
@@ -191,12 +197,12 @@ def _entry(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rate(word: str) -> float | None:
-    return registry.build(word, {}).default_learning_rate
+def _rate(name: str) -> float | None:
+    return registry.build(name, {}).default_learning_rate
 
 
 def _sections(text: str) -> tuple[str, dict[str, str]]:
-    """The words before `Args:` and after its block, and {argument: what it means}."""
+    """A docstring's description, and {argument: its meaning} from its `Args:`."""
     blocks = re.split(r"^(Args|Example|Reference|Raises):\n", text, flags=re.M)
     named = dict(zip(blocks[1::2], blocks[2::2], strict=True))
     arguments: dict[str, str] = {}
@@ -208,22 +214,22 @@ def _sections(text: str) -> tuple[str, dict[str, str]]:
 
 
 def compatibility_page() -> str:
-    """Which pairs of words stand together, counted, and why the others do not."""
+    """How many pairs of methods combine, and why the others don't."""
     by_reason: dict[tuple[str, str], list[str]] = {}
-    words = [
-        (room, word)
-        for room, (_, default, _) in registry.AXES.items()
-        for word in registry.names(room)
-        if word != default and _alone(word) is not None
+    methods = [
+        (axis, name)
+        for axis, (_, default, _) in registry.AXES.items()
+        for name in registry.names(axis)
+        if name != default and _alone(name) is not None
     ]
-    lawful = one_axis = 0
-    for (room, one), (other_room, other) in itertools.combinations(words, 2):
-        if room == other_room and not registry.AXES[room][2]:
+    allowed = one_axis = 0
+    for (axis, one), (other_axis, other) in itertools.combinations(methods, 2):
+        if axis == other_axis and not registry.AXES[axis][2]:
             one_axis += 1
             continue
         try:
             Recipe.parse(f"{one}+{other}")
-            lawful += 1
+            allowed += 1
         except ValueError as error:
             found = re.match(r"`(\w+)` cannot stand beside `(\w+)`: .*? needs `(\w+)`", str(error))
             if found is None:
@@ -236,23 +242,28 @@ def compatibility_page() -> str:
     refused = sum(map(len, by_reason.values()))
     rows = [(a, _ticks(b), reason) for (a, reason), b in by_reason.items()]
     return _COMPATIBLE.format(
-        words=len(words), pairs=lawful + refused + one_axis, one_axis=one_axis, lawful=lawful,
-        refused=refused,
-        table=table(("word", "refuses", "what the latter needs and the word does not leave"), rows),
+        methods=len(methods), pairs=allowed + refused + one_axis, one_axis=one_axis,
+        allowed=allowed, refused=refused,
+        table=table(("method", "does not combine with", "why"), rows),
     )  # fmt: skip
 
 
 _COMPATIBLE = """<!-- written by docs/generate.py; edit the code, not this page -->
 
-# What stands together
+# Which methods combine
 
-Of {pairs:,} pairs of {words} words (the defaults of the axes aside), {one_axis:,} name one axis
-twice. Of the rest, with default arguments, **{lawful:,} stand together and {refused:,} are
-refused**, by what the words declare of themselves; `lorica methods --json` shows the declarations.
-Every lawful pair is trained, saved, loaded, resumed and merged by the tests, in recipes as full as
-they get.
+There are {methods} methods that are not the default of their axis, so {pairs:,} pairs. {one_axis:,} of these
+pairs choose the same axis twice, which is an error. Of the others, with default arguments,
+**{allowed:,} pairs combine and {refused:,} don't**.
 
-## Refused
+No list of pairs is kept by hand. Each method declares which capabilities it needs, gives and
+withdraws (`lorica methods NAME` shows them), and a recipe is valid when every need is met. The tests
+train, save, load, resume and merge every pair that combines.
+
+## Pairs that don't combine
+
+Where the reason starts with a capability, such as `pair`, the methods in the second column need that
+capability, and the method in the first column takes it away or doesn't provide it.
 
 {table}
 """
@@ -261,9 +272,9 @@ they get.
 # -- small helpers ---------------------------------------------------------------------------------
 
 
-def _question(room: str) -> str:
-    """What the room's docstring says after its name."""
-    text = sys.modules.get(f"lorica.{room}") or __import__(f"lorica.{room}", fromlist=["_"])
+def _question(axis: str) -> str:
+    """What the axis decides: the first sentence of its `base.py`, after the axis' name."""
+    text = importlib.import_module(f"lorica.methods.{axis}.base")
     first = (text.__doc__ or "").split("\n\n", 1)[0]
     return " ".join(first.split(":", 1)[1].split()).rstrip(".")
 
@@ -272,12 +283,12 @@ def _plain_method() -> str:
     return str(registry.AXES["scales"][1])
 
 
-def _formula(word: str) -> str:
+def _formula(name: str) -> str:
     """How alpha follows r, from its values at two ranks."""
-    plain = Recipe.parse(word)
+    plain = Recipe.parse(name)
     if "r" not in plain.takes or any(c.only_r for c in plain.choices):
         return ""
-    low, high = (Recipe.parse(word, r=r).lora_alpha for r in (4, 64))
+    low, high = (Recipe.parse(name, r=r).lora_alpha for r in (4, 64))
     if low is None or high is None:
         return ""
     if high / low == 16:
@@ -285,10 +296,10 @@ def _formula(word: str) -> str:
     return " = √r" if high / low == 4 else ""
 
 
-def _alone(word: str) -> Recipe | None:
-    """The method of this one word; None where it is nothing without arguments or fields."""
+def _alone(name: str) -> Recipe | None:
+    """The recipe of this one method; None where it needs arguments or fields."""
     try:
-        return Recipe.parse(word)
+        return Recipe.parse(name)
     except (TypeError, ValueError):
         return None
 

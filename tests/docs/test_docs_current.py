@@ -29,11 +29,11 @@ def test_generated_parts_are_up_to_date():
     assert not stale, f"{stale}: run `python docs/generate.py`"
 
 
-def test_every_word_has_an_entry():
+def test_every_method_has_an_entry():
     from lorica.recipe import registry
 
     headings = re.findall(r"^### (\S+)$", (ROOT / "docs/methods.md").read_text("utf-8"), re.M)
-    assert sorted(headings) == sorted(w for room in registry.AXES for w in registry.names(room))
+    assert sorted(headings) == sorted(n for axis in registry.AXES for n in registry.names(axis))
 
 
 def test_an_unknown_table_is_an_error():
