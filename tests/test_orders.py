@@ -33,23 +33,33 @@ class Fixed(Fused):
         return self.given
 
 
-def layer(m: int, n: int, r: int, carried: int = 0, bias: bool = True, **fields: Any):
+def layer(m: int, n: int, r: int, frozen: int = 0, bias: bool = True, **fields: Any):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(m, n, bias=bias, dtype=torch.float64))
     adapters = lorica.attach(model, fields.pop("method", "lora"), r=r, verbose=False, **fields)
     one = adapters.layers["0"]
     nn.init.normal_(one.update.delta.B)
-    if carried:
+    if frozen:
         wide = {"dtype": torch.float64}
-        one.update.add_frozen_(torch.randn(carried, m, **wide), torch.randn(n, carried, **wide))
+        one.update.add_frozen_(torch.randn(frozen, m, **wide), torch.randn(n, frozen, **wide))
     return one
 
 
-def run(one: Any, kernel: Fused, x: torch.Tensor, gain: torch.Tensor | None = None, **more: Any):
-    """(y, gradients of x, A, B and the gain) for a fixed gradient of y."""
+def run(
+    one: Any, kernel: Fused, x: torch.Tensor, gain: torch.Tensor | None = None,
+    formed: torch.Tensor | None = None, asked: list[bool] | None = None,
+):  # fmt: skip
+    """(y, gradients of x, A, B and the gain) for a fixed gradient of y; what the gain was asked
+    goes into `asked`."""
     x = x.detach().requires_grad_(True)
     pair = one.update.delta.pair()
-    y = kernel.product(x, one.store, one.update, bias=True, gain=gain, **more)
+
+    def scales(forms: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if asked is not None:
+            asked.append(forms)
+        return gain, formed
+
+    y = kernel.product(x, one.store, one.update, gain=None if gain is None else scales)
     wanted = [x, pair.A, pair.B, *([] if gain is None else [gain])]
     return y.detach(), *torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y))
 
@@ -69,13 +79,13 @@ class Multiplies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("order", EVERY)
-@pytest.mark.parametrize("carried", [0, 2])
-def test_every_order_computes_the_same_at_the_cost_it_states(order, carried):
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_every_order_computes_the_same_at_the_cost_it_states(order, frozen):
     """Multiplies as counted by torch, against the formulas that the choice is made by."""
     N, m, n, r = 11, 7, 5, 3
-    one = layer(m, n, r, carried)
+    one = layer(m, n, r, frozen)
     x = torch.randn(N, m, dtype=torch.float64)
-    call = Call(tokens=N, in_features=m, out_features=n, r=r, carried=carried)
+    call = Call(tokens=N, in_features=m, out_features=n, r=r, frozen_rank=frozen)
     expected = run(one, Fixed(), x)
     with Multiplies() as counter:
         found = run(one, Fixed(given=order), x)
@@ -88,10 +98,10 @@ def test_every_order_computes_the_same_at_the_cost_it_states(order, carried):
 
 @pytest.mark.parametrize("saves", ["output", "product", "nothing"])
 @pytest.mark.parametrize("order", EVERY)
-@pytest.mark.parametrize("carried", [0, 2])
+@pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_sum_that_the_caller_formed_changes_nothing(order, carried, saves, bias):
-    one = layer(7, 5, 3, carried, bias=bias)
+def test_a_sum_that_the_caller_formed_changes_nothing(order, frozen, saves, bias):
+    one = layer(7, 5, 3, frozen, bias=bias)
     x, gain = torch.randn(11, 7, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.5
     gain.requires_grad_()
     kernel = Fixed(given=order, saves=saves)
@@ -99,11 +109,13 @@ def test_a_sum_that_the_caller_formed_changes_nothing(order, carried, saves, bia
     assert plan is not None and plan.forms == order.forward_sum
     other = kernel.plan(x.float(), one.store, one.update)
     assert other is not None and not other.forms, "of another dtype"
-    expected = run(one, kernel, x, gain)
+    asked: list[bool] = []
+    expected = run(one, kernel, x, gain, asked=asked)
+    assert asked == [order.forward_sum], "once, and whether the sum would be used"
     if not order.forward_sum:
         return
     _, v = one.update.formed_norms(one.store, keep=True)
-    found = run(one, kernel, x, gain, plan=plan, formed=v)
+    found = run(one, kernel, x, gain, formed=v)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
@@ -209,7 +221,7 @@ def test_the_environment_names_a_table_for_the_command_line(tmp_path, monkeypatc
 def test_what_is_no_table_is_refused(tmp_path, text):
     path = tmp_path / "orders.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"is no table of orders .*python -m lorica\.kernels"):
+    with pytest.raises(ValueError, match=r"is no table of orders .*python -m lorica\.methods\.kernels FILE"):
         Table.read(path)
     with pytest.raises(ValueError, match="no table of orders"), measured(tmp_path / "absent"):
         pass

@@ -1,7 +1,7 @@
 """Orders by measurement: for machines on which multiplies do not tell the time.
 
-    python -m lorica.methods.kernels.base FILE                    measures and writes
-    with lorica.methods.kernels.base.measured(FILE): ...          (or the environment's LORICA_ORDERS=FILE)
+    python -m lorica.methods.kernels FILE                    measures and writes
+    with lorica.methods.kernels.base.measured(FILE): ...     (or the environment's LORICA_ORDERS=FILE)
 
 A table belongs to a machine, not to an adapter, so no method's text names one. A call takes the
 order of the entry that is nearest in tokens, sizes and rank, each within a factor of two, and equal
@@ -64,7 +64,7 @@ class Table:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"`{path}` is no table of orders ({error!r}); one is written by `python -m"
-                " lorica.methods.kernels.base FILE`"
+                " lorica.methods.kernels FILE`"
             ) from None
 
     def write(self, path: str | Path) -> None:
