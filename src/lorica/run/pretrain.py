@@ -135,7 +135,7 @@ class Cost:
     optimizer_bytes: int
     schedule_bytes: int
     weight_bytes: int
-    contract: Summary
+    summary: Summary
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -178,18 +178,18 @@ def cost(config: str | PretrainedConfig, method: str | Recipe = METHOD, **fields
     with torch.device("meta"):
         model = model_configs.build(plan, name, dtype=torch.float32)
     parameters = count(model)
-    contract = lorica.attach(model, recipe, fresh=(), verbose=False).summary
-    contract.defaults.pop("learning_rate", None)
-    memory = contract.memory
+    summary = lorica.attach(model, recipe, fresh=(), verbose=False).summary
+    summary.defaults.pop("learning_rate", None)
+    memory = summary.memory
     return Cost(
         method=recipe.text(),
         parameters=parameters,
-        trainable=contract.trainable,
+        trainable=summary.trainable,
         gradient_bytes=memory["gradients"],
         optimizer_bytes=memory["optimizer"],
         schedule_bytes=memory.get("schedules", 0),
         weight_bytes=memory["base"] + memory["trained"] + memory["frozen factors"],
-        contract=contract,
+        summary=summary,
     )
 
 
