@@ -234,9 +234,9 @@ def test_values_of_another_type(adapter, changes, match):
     [
         ("x", "'layers' holds 'x', not dict"),
         ({"r": 4}, "must be given"),
-        ({"in": 32, "out": 32, "r": 4, "carried": [0], "scale": 2.0}, "'carried' is"),
-        ({"in": 32, "out": 32, "r": 4, "carried": -1, "scale": 2.0}, "at least 0"),
-        ({"in": 32, "out": 32, "r": 4, "carried": 0, "scale": "2"}, "'scale' is '2'"),
+        ({"in": 32, "out": 32, "r": 4, "frozen_rank": [0], "scale": 2.0}, "'frozen_rank' is"),
+        ({"in": 32, "out": 32, "r": 4, "frozen_rank": -1, "scale": 2.0}, "at least 0"),
+        ({"in": 32, "out": 32, "r": 4, "frozen_rank": 0, "scale": "2"}, "'scale' is '2'"),
     ],
 )
 def test_layers_of_another_form(tmp_path, layer, match):
@@ -294,7 +294,7 @@ def test_carried_factors_of_another_shape(tmp_path):
     file = own / "lorica.safetensors"
     site = "model.layers.0.self_attn.q_proj"
     told = json.loads((own / "lorica.json").read_text())
-    told["layers"][site]["carried"] = 2
+    told["layers"][site]["frozen_rank"] = 2
     carried = {f"{site}.update.frozen_A": torch.ones(2, 5)}
     carried[f"{site}.update.frozen_B"] = torch.ones(32, 2)
     save_file({**load_file(file), **carried}, file)

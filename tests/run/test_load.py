@@ -59,7 +59,7 @@ def test_an_adapter_of_the_hub_finds_the_bases_tokenizer(tmp_path: Path, monkeyp
     model = llama()
     model.name_or_path = str(base)
     formats.save(lorica.attach(model, "lora", r=2, verbose=False), tmp_path / "down")
-    monkeypatch.setattr(formats.strict, "_download", lambda repository: tmp_path / "down")
+    monkeypatch.setattr(formats.safe_files, "_download", lambda repository: tmp_path / "down")
     monkeypatch.chdir(tmp_path)
     assert load_base("owner/name", str(base))[1].model_max_length == 33
     some_tokenizer(model_max_length=44).save_pretrained(tmp_path / "down")

@@ -162,7 +162,7 @@ def _own_layers(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         path: {
             "shape": [layer["out"], layer["in"]],
-            "r": layer["r"] + layer["carried"],
+            "r": layer["r"] + layer["frozen_rank"],
             "scale": layer["scale"],
             "norm": None,
         }

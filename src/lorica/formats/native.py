@@ -64,7 +64,7 @@ _BASE_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(
     ("class", "name", "sha256", "dtype"), (str,)
 )
 _LAYER_TYPES: dict[str, tuple[type, ...]] = {
-    "in": (int,), "out": (int,), "r": (int,), "carried": (int,), "scale": (int, float),
+    "in": (int,), "out": (int,), "r": (int,), "frozen_rank": (int,), "scale": (int, float),
 }  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _describe(
                 "out": layer.out_features,
                 "r": layer.site.r,
                 "scale": layer.site.scale,
-                "carried": carried[name],
+                "frozen_rank": carried[name],
             }
             for name, layer in adapters
         },
@@ -534,13 +534,13 @@ def _own_state(
     """The state as `full_state` had it, checked against the attached adapters."""
     file = folder / (PEFT_TENSORS if info["form"] == "peft" else OWN_TENSORS)
     cuts = {}
-    carried = {n: int(info["layers"].get(n, {}).get("carried", 0)) for n in adapters.layers}
+    carried = {n: int(info["layers"].get(n, {}).get("frozen_rank", 0)) for n in adapters.layers}
     if info["form"] == "peft":
         cuts = peft.places(adapters, carried)
     names = set(full_state(adapters)) - {
-        f"{n}.update.carried_{side}" for n in adapters.layers for side in "AB"
+        f"{n}.update.frozen_{side}" for n in adapters.layers for side in "AB"
     }
-    names |= {f"{n}.update.carried_{s}" for n, k in carried.items() if k for s in "AB"}
+    names |= {f"{n}.update.frozen_{s}" for n, k in carried.items() if k for s in "AB"}
     cuts |= {n: peft.Place(n) for n in names if n not in cuts}
     # Factors that are computed lie in PEFT's file too; the parameters are in our own.
     used = {place.key for place in cuts.values()}
@@ -581,7 +581,7 @@ def _cut(
             )
             continue
         part = place.cut(tensors)
-        if name in live and part.shape != live[name].shape and ".update.carried_" not in name:
+        if name in live and part.shape != live[name].shape and ".update.frozen_" not in name:
             problems.append(
                 f"{place.key} is {tuple(found.shape)} instead of {tuple(live[name].shape)}"
             )
@@ -606,7 +606,7 @@ def _cut(
 
 def _carried_shape(adapters: Adapters, name: str, part: Tensor) -> str | None:
     """What a tensor of carried factors should be, where it isn't: (k, in) or (out, k)."""
-    site, carried, side = name.rpartition(".update.carried_")
+    site, carried, side = name.rpartition(".update.frozen_")
     if not carried:
         return None
     axis, size = {
@@ -620,7 +620,7 @@ def _carried_shape(adapters: Adapters, name: str, part: Tensor) -> str | None:
 def _write(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
     held = buffers(adapters)
     own = set(adapters.state_dict())
-    extra = {n for n in state if n not in own and ".update.carried_" not in n}
+    extra = {n for n in state if n not in own and ".update.frozen_" not in n}
     adapters.load_state_dict({n: t for n, t in state.items() if n not in extra})
     for name in extra & set(held):
         copy_(held[name], state[name])

@@ -42,9 +42,9 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
     reshard(adapters.model)
     before = {}
-    for site, layer in adapters.layers.items():  # what is carried grows and goes with training
+    for site, layer in adapters.layers.items():  # frozen factors grow and shrink with training
         update, device = layer.update, layer.store.parameter.device
-        a, b = (saved.get(f"{site}.update.carried_{side}") for side in "AB")
+        a, b = (saved.get(f"{site}.update.frozen_{side}") for side in "AB")
         rank = -1 if a is None or b is None else a.shape[0]
         if rank == (-1 if update.frozen_A is None else update.frozen_A.shape[0]):
             continue
