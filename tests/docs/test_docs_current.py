@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -73,3 +74,61 @@ def test_nothing_of_a_machine_is_in_the_pages(page):
     assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users)/", text)
     # Of LOG, CHANGELOG and the like the writers take care; these pages are read by newcomers.
     assert not re.search(r"[ \t]$", text, re.M), "spaces at a line's end"
+
+
+# -- docs/architecture.md --------------------------------------------------------------------------
+
+
+def packages() -> set[str]:
+    """Packages and modules of `lorica`, without `__init__.py` and `__main__.py`."""
+    inside = [p for p in (ROOT / "src/lorica").iterdir() if not p.name.startswith(("_", "."))]
+    return {p.stem for p in inside if p.suffix == ".py" or (p / "__init__.py").is_file()}
+
+
+def imports() -> dict[tuple[str, str], str]:
+    """{(package, package that it imports): one place that does}, local imports included."""
+    found = {}
+    for file in sorted((ROOT / "src/lorica").rglob("*.py")):
+        path = file.relative_to(ROOT / "src/lorica")
+        own = path.parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "lorica" and parts[1:] and parts[1] in packages() - {own}:
+                    found[own, parts[1]] = f"{path}, line {node.lineno}"
+    return found
+
+
+def arrows() -> set[tuple[str, str]]:
+    """The arrows of the picture."""
+    (picture,) = [b for b in blocks(ROOT / "docs/architecture.md") if b.language == "mermaid"]
+    return set(re.findall(r"^ +(\w+)(?:\[.*?\])? --> (\w+)", picture.text, re.M))
+
+
+def reachable(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The pairs that arrows join over one or more steps."""
+    pairs = set(arrows)
+    while more := {(a, d) for a, b in pairs for c, d in pairs if b == c} - pairs:
+        pairs |= more
+    return pairs
+
+
+def test_the_picture_shows_every_package_and_no_circle():
+    shown = arrows()
+    assert {name for arrow in shown for name in arrow} == packages()
+    assert not [a for a, b in reachable(shown) if a == b]
+
+
+def test_files_named_in_the_architecture_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b[a-z_]+(?:/[a-z_]+)+\.py\b", re.sub(r"(?:src/)?lorica/", "", text)))
+    named |= {f"{folder}/" for folder in re.findall(r"\b((?:methods|model)/[a-z]+)/(?!\w)", text)}
+    assert len(named) > 15
+    missing = sorted(n for n in named if not (ROOT / "src/lorica" / n.rstrip("/")).exists())
+    assert not missing

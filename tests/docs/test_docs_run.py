@@ -58,7 +58,9 @@ def test_options_of_commands_that_need_the_hub_are_right(page):
 def test_every_bash_block_is_marked_or_run():
     for page in PAGES:
         for block in blocks(page):
-            assert block.language in ("python", "bash", "text") or block.file, block.place
+            assert block.language in ("python", "bash", "text", "mermaid") or block.file, (
+                block.place
+            )
             if block.language == "bash":
                 commands(block)  # raises where a line is neither run nor known
     assert ROOT / "README.md" in SHOWN
