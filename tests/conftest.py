@@ -1,4 +1,10 @@
-"""Fixtures and settings of every test: no network, one thread, one seed."""
+"""Fixtures and settings of every test: no network, one thread, one seed.
+
+Two variables of the environment look for tests that pass on one machine alone:
+
+    LORICA_TEST_THREADS=4     torch's threads; default: 1
+    LORICA_TEST_ORDER=17      the tests in an order drawn with this seed; default: as written
+"""
 
 from __future__ import annotations
 
@@ -15,10 +21,27 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("LORICA_TEST_THREADS", "1")))
 # The same examples in every run; a slow machine is no failure.
 settings.register_profile("lorica", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("lorica")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Draw the order of the files, and that of the tests in each: a file's tests stay together, so
+    that what it makes once for all of them is made once."""
+    seed = os.environ.get("LORICA_TEST_ORDER")
+    if seed is None:
+        return
+    rng = random.Random(int(seed))
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    groups = list(files.values())
+    rng.shuffle(groups)
+    for group in groups:
+        rng.shuffle(group)
+    items[:] = [item for group in groups for item in group]
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import lorica
 from lorica import Recipe
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.recipe import registry
+from lorica.training.bind import KEY
+from lorica.training.training import Training
 from models import llama, logits, train
 
 STEPS = 10
@@ -184,9 +186,10 @@ def test_some_step_of_every_run_is_final(name):
 def test_init_and_restore_touch_nothing(name):
     adapters, optimizer, _ = begin(RECIPES[name])
     before = state_bytes(adapters)
+    training = Training(optimizer, adapters, optimizer.param_groups[0][KEY])
     for schedule in RECIPES[name].schedules:
         state = schedule.fit(STEPS).init(adapters)
-        schedule.fit(STEPS).restore(state, adapters)
+        schedule.fit(STEPS).restore(state, training)
     assert same(before, state_bytes(adapters)) and not optimizer.state
 
 

@@ -35,9 +35,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lorica
 from lorica.interfaces import Pair
+from lorica.methods.inits.base import fill_
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.recipe import registry
 from lorica.recipe.recipe import Recipe
+from lorica.tensors import dtensor_ops
 from lorica.tensors.dtensor_ops import seeded
 from lorica.training import weight_edits
 from lorica.training.bind import KEY
@@ -97,7 +99,7 @@ def _swap(layer: Any, optimizer: Any, side: str, generator: torch.Generator) -> 
     index = torch.randperm(r, generator=generator)[: min(2, r)].tolist()
     width = site.in_features if side == "A" else site.out_features
     weight_edits.swap_(
-        layer, optimizer, side, index, 0.1 * weight_edits.draw((len(index), width), generator)
+        layer, optimizer, side, index, 0.1 * dtensor_ops.draw((len(index), width), generator)
     )
 
 
@@ -289,7 +291,7 @@ def _cases(
 
 
 def _same(got: Tensor, want: Tensor, what: str, *, atol: float = 0.0) -> None:
-    full = weight_edits.read_full(got)
+    full = dtensor_ops.read_full(got)
     assert not isinstance(full, DTensor) and full.shape == want.shape, what
     torch.testing.assert_close(full, want, atol=atol, rtol=0, msg=lambda m: f"{what}: {m}")
 
@@ -298,7 +300,7 @@ def _same(got: Tensor, want: Tensor, what: str, *, atol: float = 0.0) -> None:
 def verbs_read_and_shard() -> None:
     for what, twin, t in _cases(torch.Generator().manual_seed(1)):
         _same(t, twin, f"read_full {what}")
-        local, offset = weight_edits.shard_of(t)
+        local, offset = dtensor_ops.shard_of(t)
         assert not isinstance(local, DTensor)
         mine = torch.zeros_like(twin)
         count = torch.zeros_like(twin)
@@ -316,11 +318,11 @@ def verbs_write() -> None:
     g, flat = torch.Generator().manual_seed(2), _mesh()
     for what, twin, t in _cases(g):
         new = torch.randn(twin.shape, generator=torch.Generator().manual_seed(5))
-        weight_edits.zero_(t)
+        dtensor_ops.zero_(t)
         _same(t, torch.zeros_like(twin), f"zero_ {what}")
         for source in (new, distribute_tensor(new, flat, [Shard(new.ndim - 1)])):
-            weight_edits.zero_(t)
-            weight_edits.copy_(t, source)
+            dtensor_ops.zero_(t)
+            dtensor_ops.copy_(t, source)
             _same(t, new, f"copy_ {what}")
         twin.copy_(new)
         for axis in range(twin.ndim):
@@ -328,10 +330,10 @@ def verbs_write() -> None:
             for index in ([], [0], [n - 1], [n - 1, 0, n // 2][: min(n, 3)] if n > 2 else [0]):
                 shape = [len(index) if d == axis else s for d, s in enumerate(twin.shape)]
                 rows = torch.randn(shape, generator=g, dtype=torch.float64)  # cast on the way
-                weight_edits.write_rows(t, index, rows, axis)
+                dtensor_ops.write_rows(t, index, rows, axis)
                 twin.index_copy_(axis, torch.tensor(index, dtype=torch.int64), rows.float())
                 _same(t, twin, f"write_rows {index} along {axis} {what}")
-        weight_edits.zero_rows(t, [0], twin.ndim - 1)
+        dtensor_ops.zero_rows(t, [0], twin.ndim - 1)
         twin.select(twin.ndim - 1, 0).zero_()
         _same(t, twin, f"zero_rows {what}")
 
@@ -340,8 +342,8 @@ def verbs_write() -> None:
 def verbs_draw_and_fill() -> None:
     for what, twin, t in _cases(torch.Generator().manual_seed(3)):
         for bound in (None, 0.25):
-            weight_edits.draw_(t, torch.Generator().manual_seed(9), bound=bound)
-            want = weight_edits.draw(twin.shape, torch.Generator().manual_seed(9), bound=bound)
+            dtensor_ops.draw_(t, torch.Generator().manual_seed(9), bound=bound)
+            want = dtensor_ops.draw(twin.shape, torch.Generator().manual_seed(9), bound=bound)
             _same(t, want, f"draw_ {bound} {what}")
     weight = torch.randn(10, 7, generator=torch.Generator().manual_seed(4))
     full = {r: (torch.zeros(r, 7), torch.zeros(10, r)) for r in (1, 3)}
@@ -353,7 +355,7 @@ def verbs_draw_and_fill() -> None:
                 init.fill(weight, want, torch.Generator().manual_seed(6))
             for (how, a), (_, b) in zip(_placed(A), _placed(B), strict=False):
                 pair = Pair(nn.Parameter(a), nn.Parameter(b), 0.5)
-                weight_edits.fill_(pair, init, weight, torch.Generator().manual_seed(6))
+                fill_(pair, init, weight, torch.Generator().manual_seed(6))
                 _same(pair.A, want.A, f"fill_ {word} r={r} {how}")
                 _same(pair.B, want.B, f"fill_ {word} r={r} {how}")
 
@@ -368,30 +370,30 @@ def verbs_outer_add() -> None:
             stored = (W.T if transposed else W).contiguous()
             factors = itertools.cycle(zip(_placed(A), _placed(B), strict=False))
             for (how, t), ((how_a, a), (how_b, b)) in zip(_placed(stored), factors, strict=False):
-                weight_edits.outer_add_(t, b, a, -0.3, transposed=transposed)
+                dtensor_ops.outer_add_(t, b, a, -0.3, transposed=transposed)
                 what = f"outer_add_ {(out, wide)} {how}, {how_a}, {how_b} {transposed=}"
                 _same(t, want.T if transposed else want, what, atol=1e-6)
     # Half precision is rounded once, from a float32 sum.
     W, A, B = (torch.randn(s, generator=g) for s in ((6, 8), (3, 8), (6, 3)))
     W = W.bfloat16()
     for how, w in _placed(W):
-        weight_edits.outer_add_(w, B, A, 0.01)
+        dtensor_ops.outer_add_(w, B, A, 0.01)
         _same(w, (W.float() + 0.01 * B @ A).bfloat16(), f"outer_add_ bfloat16 {how}")
 
 
 @_on(2, 4)
 def verbs_reduce() -> None:
     cases = list(_cases(torch.Generator().manual_seed(8)))
-    got = weight_edits.reduce_scalar(
+    got = dtensor_ops.reduce_scalar(
         [t for _, _, t in cases]
     )  # plain and differently sharded together
     assert all(value == got for value in _on_every_process(got))
     for (what, twin, t), value in zip(cases, got, strict=True):
         want = twin.square().sum().item()
         assert abs(value - want) <= 1e-5 * want, f"reduce_scalar {what}: {value} for {want}"
-        alone = weight_edits.reduce_scalar([t])
+        alone = dtensor_ops.reduce_scalar([t])
         assert abs(alone[0] - want) <= 1e-5 * want, f"reduce_scalar alone {what}"
-    assert weight_edits.reduce_scalar([]) == []
+    assert dtensor_ops.reduce_scalar([]) == []
 
 
 @_on(2, 4)
@@ -407,9 +409,9 @@ def verbs_optimizer_state() -> None:
                 per_row = [p.shape[d] if d == axis else 1 for d in range(p.ndim)]
                 optimizer.state[p]["count"] = torch.arange(1.0, p.shape[axis] + 1).view(per_row)
             index = [twin.shape[axis] - 1]
-            before = [weight_edits.read_full(p.detach()).clone() for p in held]
+            before = [dtensor_ops.read_full(p.detach()).clone() for p in held]
             for p, optimizer in zip(held, optimizers, strict=True):
-                weight_edits.zero_rows(p, index, axis, optimizer)
+                dtensor_ops.zero_rows(p, index, axis, optimizer)
             label = f"zero_rows of state, {what}, axis {axis}"
             for p, value in zip(held, before, strict=True):
                 _same(p.detach(), value, f"{label}: the parameter itself stays")
@@ -418,13 +420,13 @@ def verbs_optimizer_state() -> None:
             for name in got:
                 _same(got[name], want[name], f"{label}: {name}")
                 if name != "step":
-                    whole = weight_edits.read_full(got[name])
+                    whole = dtensor_ops.read_full(got[name])
                     assert not whole.select(axis, index[0]).any(), f"{label}: {name} not reset"
                     rest = whole.index_select(axis, torch.arange(index[0]))
                     assert rest.numel() == 0 or rest.abs().sum() > 0, f"{label}: {name} all reset"
             assert got["step"] == 1
-            weight_edits.reset_state(optimizers[1], held[1])
-            assert not any(weight_edits.read_full(v).any() for v in got.values()), (
+            dtensor_ops.reset_state(optimizers[1], held[1])
+            assert not any(dtensor_ops.read_full(v).any() for v in got.values()), (
                 f"reset_state {what}"
             )
 
@@ -462,7 +464,7 @@ def _moves_keep(method: str, *, axis: int = 0, make: Callable[[], Any] = _llama,
         torch.testing.assert_close(logits, twin, atol=atol, rtol=0)
     fresh = [p for _, pair in many.pairs() for p in (pair.A, pair.B)]
     assert all(
-        not weight_edits.read_full(v).any() for p in fresh for v in optimizer.state[p].values()
+        not dtensor_ops.read_full(v).any() for p in fresh for v in optimizer.state[p].values()
     )
     _equal_states(many.state_dict(), one.state_dict(), atol)
 
@@ -730,14 +732,14 @@ def checkpoint_sharded_on_disk() -> None:
         return str(folder[0])
 
     def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        start = {n: weight_edits.read_full(p).clone() for n, p in model.named_parameters()}
+        start = {n: dtensor_ops.read_full(p).clone() for n, p in model.named_parameters()}
         state = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),  # steps a fresh optimizer
         }
         assert optimizer.state, "the API took no fake step, so this proves nothing"
         assert optimizer.param_groups[0][KEY]["step"] == 0
-        assert _bits({n: weight_edits.read_full(p) for n, p in model.named_parameters()}, start)
+        assert _bits({n: dtensor_ops.read_full(p) for n, p in model.named_parameters()}, start)
         read_shards(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -843,7 +845,7 @@ def silent_adapter_is_named() -> None:
         _shard(adapters)
         pair = adapters.layers[silent].update.delta.pair()
         assert pair is not None
-        weight_edits.zero_(pair.A)  # both factors 0: neither has a gradient
+        dtensor_ops.zero_(pair.A)  # both factors 0: neither has a gradient
         optimizer = _optimizer(adapters)
         _train(adapters.model, adapters, optimizer, range(WATCHED_STEPS - 1), divided=True)
         seen = optimizer.param_groups[0][KEY]["seen"]
@@ -864,7 +866,7 @@ def gradient_on_one_process_is_enough() -> None:
     optimizer = lorica.optimizer(adapters, 1e-2)
     model(torch.ones(2, 4))[:, -1].sum().backward()  # B is 0, and of its gradient all but a row
     if dist.get_rank() == 0:
-        grads = [weight_edits.shard_of(t.parameter.grad)[0] for t in adapters.trained()]  # type: ignore[arg-type]
+        grads = [dtensor_ops.shard_of(t.parameter.grad)[0] for t in adapters.trained()]  # type: ignore[arg-type]
         assert not any(g.any() for g in grads), "rank 0 was to see nothing"
     optimizer.step()
     assert bool(optimizer.param_groups[0][KEY]["seen"].all())

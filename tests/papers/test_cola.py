@@ -171,7 +171,7 @@ class Remembering(Cola):
     """A chain whose optimizer keeps its moments."""
 
     def restart(self, state, training, layers, **how):
-        super().restart(state, training, layers, **{**how, "optimizer": None})
+        super().restart(state, training, layers, **{**how, "keep_state": True})
 
 
 def test_a_chain_passes_the_floor_of_its_rank_and_a_reset_helps():

@@ -20,6 +20,7 @@ from lorica import Recipe
 from lorica.interfaces import Pair
 from lorica.methods.schedules.switchlora import pools, ring
 from lorica.recipe import registry
+from lorica.tensors import dtensor_ops
 from lorica.tensors.dtensor_ops import seeded
 from lorica.training import weight_edits
 from models import gpt2, llama, logits
@@ -169,7 +170,7 @@ def test_a_hundred_exchanges_of_either_side_keep_the_weight(method, dtype, bound
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64))
     adapters, optimizer = busy(model, dtype, method=method.removesuffix("+select"))
-    weight_edits.draw_(next(adapters.pairs())[1].B, torch.Generator().manual_seed(1), bound=0.3)
+    dtensor_ops.draw_(next(adapters.pairs())[1].B, torch.Generator().manual_seed(1), bound=0.3)
     start, A = effective(adapters)[0], next(adapters.pairs())[1].A.detach().clone()
     run(adapters, optimizer, 0, 30)
     assert int(own(optimizer)["swaps"][0]) >= 100
@@ -419,7 +420,7 @@ def test_presets_and_what_replaces_them():
     assert other.init.name == "olora" and Recipe.parse(other.text()) == other
     assert lorica.cite(WORD).count("@") == 2, "the paper once, and LoRA's"
     assert "2406.06564" in lorica.cite(f"init.{WORD}")
-    with pytest.raises(ValueError, match="no choice of the room `inits`"):
+    with pytest.raises(ValueError, match="no choice of the axis `inits`"):
         Recipe.parse("init.dora")
     with pytest.raises(ValueError, match="unknown method word `nonsense.switchlora`"):
         Recipe.parse("nonsense.switchlora")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorica
-from lorica.training import weight_edits
+from lorica.tensors import dtensor_ops
 from reference import vectoradamw
 
 
@@ -42,8 +42,8 @@ def test_a_reset_vector_starts_anew_and_its_neighbours_go_on(one):
     A, B, state = pair.A.detach().clone(), pair.B.detach().clone(), {}
     for i in range(8):
         if i == 4:
-            weight_edits.zero_rows(pair.A, [1], 0, made)
-            weight_edits.zero_rows(pair.B, [0, 2], 1, made)
+            dtensor_ops.zero_rows(pair.A, [1], 0, made)
+            dtensor_ops.zero_rows(pair.B, [0, 2], 1, made)
             for key in (("A", 1), ("B", 0), ("B", 2)):
                 state[key] = {}
         grads = step(pair, made)

@@ -17,6 +17,7 @@ import lorica
 from lorica import Recipe
 from lorica.methods.rules import _engine
 from lorica.recipe import registry
+from lorica.tensors import dtensor_ops
 from lorica.training import weight_edits
 from models import llama, train
 
@@ -517,10 +518,10 @@ def test_rows_can_start_anew_exactly_where_that_is_declared(word):
     pair = next(adapters.pairs())[1]
     if "row_state" not in registry.find(word).gives:
         with pytest.raises(ValueError, match="rows cannot be reset in it"):
-            weight_edits.zero_rows(pair.A, [1], 0, optimizer)
+            dtensor_ops.zero_rows(pair.A, [1], 0, optimizer)
         return
-    weight_edits.zero_rows(pair.A, [1], 0, optimizer)
-    weight_edits.zero_rows(pair.B, [1], 1, optimizer)
+    dtensor_ops.zero_rows(pair.A, [1], 0, optimizer)
+    dtensor_ops.zero_rows(pair.B, [1], 1, optimizer)
     per_vector = "vector_step" in registry.find(word).gives
     for name, value in optimizer.state[pair.A].items():
         if value.numel() > 1:
