@@ -1,9 +1,11 @@
-"""What an error quotes, cut to what a person reads."""
+"""Text of error messages: what they quote, cut to what a person reads, and what they suggest."""
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 _LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
@@ -30,6 +32,29 @@ def cut(text: str) -> str:
         503
     """
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], _LONG.sub(r"\1...", text))
+
+
+def nearest(name: str, known: Iterable[str], *, flag: bool = False) -> str:
+    """A question that ends an error about an unknown name: is the closest known one meant?
+
+    Args:
+        name: what was given; `-` and `_` count as the same.
+        known: what is allowed.
+        flag: write the suggestion as an option of the command line.
+
+    Returns:
+        The question with a space before it, or an empty string where no name is close.
+
+    Example:
+        >>> nearest("max-step", ["max_steps", "seed"], flag=True)
+        ' Did you mean `--max-steps`?'
+    """
+    spelt = {other.replace("-", "_"): other for other in known}
+    close = difflib.get_close_matches(name.replace("-", "_"), spelt, n=1, cutoff=0.6)
+    if not close:
+        return ""
+    found = spelt[close[0]]
+    return f" Did you mean `{'--' + found.replace('_', '-') if flag else found}`?"
 
 
 def no_memory(error: BaseException) -> bool:

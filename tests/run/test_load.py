@@ -22,7 +22,8 @@ from transformers import (
 
 import lorica
 from lorica import formats
-from lorica.run.load_model import _task, load_base, longest
+from lorica.data.lengths import longest
+from lorica.run.load_model import _task, load_base
 from lorica.run.token_weighting import TokenWeighted
 from models import llama
 

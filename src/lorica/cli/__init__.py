@@ -29,9 +29,9 @@ from typing import Any
 from lorica import __version__
 from lorica.cli._outcome import as_json, write
 from lorica.cli._parse import parse
-from lorica.run.options import UsageError, nearest
+from lorica.run.options import UsageError
 from lorica.run.stopping import Stopped, terminable
-from lorica.text import no_memory
+from lorica.text import nearest, no_memory
 
 __all__ = ["main", "verbs"]
 

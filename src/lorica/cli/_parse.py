@@ -14,7 +14,8 @@ import yaml
 from yaml.composer import ComposerError
 
 from lorica.cli._outcome import VerbOptions
-from lorica.run.options import Kind, UsageError, kinds, nearest
+from lorica.run.options import Kind, UsageError, kinds
+from lorica.text import nearest
 
 O = TypeVar("O", bound=VerbOptions)  # noqa: E741
 _POSITIONAL = getattr(tyro.conf.Positional[str], "__metadata__")[0]  # noqa: B009

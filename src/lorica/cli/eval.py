@@ -20,8 +20,8 @@ from lorica.run.options import (
     UsageError,
     choice,
     masking,
-    nearest,
 )
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     from lorica.cli._model import Source
@@ -201,8 +201,8 @@ class _Work:
     @cached_property
     def prepared(self) -> Prepared:
         from lorica.data import prepare
+        from lorica.data.lengths import longest
         from lorica.run.finetune import MAX_LENGTH
-        from lorica.run.load_model import longest
 
         options, source = self.options, self.source
         limit = longest(source.config, source.tokenizer)

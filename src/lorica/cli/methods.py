@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.run.options import HINT, Kind, UsageError, nearest
+from lorica.run.options import HINT, Kind, UsageError
+from lorica.text import nearest
 
 WORDS = Kind("WORD ...", tuple, nargs="*")
 

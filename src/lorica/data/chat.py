@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.samples import ASSISTANT, DOCUMENT, Piece, Row
-from lorica.data.words import excerpt, kind_of, listing, nearest
+from lorica.data.words import excerpt, kind_of, listing
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorica.data.words import excerpt, nearest
+from lorica.data.words import excerpt
+from lorica.text import nearest
 
 MOST = 100_000  # classes that numbers alone may mean, however few rows there are
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.formats import READERS, TXT_SPLITS, Options, formats, read_file, suffix_of
-from lorica.data.words import listing, nearest, visible
+from lorica.data.words import listing, visible
 from lorica.embedded.source import dataset as embedded
 from lorica.embedded.source import is_embedded
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa

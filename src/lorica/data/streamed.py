@@ -20,8 +20,9 @@ from torch.utils.data import IterableDataset
 from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import detect
 from lorica.data.stream import BATCH, TASK, Ids, running_ids, strings
-from lorica.data.words import listing, nearest
+from lorica.data.words import listing
 from lorica.tensors.dtensor_ops import seeded
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,7 +27,8 @@ from lorica.data.labels import Labels
 from lorica.data.pack import PACKINGS
 from lorica.data.samples import AbstractCausalSample, Labelled, Piece, Row, SourceTarget, Tagged
 from lorica.data.shapes import Shape, detect
-from lorica.data.words import listing, nearest
+from lorica.data.words import listing
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,7 @@
-"""Small helpers that every reader of user data shares: places, near names, JSON kept as text."""
+"""Small helpers that every reader of user data shares: places, JSON kept as text."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -19,12 +18,6 @@ _MARK = "\x1e"
 def visible(columns: Iterable[str]) -> list[str]:
     """The user's own columns: those whose name doesn't start with two underscores."""
     return [name for name in columns if not name.startswith("__")]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean `x`?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def listing(names: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorica.data.chat import COMPLETION, Format, template_of
 from lorica.data.encode import Encoder, assembled
+from lorica.data.lengths import longest
 from lorica.data.samples import (
     ASSISTANT,
     USER,
@@ -40,7 +41,6 @@ from lorica.data.samples import (
 )
 from lorica.data.shapes import Shape, detect, shapes
 from lorica.data.words import visible
-from lorica.run.load_model import longest
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -62,10 +62,10 @@ class FineTuning(AbstractRun):
 
     def load_data(self) -> None:
         from lorica.data import detect, prepare
+        from lorica.data.lengths import longest
         from lorica.run.load_model import (
             base_name,
             load_tokenizer,
-            longest,
             own_labels,
             read_config,
         )

@@ -323,24 +323,3 @@ def _labels(adapter: Path, classes: int) -> Labels:
             )
         return Labels(tuple(names))
     return Labels() if classes == 1 else Labels.from_num_labels(classes)
-
-
-def longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that the model and its tokenizer allow a row; None: there is no end, or they do not
-    say."""
-    has = vars(config)
-    places: Any = has.get("max_position_embeddings")
-    if "relative_attention_num_buckets" in has and places is None:
-        return None  # T5's positions are distances; the length in its files is its pre-training's
-    if isinstance(places, int) and config.model_type in _COUNT_FROM_PADDING:
-        padding = config.pad_token_id
-        places -= (1 if padding is None else padding) + 1
-    known = [places, has.get("n_positions"), tokenizer.model_max_length]
-    return min((n for n in known if isinstance(n, int) and 0 < n < 10**9), default=None)
-
-
-# RoBERTa and what was made after it: the first token's position is the padding's id and one.
-_COUNT_FROM_PADDING = frozenset({
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
-    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})  # fmt: skip

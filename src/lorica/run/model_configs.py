@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.run.options import UsageError, nearest
+from lorica.run.options import UsageError
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorica.run import checkpoints
 from lorica.run.folder import HEAD, RunFolder, strict
-from lorica.run.options import MOST, RunOptions, UsageError
+from lorica.run.options import RunOptions, UsageError
+from lorica.run.options.checks import MOST
 
 if TYPE_CHECKING:
     from lorica.model.adapters import Adapters

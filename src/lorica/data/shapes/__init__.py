@@ -18,7 +18,8 @@ from pkgutil import iter_modules
 from typing import Any
 
 from lorica.data.samples import Row
-from lorica.data.words import WHERE, listing, nearest, revive, visible
+from lorica.data.words import WHERE, listing, revive, visible
+from lorica.text import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import Any
 from lorica.data.chat import as_list, tools_of
 from lorica.data.samples import ASSISTANT, USER, Chat, Row
 from lorica.data.shapes import Shape
-from lorica.data.words import excerpt, listing, nearest
+from lorica.data.words import excerpt, listing
+from lorica.text import nearest
 
 _ROLES = {
     "human": USER,

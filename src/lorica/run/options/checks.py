@@ -1,0 +1,103 @@
+"""Errors of options, and the checks that several options share.
+
+A check is one line where it is used. Its message says what was given, what is allowed and, where
+that is not the same, what to type instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorica.text import cut
+
+MOST = 10**9  # steps, epochs, rows: a larger number is a slip of the finger
+MOST_TOKENS = 10**15
+
+
+class UsageError(ValueError):
+    """What was typed cannot be run: exit status 2, where any other error has 1.
+
+    Args:
+        message: for a person, so what it quotes at length is cut.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(cut(str(message)))
+
+
+def flag(name: str) -> str:
+    """The option of a field.
+
+    Example:
+        >>> flag("max_steps")
+        '--max-steps'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def refuse(wrong: bool, message: str) -> None:
+    """Raise UsageError with `message` where something is wrong."""
+    if wrong:
+        raise UsageError(message)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is an int or a float; True and False are neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: int | None, *, least: int = 1, most: int = MOST) -> None:
+    """An option that counts something; None: it was not given.
+
+    Raises:
+        UsageError: below `least` or above `most`.
+    """
+    if value is not None:
+        given = f"`{flag(name)} {value}`"
+        refuse(value < least, f"{given}: it is a whole number of at least {least}")
+        refuse(value > most, f"{given}: it is {most:,} at most")
+
+
+def check_above_zero(name: str, value: float | None) -> None:
+    """An option that is a finite number above 0; None: it was not given.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if value is not None and not 0 < value < float("inf"):
+        raise UsageError(f"`{flag(name)} {value}`: it is a number above 0")
+
+
+def check_path(name: str, value: str | tuple[str, ...] | None) -> None:
+    """An option that names files is no empty text.
+
+    Raises:
+        UsageError: it is.
+    """
+    empty = value == "" or (isinstance(value, tuple) and "" in value)
+    refuse(empty, f"`{flag(name)} ''`: a path is wanted; leave it out for none")
+
+
+def check_not_both(one: str, a: Any, other: str, b: Any, why: str) -> None:
+    """Two options of which at most one may be given; None: it was not.
+
+    Args:
+        one, other: their names.
+        a, b: their values.
+        why: completes "... were both given, and".
+
+    Raises:
+        UsageError: both were given.
+    """
+    if a is not None and b is not None:
+        raise UsageError(
+            f"`{flag(one)} {a}` and `{flag(other)} {b}` were both given, and {why}; leave one of"
+            " the two out"
+        )
+
+
+def checkpoint_path(resume: str | None) -> Path:
+    """The folder that `--resume PATH` names, with its name even from within."""
+    path = Path(resume or "").expanduser()
+    return path.resolve() if path.name in ("", "..") else path

@@ -1,0 +1,50 @@
+"""What trains: the method and its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from lorica.run.options.kinds import HINT, JSON, METHOD, MODULES, NUMBER, WHOLE, WHOLES, choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """The method and the fields of its recipe.
+
+    Args:
+        method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
+            weight. `lorica methods` lists them.
+        r: rank of what trains. Default: the method's own, else 16.
+        lora_alpha: numerator of the scale. Default: the method's own.
+        lora_dropout: probability that an input feature of the update is dropped.
+        lora_dropout_on: `update` (carried factors too) or `delta` (the trained ones alone, PEFT's
+            form).
+        target_modules: names (ends of module paths), one regular expression, or `all-linear`:
+            every linear layer but the head.
+        exclude_modules: in the same forms, what to leave out.
+        layers_to_transform: indices of the blocks to adapt. Default: all.
+        rank_pattern: {module pattern: r}, over `r`.
+        alpha_pattern: {module pattern: lora_alpha}, over `lora_alpha`.
+    """
+
+    method: Annotated[str | None, METHOD, HINT] = None
+    r: Annotated[int | None, WHOLE, HINT] = None
+    lora_alpha: Annotated[float | None, NUMBER, HINT] = None
+    lora_dropout: Annotated[float | None, NUMBER, HINT] = None
+    lora_dropout_on: Annotated[str | None, choice("update", "delta"), HINT] = None
+    target_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
+    rank_pattern: Annotated[dict[str, int] | None, JSON, HINT] = None
+    alpha_pattern: Annotated[dict[str, float] | None, JSON, HINT] = None
+
+    recipe_names: ClassVar[tuple[str, ...]] = (
+        "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
+        "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+    )  # fmt: skip
+
+    def recipe_fields(self) -> dict[str, Any]:
+        """The fields of `Recipe` that were given."""
+        given = {name: getattr(self, name) for name in self.recipe_names}
+        return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,54 @@
+"""Where a run goes: its folder, what it goes on from, where else it logs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+import tyro
+
+from lorica.run.options.checks import check_path, checkpoint_path, refuse
+from lorica.run.options.kinds import FOLDER, HINT, NAMES, RESUME, Unsaid, hint
+
+O = TypeVar("O", bound="OutputOptions")  # noqa: E741
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """The run's folder.
+
+    Args:
+        output_dir: the run's folder.
+        resume: go on from a checkpoint: a path, or without one the last of `output_dir`. Options
+            left out come from that run's config.yaml, and it goes on where the checkpoint lies.
+        overwrite_output_dir: remove the run that is in `output_dir`.
+        report_to: where else to log: `tensorboard`, `wandb`, ..., or `none`.
+    """
+
+    output_dir: Annotated[str, FOLDER, HINT] = Unsaid("lorica-run")
+    resume: Annotated[
+        str | None,
+        RESUME,
+        tyro.conf.arg(help_behavior_hint=hint, aliases=("--resume-from-checkpoint",)),
+    ] = None
+    overwrite_output_dir: bool = False
+    report_to: Annotated[tuple[str, ...], NAMES, HINT] = ("none",)
+
+    def placed(self: O) -> O:
+        """The same with the folder that is meant: a checkpoint that is named goes on where it lies,
+        unless a folder was typed."""
+        folder = str(self.output_dir)
+        if isinstance(self.output_dir, Unsaid) and self.resume not in (None, "last"):
+            folder = str(checkpoint_path(self.resume).parent)
+        return dataclasses.replace(self, output_dir=folder)
+
+    def check_output(self) -> None:
+        """Raises UsageError: an empty path, or a run that is to be both resumed and removed."""
+        check_path("output_dir", self.output_dir)
+        check_path("resume", self.resume)
+        refuse(
+            self.resume is not None and self.overwrite_output_dir,
+            "`--resume` and `--overwrite-output-dir` contradict each other: leave one of the two"
+            " out",
+        )
