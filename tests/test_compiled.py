@@ -29,6 +29,7 @@ from lorica.methods.kernels.reference import Reference
 from lorica.recipe import registry
 from lorica.tensors import dropout
 from models import batch, llama, perturb
+from tolerance import rounding
 
 PAIRS = [
     f"{delta}+{combine}"
@@ -418,9 +419,13 @@ def test_without_gradients_nothing_is_kept_and_training_goes_on(method, mode):
     adapters.model.eval()
     twin.model.eval()
     expected = twin.model(rows(0))["loss"]
+    # Without gradients another order of the products can be cheapest, so the two agree to rounding:
+    # in each layer a product and a row norm of W + ΔW, which is itself a sum, and then the mean.
+    within = rounding(torch.float64, 2 * 3 * WIDTH + rows(0).numel())
     with mode(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
         value = adapters.model(rows(0))["loss"]
-        assert torch.equal(value, expected) and not value.requires_grad and not kept
+        torch.testing.assert_close(value, expected, rtol=within, atol=0)
+        assert not value.requires_grad and not kept
         adapters.model.train()
         assert not adapters.model(rows(0))["loss"].requires_grad and not kept
     for handle in (adapters, twin):
