@@ -9,7 +9,7 @@ from _bench import Arm, Column, Effect, Seen, mean, train
 from _language import batch, loss, pretrained, shifted
 
 import lorica
-from lorica.methods.deltas.reslora.reslora import merge_approximately
+from lorica.methods.deltas.reslora import approximated
 
 PAPER = (
     "shortcuts let gradients reach early adapters, so the loss falls faster than LoRA's with the"
@@ -55,7 +55,9 @@ def measure(arm: Arm, lr: float, seed: int) -> dict[str, float]:
     losses = train(adapters, forward, lr=lr, steps=50, seed=seed)
     end = loss(model, new)
     if "shortcut" in arm.method:
-        merge_approximately(model, [batch(new, generator) for _ in range(4)])
+        batches = [batch(new, generator) for _ in range(4)]
+        with approximated(lorica.Adapters.of(model), batches):
+            lorica.merge(model)
     else:
         lorica.merge(model)
     return {

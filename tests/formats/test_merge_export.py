@@ -236,9 +236,10 @@ def test_what_is_no_matrix_is_made_one_first(shortcut, tmp_path):
     assert whole.logits.relative_change == pytest.approx(far, rel=1e-3)
     assert whole.logits.relative_change > 0 and cut.logits != whole.logits
 
-    from lorica.methods.deltas.reslora.reslora import merge_approximately
+    from lorica.methods.deltas.reslora import approximated
 
-    lost = merge_approximately(twin, [sample])
+    with approximated(lorica.Adapters.of(twin), [sample]) as lost:
+        lorica.merge(twin)
     assert lost == pytest.approx(whole.approximated)
     close(logits(twin), theirs)
     with pytest.raises(ValueError, match="no ΔW to merge"):

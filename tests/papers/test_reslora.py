@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica import Recipe
-from lorica.methods.deltas.reslora.reslora import merge_approximately
+from lorica.methods.deltas.reslora import approximated
 from models import batch, llama, logits, perturb, train
 from reference import reslora as twin
 
@@ -282,7 +282,9 @@ def test_an_approximate_merge_is_the_twins(shortcut, by):
         near = torch.cat([run[n][0] @ delta.T for run in seen])
         errors.append(float((exact - near).norm() / exact.norm()))
     exact = model(x_of())
-    lost = merge_approximately(model, [{"x": x_of(i)} for i in range(3)], by=by)
+    adapters = lorica.Adapters.of(model)
+    with approximated(adapters, [{"x": x_of(i)} for i in range(3)], by=by) as lost:
+        lorica.merge(model)
     for n, b in enumerate(model.blocks):
         assert type(b["q"]) is nn.Linear
         torch.testing.assert_close(b["q"].weight.detach(), plain[n], rtol=1e-6, atol=1e-6)
@@ -296,15 +298,15 @@ def test_what_needs_a_weight_is_refused(shortcut):
     with pytest.raises(ValueError, match="`dora` needs `weight`"):
         Recipe.parse(word(shortcut, None) + "+dora")
     model, adapters = one(shortcut)
-    with pytest.raises(ValueError, match=r"no ΔW.*merge_approximately"):
+    with pytest.raises(ValueError, match=r"no ΔW.*approximated"):
         lorica.merge(model)
     assert len(lorica.Adapters.of(model)) == N
     with pytest.raises(ValueError, match="allowed: 'inputs'"):
-        merge_approximately(model, [], by="norms")
+        approximated(adapters, [], by="norms").__enter__()
     with pytest.raises(ValueError, match="none gives 'blocks.0.q' an input"):
-        merge_approximately(model, [])
+        approximated(adapters, []).__enter__()
     with pytest.raises(ValueError, match=r"Type `lorica.merge\(model\)`"):
-        merge_approximately(one("block")[0], [])
+        approximated(one("block")[1], []).__enter__()
 
 
 # -- claims and company ----------------------------------------------------------------------------

@@ -68,7 +68,6 @@ def describe() -> list[dict[str, Any]]:
                     "paper": _first(r"title\s*=\s*\{(.*?)\},?\s*\n?\s*author", text.bibtex),
                     "arxiv": text.arxiv[0] if text.arxiv else None,
                     "year": _year(text.bibtex),
-                    "status": cls.status,
                     "arguments": _arguments(cls),
                     "learning_rate": cls().default_learning_rate,
                     "needs": sorted(cls.needs),
@@ -119,7 +118,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("axis", "method", "what it does", "year", "arXiv", "status"):
+    for column in ("axis", "method", "what it does", "year", "arXiv"):
         table.add_column(column, overflow="fold", ratio=1 if column == "what it does" else None)
     axis = None
     for row in rows:
@@ -133,7 +132,6 @@ def _table(rows: list[dict[str, Any]]) -> Any:
             row["summary"],
             str(row["year"] or ""),
             row["arxiv"] or "",
-            row["status"],
         )
     table.caption = "* the axis' default"
     table.caption_justify = "left"

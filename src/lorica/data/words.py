@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-WHERE = "__where__"
-"""Hidden column with the place a row came from (`"train.jsonl, line 12"`), so that an error found
-long after reading can still name the file and the line."""
+from lorica.embedded.source import WHERE as WHERE  # the column that names a row's file and line
 
 # The record separator of RFC 7464 (JSON text sequences): it marks a cell that Arrow could not hold
 # unchanged (lists of unlike dictionaries) and that is therefore kept as JSON text.

@@ -17,6 +17,9 @@ PREFIX = "lorica:"
 NEW = f"{PREFIX}new"  # what `--data` means where it is left out
 BOTH = f"{PREFIX}new+old"
 TRAIN, TEST = SIDES
+# Hidden column with the place an example came from ("train.jsonl, line 12"), so that an error found
+# long after reading can still name the file and the line.
+WHERE = "__where__"
 ROWS = {TRAIN: 2000, TEST: 200}  # without `max_samples`
 
 
@@ -66,8 +69,6 @@ def examples(source: str, split: str | None = None, count: int | None = None) ->
 def dataset(source: str, split: str | None = None, count: int | None = None) -> Any:
     """`examples` as a `datasets.Dataset`; every row knows its place."""
     import datasets
-
-    from lorica.data.words import WHERE
 
     rows = examples(source, split, count)
     name = f"{source} ({TRAIN if split is None else split})"

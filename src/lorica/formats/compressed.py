@@ -17,6 +17,7 @@ from lorica.formats.atomic_folder import check_free, first, together, writing
 from lorica.formats.merge import Change, make_sample, outputs
 from lorica.formats.native import write_tensors
 from lorica.formats.safe_files import check_items, check_types, read_json, read_tensors, sha256
+from lorica.methods.optional import OutlivesBase
 from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
 from lorica.model.layer import AdaptedLinear
@@ -399,7 +400,8 @@ def _wrong_size(name: str, value: Any) -> bool:
 
 
 def _pair(name: str, layer: AdaptedLinear, method: str) -> nn.Sequential:
-    left = layer.combine.remains(layer.update)
+    combine = layer.combine
+    left = combine.remains(layer.update) if isinstance(combine, OutlivesBase) else None
     if left is None:
         raise ValueError(
             f"`{method}` cannot be compressed: {name!r} still reads its base, or its update is no"

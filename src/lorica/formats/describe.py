@@ -24,7 +24,7 @@ from lorica.formats.safe_files import (
     tensor_file,
 )
 from lorica.interfaces import Factors
-from lorica.methods.ranks.pattern import first_match
+from lorica.methods.ranks.base import first_match
 
 _SUFFIXES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorica.formats.atomic_folder import check_free, first, together, writing
+from lorica.methods.optional import ApproximatesWeight
 from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
 from lorica.training.checks import check_effect
@@ -111,7 +112,7 @@ def merge_to(
         sample: keyword arguments of a forward pass on which the change is measured. Default: 32
             tokens drawn from the vocabulary, always the same.
         approximate: merge updates that are no matrix (a layer's depends on what others see) into
-            one that nearly computes them on the sample; see `DeltaChoice.stand_in`.
+            one that nearly computes them on the sample; see `ApproximatesWeight`.
         overwrite: replace a model that is there.
 
     Raises:
@@ -216,7 +217,9 @@ def stand_in(
     if "weight" in recipe.given():
         return contextlib.nullcontext({})
     assert sample is not None
-    return recipe.delta.stand_in(adapters, [sample])
+    if not isinstance(recipe.delta, ApproximatesWeight):
+        raise AssertionError(f"`{recipe.text()}` has no ΔW, and no matrix that is near")
+    return recipe.delta.approximated(adapters, [sample])
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ from lorica.formats.safe_files import PEFT_CONFIG, check_items, check_patterns, 
 from lorica.interfaces import Factors
 from lorica.methods.choice import AXES
 from lorica.methods.deltas.base import DeltaChoice, PeftForm
-from lorica.methods.ranks.pattern import first_match, flaw
+from lorica.methods.optional import ReadsAsLora
+from lorica.methods.ranks.base import first_match, flaw
 from lorica.model.adapters import Adapters
 from lorica.model.bases.base import base_for
 from lorica.model.layer import AdaptedLinear
@@ -404,7 +405,7 @@ def read_config(data: dict[str, Any], file: Path) -> dict[str, Any]:
         return _read_own_config(data, forms[data["peft_type"]], file)
     check_config(data, file)
     if data.get("peft_type") != LORA:
-        synonyms = {c.peft_synonym for c in _deltas() if c.peft_synonym is not None}
+        synonyms = {c.peft_synonym for c in _deltas() if issubclass(c, ReadsAsLora)}
         others = "".join(f" and {name}" for name in sorted({*forms, *synonyms}))
         raise ValueError(
             f"{file}: `peft_type` is {shorten(data.get('peft_type'))}; read are LORA files (LoRA,"
@@ -447,7 +448,7 @@ def as_plain(
         ValueError: a value or a tensor that is not of that type.
     """
     for choice in _deltas():
-        if choice.peft_synonym is not None and data.get("peft_type") == choice.peft_synonym:
+        if issubclass(choice, ReadsAsLora) and data.get("peft_type") == choice.peft_synonym:
             try:
                 return choice.as_plain(data, tensors)
             except ValueError as error:

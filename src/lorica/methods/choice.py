@@ -13,9 +13,10 @@ import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from lorica.interfaces import RecipeLike
+if TYPE_CHECKING:
+    from lorica.interfaces import RecipeLike  # torch's weight
 
 
 class Axis(NamedTuple):
@@ -100,7 +101,6 @@ class Choice:
     withdraws: ClassVar[frozenset[str]] = frozenset()  # capabilities nothing has beside this choice
     preset: ClassVar[Mapping[str, str]] = {}  # axis -> text of the choice this method also fills
     requires: ClassVar[frozenset[str]] = frozenset()  # axes of `preset` that can't be replaced
-    status: ClassVar[str] = "stable"
     # Numeric fields of the recipe that it gives a meaning to.
     takes: ClassVar[frozenset[str]] = frozenset()
     hooks: ClassVar[frozenset[str]] = frozenset()  # what it wants to see of a forward

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorica.interfaces import Pair, Trained
 from lorica.methods.groups.base import at_own_rate
 from lorica.methods.objectives.base import Context
+from lorica.methods.optional import Reweights, TrainsBase
 from lorica.model import state
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
@@ -100,7 +101,7 @@ class Adapters:
             ]
         for site, module in self.saved.items():
             out += [Trained(f"{site}.{n}", p, role, site) for n, p, role in module.trained()]
-        if any(s.trains_base for s in self.recipe.schedules):
+        if any(isinstance(s, TrainsBase) and s.trains_base for s in self.recipe.schedules):
             out += [
                 Trained(f"{n}.base.weight", layer.store.parameter, "weight", n)
                 for n, layer in self.layers.items()
@@ -139,7 +140,7 @@ class Adapters:
                 update once.
         """
         loss, context = outputs["loss"], Context(outputs, batch, self, share)
-        for objective in sorted(self.recipe.objectives, key=lambda o: o.penalises):
+        for objective in sorted(self.recipe.objectives, key=lambda o: not isinstance(o, Reweights)):
             loss = objective.loss(loss, context)  # type: ignore[attr-defined]
         return loss
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Site
+from lorica.methods.optional import LinksDeltas
 from lorica.model.adapters import _HANDLE, Adapters
 from lorica.model.bases.base import AbstractBase
 from lorica.model.forward_hooks import ForwardHooks
@@ -104,7 +105,8 @@ def attach(
             n: _build(model.get_submodule(n), b, recipe, sites[n])
             for n, b in targets.layers.items()
         }
-        recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
+        if isinstance(recipe.delta, LinksDeltas):
+            recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
         for name, layer in layers.items() if initialise else ():
             start(layer, recipe, f"{recipe.seed}/{name}")
             refuse_idle(layer, recipe)

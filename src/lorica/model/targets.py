@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lorica.interfaces import Site
+from lorica.methods.optional import BuildsOtherRank
 from lorica.model.bases.base import AbstractBase, base_for
 
 
@@ -350,7 +351,9 @@ def sites_of(
             store.lookup, wide if wide is torch.float64 else dtype, store.parameter.device,
             store.bias() is not None,
         )  # fmt: skip
-        if (built := recipe.delta.built_rank(site, recipe)) != r:
+        delta = recipe.delta
+        built = delta.built_rank(site, recipe) if isinstance(delta, BuildsOtherRank) else r
+        if built != r:
             site = dataclasses.replace(site, r=built, scale=recipe.scale.factor(alpha, built))
         sites[name] = site
     if not any_rank:

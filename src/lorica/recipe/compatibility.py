@@ -10,7 +10,8 @@ from reprlib import repr as short
 from typing import Any
 
 from lorica.methods.choice import AXES, CAPABILITIES
-from lorica.methods.ranks.pattern import flaw
+from lorica.methods.optional import Regrows
+from lorica.methods.ranks.base import flaw
 from lorica.recipe.registry import find, names
 
 DENSE = frozenset(
@@ -151,7 +152,8 @@ def check_capabilities(recipe: Any, base: frozenset[str]) -> None:
     _check_owners(recipe.groups, lambda group: group.freezes, "freeze")
     _check_owners(recipe.schedules, lambda schedule: schedule.edits, "edit the")
     for schedule, group in itertools.product(recipe.schedules, recipe.groups):
-        for role in sorted(schedule.regrows & group.freezes):
+        regrows = schedule.regrows if isinstance(schedule, Regrows) else frozenset()
+        for role in sorted(regrows & group.freezes):
             raise ValueError(
                 f"`{schedule.name}` takes parts of {role} away which have to grow back, and"
                 f" `{group.name}` freezes {role}; leave one of the two out"

@@ -1,7 +1,7 @@
 """Recipe: the user's whole choice, one field per axis, checked before anything expensive happens.
 
 Example:
-    >>> from lorica.recipe.recipe import Recipe
+    >>> from lorica.recipe import Recipe
     >>> recipe = Recipe.parse("dora + olora + rslora", r=8)
     >>> recipe.text()
     'dora+olora+rslora'
@@ -14,9 +14,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lorica.methods.choice import AXES, Choice, source
+from lorica.methods.combine.base import CombineChoice
+from lorica.methods.deltas.base import DeltaChoice
+from lorica.methods.groups.base import AbstractGroup
+from lorica.methods.inits.base import AbstractInit
+from lorica.methods.kernels.base import AbstractKernel
+from lorica.methods.objectives.base import AbstractObjective
+from lorica.methods.ranks.base import AbstractRank
+from lorica.methods.rules.base import AbstractRule
+from lorica.methods.scales.base import AbstractScale
+from lorica.methods.schedules.base import AbstractSchedule
 from lorica.recipe.compatibility import (
     DENSE,
     check_capabilities,
@@ -25,8 +35,9 @@ from lorica.recipe.compatibility import (
     check_values,
 )
 from lorica.recipe.parse import choices_of
-from lorica.recipe.registry import build
+from lorica.recipe.registry import build, find, names
 
+T = TypeVar("T")
 # Whose default counts first where several choices have one: what changes most decides.
 _PRECEDENCE = (
     "schedules", "deltas", "inits", "ranks", "groups", "rules", "combine", "scales", "objectives",
@@ -57,7 +68,7 @@ class Recipe:
         seed: of every random draw at attach, together with the layer's name.
 
     Raises:
-        ValueError: an argument out of range, two words on one axis, or a combination that the
+        ValueError: an argument out of range, two methods on one axis, or a combination that the
             declarations of its parts rule out.
     """
 
@@ -74,17 +85,21 @@ class Recipe:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    delta: Any = None
-    combine: Any = None
-    init: Any = None
-    scale: Any = None
-    rank: Any = None
-    schedules: tuple[Any, ...] = ()
-    groups: tuple[Any, ...] = ()
-    rule: Any = None
-    objectives: tuple[Any, ...] = ()
-    kernel: Any = None
-    filled: dict[str, tuple[Any, str]] = field(default_factory=dict, compare=False, repr=False)
+    # Given as None, an axis of one choice takes its default; afterwards it is None only where the
+    # method leaves nothing for it to act on.
+    delta: DeltaChoice = field(default=None)  # pyright: ignore[reportAssignmentType]
+    combine: CombineChoice | None = None
+    init: AbstractInit | None = None
+    scale: AbstractScale | None = None
+    rank: AbstractRank | None = None
+    schedules: tuple[AbstractSchedule, ...] = ()
+    groups: tuple[AbstractGroup, ...] = ()
+    rule: AbstractRule = field(default=None)  # pyright: ignore[reportAssignmentType]
+    objectives: tuple[AbstractObjective, ...] = ()
+    kernel: AbstractKernel | None = None
+    filled: dict[str, tuple[float, str]] = field(  # field -> default taken, method it comes from
+        default_factory=dict[str, tuple[float, str]], compare=False, repr=False
+    )
 
     # -- construction
 
@@ -108,7 +123,7 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(cls)} - {"filled"} | {"method"}
         if extra := sorted(set(data) - known):
             raise ValueError(f"unknown recipe fields {extra}; known: {sorted(known)}")
-        return cls.parse(data.pop("method", AXES["scales"][1]), **data)
+        return cls.parse(data.pop("method", AXES["scales"].default), **data)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the method's text and every plain field, defaults filled in."""
@@ -127,15 +142,13 @@ class Recipe:
             if isinstance(value, (list, set)):
                 put(self, name, tuple(sorted(value) if isinstance(value, set) else value))
         put(self, "modules_to_save", tuple(self.modules_to_save or ()))
-        defaulted = []
-        for room, (name, word, several) in AXES.items():
+        defaulted: list[str] = []
+        for axis, (name, default, several) in AXES.items():
             if getattr(self, name) is None and not several:
-                patterns = self.rank_pattern or self.alpha_pattern
-                word = "pattern" if room == "ranks" and patterns else word
-                put(self, name, build(str(word), {}))
+                put(self, name, build(self._implied(axis) or str(default), {}))
                 defaulted.append(name)
         have = self.given()
-        for name in defaulted:  # an axis nobody spoke of is empty where it has nothing to act on
+        for name in defaulted:  # an axis without a choice is empty where it has nothing to act on
             if getattr(self, name).needs - have:
                 put(self, name, None)
         check_effects(self)
@@ -161,22 +174,29 @@ class Recipe:
         narrowed = self.exclude_modules or self.layers_to_transform is not None
         return not self.delta.wraps and self.target_modules == "all-linear" and not narrowed
 
-    def _fill(self, name: str, default: tuple[Any, str] | None) -> None:
+    def _implied(self, axis: str) -> str | None:
+        """The method that this recipe's patterns ask for on this axis."""
+        if axis != "ranks" or not (self.rank_pattern or self.alpha_pattern):
+            return None
+        classes = ((name, find(name)) for name in names(axis))
+        return next(n for n, c in classes if issubclass(c, AbstractRank) and c.implied)
+
+    def _fill(self, name: str, default: tuple[float, str] | None) -> None:
         if getattr(self, name) is None and default is not None:
             object.__setattr__(self, name, default[0])
             self.filled[name] = default
 
-    def _own(self, value: Callable[[Choice], Any]) -> tuple[Any, str] | None:
-        """The first choice, by precedence, that has a value of its own, and its word."""
-        for room in _PRECEDENCE:
-            for choice in self.of(room):
+    def _own(self, value: Callable[[Choice], T | None]) -> tuple[T, str] | None:
+        """The first choice, by precedence, that has a value of its own, and its name."""
+        for axis in _PRECEDENCE:
+            for choice in self.of(axis):
                 if (own := value(choice)) is not None:
                     return own, choice.name
         return None
 
     @property
     def learning_rate(self) -> tuple[float, str] | None:
-        """The method's default rate and the word it comes from: the rule's own, else a schedule's,
+        """The method's default rate and the part it comes from: the rule's own, else a schedule's,
         else the lowest that one of the parts asks for."""
         for choices in (self.of("rules"), self.schedules, self.choices):
             rates = [(r, c.name) for c in choices if (r := c.default_learning_rate)]
@@ -186,32 +206,34 @@ class Recipe:
 
     # -- access
 
-    def of(self, room: str) -> tuple[Choice, ...]:
-        value = getattr(self, AXES[room][0])
+    def of(self, axis: str) -> tuple[Choice, ...]:
+        """The choices on one axis, by the name of its package."""
+        value = getattr(self, AXES[axis].field)
         if value is None:
             return ()
         return value if isinstance(value, tuple) else (value,)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        return tuple(c for room in AXES for c in self.of(room))
+        return tuple(c for axis in AXES for c in self.of(axis))
 
     def text(self) -> str:
         """The shortest text that `parse` reads back as these choices."""
-        named, implied = [], {}
+        named: list[str] = []
+        implied: dict[str, set[str]] = {}
         for choice in self.choices:
-            for room, text in choice.preset.items():
-                implied.setdefault(room, set()).add(text)
-        for room, (_, default, several) in AXES.items():
-            brought = implied.get(room, set())
-            for choice in self.of(room):
+            for axis, text in choice.preset.items():
+                implied.setdefault(axis, set()).add(text)
+        for axis, (_, default, several) in AXES.items():
+            brought = implied.get(axis, set())
+            for choice in self.of(axis):
                 text = choice.text()
-                if room == "ranks" and choice.name == "pattern" and not brought:
+                if isinstance(choice, AbstractRank) and choice.implied and not brought:
                     continue  # follows from rank_pattern and alpha_pattern
                 known = text in brought if several else brought == {text}
                 if not known and (brought or text != default or choice.preset):
                     named.append(text)
-        plain = str(AXES["scales"][1])
+        plain = str(AXES["scales"].default)
         needless = "" if "scales" in implied else plain
         return "+".join(t for t in named if t != needless) or plain
 

@@ -68,9 +68,14 @@ def recipe_of(options: RunOptions, **more: Any) -> Recipe:
 
 def curved(recipe: Recipe, name: str, warmup_steps: int) -> Recipe:
     """The same with the rate curve of this name, where one of its schedules brings it."""
+    from lorica.methods.optional import BringsCurves
+
     schedules: Any = recipe.schedules
     schedules = [
-        s.with_curve(name, warmup_steps) if name in s.lr_scheduler_types else s for s in schedules
+        s.with_curve(name, warmup_steps)
+        if isinstance(s, BringsCurves) and name in s.lr_scheduler_types
+        else s
+        for s in schedules
     ]
     return dataclasses.replace(recipe, schedules=tuple(schedules))
 
@@ -81,10 +86,12 @@ def check_optim(options: RunOptions, recipe: Recipe) -> None:
     Raises:
         UsageError: it is another.
     """
+    from lorica.methods.optional import RefusesOptim
+
     rule: Any = recipe.rule
     optim = options.further.get("optim")
-    if (why := rule.trainer_refusals.get(optim)) is not None:
-        raise UsageError(f"`--optim {optim}`: {why}")
+    if isinstance(rule, RefusesOptim) and optim in rule.trainer_refusals:
+        raise UsageError(f"`--optim {optim}`: {rule.trainer_refusals[optim]}")
     if optim is not None and optim not in rule.trainer_names:
         raise UsageError(
             f"`--optim {optim}` is not the rule of the method `{recipe.text()}`, which is"
@@ -380,11 +387,15 @@ class AbstractRun(ABC):
         """
         from transformers import SchedulerType
 
+        from lorica.methods.optional import BringsCurves
+
         known = [kind.value for kind in SchedulerType]
         if name in known:
             return name
         schedules: Any = () if self.recipe is None else self.recipe.schedules
-        brought = [kind for s in schedules for kind in s.lr_scheduler_types]
+        brought = [
+            kind for s in schedules if isinstance(s, BringsCurves) for kind in s.lr_scheduler_types
+        ]
         if name not in brought:
             allowed = ", ".join([*brought, *known])
             raise UsageError(

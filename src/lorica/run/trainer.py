@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lorica import formats
 from lorica.formats.atomic_folder import place, sync
+from lorica.methods.optional import ClipsItself, FreezesLayers, RefusesOptim
 from lorica.model.adapters import Adapters
 from lorica.run import checkpoints
 from lorica.run.guard import Guarded
@@ -90,7 +91,7 @@ class TrainerMixin(Guarded):
                 " process a GPU with `torchrun --nproc-per-node N`, or set CUDA_VISIBLE_DEVICES=0"
             )
         rule: Any = self.adapters.recipe.rule
-        if rule.clips and self.args.max_grad_norm:
+        if isinstance(rule, ClipsItself) and self.args.max_grad_norm:
             logger.warning(
                 "`%s` limits its own step, and clipping the gradients before it would spoil that:"
                 " max_grad_norm is 0 instead of %g", rule.name, self.args.max_grad_norm,
@@ -110,8 +111,8 @@ class TrainerMixin(Guarded):
         # The default of the arguments can't be told from a wish, so it counts as none.
         unset = type(args).__dataclass_fields__["optim"].default
         if name not in rule.trainer_names | {getattr(unset, "value", unset)}:
-            if (why := rule.trainer_refusals.get(name)) is not None:
-                raise ValueError(f"`optim={name}`: {why}")
+            if isinstance(rule, RefusesOptim) and name in rule.trainer_refusals:
+                raise ValueError(f"`optim={name}`: {rule.trainer_refusals[name]}")
             raise ValueError(
                 f"`optim={name}` is not the rule of the recipe `{self.adapters.recipe.text()}`,"
                 f" which is `{rule.name}`; allowed: {', '.join(sorted(rule.trainer_names))}."
@@ -132,7 +133,7 @@ class TrainerMixin(Guarded):
     def _check_phases(self, args: Any) -> None:
         """Where something rests for a while, DDP has to look for it, and FSDP2 cannot resume."""
         schedules: Any = self.adapters.recipe.schedules
-        resting = [s.name for s in schedules if s.freezes_layers]
+        resting = [s.name for s in schedules if isinstance(s, FreezesLayers) and s.freezes_layers]
         if not resting:
             return
         if args.fsdp:

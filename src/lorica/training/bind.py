@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lorica.methods.optional import FitsHorizon
 from lorica.model.adapters import Adapters
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
@@ -179,7 +180,8 @@ def bind(
     binding = _Binding(adapters, optimizer, schedules)
     rule: Any = recipe.rule
     told = {s.name: s.plan(total_steps) for s in schedules}
-    told[rule.name] = rule.horizon(optimizer, total_steps)
+    if isinstance(rule, FitsHorizon):
+        told[rule.name] = rule.horizon(optimizer, total_steps)
     for word, plan in told.items():
         if plan:
             logger.info("  %s: %s", word, plan)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lorica.interfaces import BaseLike, Factors, KernelLike, Site, UpdateLike
+from lorica.interfaces import BaseLike, KernelLike, Site, UpdateLike
 from lorica.methods.choice import Choice
 
 
@@ -35,11 +35,6 @@ class AbstractCombine(nn.Module, abc.ABC):
     @abc.abstractmethod
     def effective(self, base: BaseLike, update: UpdateLike) -> tuple[Tensor, Tensor | None]:
         """Effective weight (out, in) and bias (out,), in at least float32."""
-
-    def remains(self, update: UpdateLike) -> tuple[Factors, Tensor | None] | None:
-        """Factors and bias (out,) of a layer that does not read its base any more; None: it does,
-        or its update has no factors."""
-        return None
 
     def start(self, base: BaseLike, update: UpdateLike) -> None:  # noqa: B027
         """Called once the delta is initialised and its anchor carried: set what depends on W +

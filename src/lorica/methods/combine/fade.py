@@ -30,10 +30,11 @@ from torch.nn import functional as F
 
 from lorica.interfaces import BaseLike, Factors, KernelLike, Site, UpdateLike
 from lorica.methods.combine.base import AbstractCombine, CombineChoice
+from lorica.methods.optional import OutlivesBase
 from lorica.tensors.dtensor_ops import copy_, read_full
 
 
-class FadeCombine(AbstractCombine):
+class FadeCombine(AbstractCombine, OutlivesBase):
     roles: ClassVar[dict[str, str]] = {"c": "bias"}
     c: nn.Parameter | None
 

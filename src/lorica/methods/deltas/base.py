@@ -11,15 +11,14 @@ To add one: copy `lowrank.py`, change the equations, add the paper's claims as a
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorica.interfaces import Factors, Pair, Site
+from lorica.interfaces import BaseLike, Factors, Pair, Site
 from lorica.methods.choice import Choice
 
 
@@ -35,11 +34,11 @@ class AbstractDelta(nn.Module, abc.ABC):
         self.register_load_state_dict_post_hook(_tell)
 
     @abc.abstractmethod
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         """(..., in) -> (..., out): x ΔWᵀ."""
 
     @abc.abstractmethod
-    def weight(self, base) -> Tensor | None:
+    def weight(self, base: BaseLike) -> Tensor | None:
         """ΔW (out, in), or None where none exists."""
 
     def factors(self) -> Factors | None:
@@ -94,42 +93,8 @@ class DeltaChoice(Choice):
         if "pair" in cls.gives:
             cls.gives = cls.gives | {"sides"}  # a pair has both
 
-    def built_rank(self, site: Site, recipe: Any) -> int:
-        """Rank that a layer is built with, and that s is made of; `site.r` is what shall remain.
-
-        Raises:
-            ValueError: an argument that does not fit this layer.
-        """
-        return site.r
-
     def build(self, site: Site) -> AbstractDelta:
         raise AssertionError(f"{self.name} builds no adapter")
-
-    def link(self, deltas: Mapping[str, AbstractDelta]) -> None:
-        """Called once by `attach`, before any layer starts: let the deltas of a model know each
-        other.
-
-        A delta keeps others in a tuple, which a module does not register: parameters stay one
-        layer's own, and a copy of the model links its own deltas.
-
-        Args:
-            deltas: {module path: what `build` made there}, in model order.
-        """
-
-    def stand_in(
-        self, adapters: Any, batches: Sequence[Mapping[str, Any]]
-    ) -> AbstractContextManager[dict[str, float]]:
-        """For a delta without a ΔW: within, each layer has one that nearly computes its update.
-
-        Args:
-            adapters: the handle.
-            batches: keyword arguments of the model, to fit it to.
-
-        Returns:
-            A context of {module path: ‖y − y'‖ / ‖y‖}, y the update's output over the batches and
-            y' the matrix's.
-        """
-        raise AssertionError(f"{self.name} has a ΔW")
 
     def peft_form(self) -> PeftForm | None:
         """PEFT's own type for this delta, or None."""
@@ -138,21 +103,6 @@ class DeltaChoice(Choice):
     def peft_serves(self, site: Site) -> bool:
         """Whether that type computes the same for a linear layer of these sizes."""
         return self.peft_form() is not None
-
-    # A type of PEFT's that is LORA in other clothes: its files are read through `as_plain`.
-    peft_synonym: ClassVar[str | None] = None
-
-    @classmethod
-    def as_plain(
-        cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration and tensors of the LORA file that computes what one of type `peft_synonym`
-        does.
-
-        Raises:
-            ValueError: a value or a tensor that is not of that type.
-        """
-        raise AssertionError(f"{cls.__name__} has no `peft_synonym`")
 
     @classmethod
     def from_peft(cls, data: Mapping[str, Any]) -> DeltaChoice | None:

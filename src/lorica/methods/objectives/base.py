@@ -53,9 +53,6 @@ class Context:
 @dataclass(frozen=True, kw_only=True)
 class AbstractObjective(Choice, abc.ABC):
     axis: ClassVar[str] = "objectives"
-    # Adds to the loss, whatever that is. False: gives the task's own loss another weight, and so
-    # comes before all that is added, in whatever order the words were typed.
-    penalises: ClassVar[bool] = True
 
     @abc.abstractmethod
     def loss(self, task_loss: Tensor, context: Context) -> Tensor:

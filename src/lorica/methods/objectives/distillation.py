@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorica.methods.objectives.base import AbstractObjective, Context
+from lorica.methods.optional import Reweights
 from lorica.tensors.matmul import no_autocast
 
 # What a model returns -> which of its inputs marks the padding there.
@@ -29,7 +30,7 @@ _FEATURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(AbstractObjective):
+class Distillation(AbstractObjective, Reweights):
     """Blocks' outputs stay close to the original model's while the task is learned.
 
     For models of transformers, which return their hidden states; the original model runs once more
@@ -65,7 +66,7 @@ class Distillation(AbstractObjective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"base_unchanged"})
     gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
-    penalises: ClassVar[bool] = False
+    reweights: ClassVar[bool] = True
     hooks: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     def __post_init__(self) -> None:

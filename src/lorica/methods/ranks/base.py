@@ -6,10 +6,12 @@ To add one: copy `uniform.py`.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lorica.interfaces import RecipeLike
 from lorica.methods.choice import Choice
 
 
@@ -20,12 +22,31 @@ def block_of(path: str) -> str | None:
     return None if first is None else ".".join(parts[: first + 1])
 
 
+def flaw(pattern: object) -> str | None:
+    """Why this is no pattern that `first_match` can take; None: it is one."""
+    for form in ("{}", r"(.*\.)?({})"):
+        try:
+            re.compile(form.format(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            return str(error)
+    return None
+
+
+def first_match(patterns: Mapping[str, object], name: str) -> str | None:
+    """The first pattern that ends the module path `name` on whole components, PEFT's rule."""
+    return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbstractRank(Choice, abc.ABC):
     axis: ClassVar[str] = "ranks"
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
-    reads_patterns: ClassVar[bool] = False
+    reads_patterns: ClassVar[bool] = False  # `rank_pattern` and `alpha_pattern` have an effect
+    # Taken by default where such patterns are given, so that a method's text need not name it.
+    implied: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def assign(self, names: Sequence[str], recipe: Any) -> dict[str, tuple[int, float | None]]:
+    def assign(
+        self, names: Sequence[str], recipe: RecipeLike
+    ) -> dict[str, tuple[int, float | None]]:
         """(rank, alpha) of every layer, by module path, in model order."""

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorica.methods.ranks.base import AbstractRank
-
-
-def flaw(pattern: Any) -> str | None:
-    """Why this is no pattern that `first_match` can take; None: it is one."""
-    for form in ("{}", r"(.*\.)?({})"):
-        try:
-            re.compile(form.format(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
-            return str(error)
-    return None
-
-
-def first_match(patterns: Mapping[str, Any], name: str) -> str | None:
-    """The first pattern that ends the module path `name` on whole components, PEFT's rule."""
-    return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), None)
+from lorica.methods.ranks.base import AbstractRank, first_match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +21,7 @@ class Pattern(AbstractRank):
     """
 
     reads_patterns: ClassVar[bool] = True
+    implied: ClassVar[bool] = True
 
     def assign(self, names: Sequence[str], recipe: Any) -> dict[str, tuple[int, float | None]]:
         for field in ("rank_pattern", "alpha_pattern"):

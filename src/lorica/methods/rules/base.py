@@ -27,9 +27,7 @@ from lorica.methods.groups.base import grouped
 class AbstractRule(Choice, abc.ABC):
     axis: ClassVar[str] = "rules"
     trainer_names: ClassVar[frozenset[str]] = frozenset()  # values of `--optim` that mean this rule
-    trainer_refusals: ClassVar[Mapping[str, str]] = {}  # values that look like it, and why not
     state_per_element: ClassVar[int] = 0  # float32 state elements per trained element, about
-    clips: ClassVar[bool] = False  # limits the step itself; clipping gradients would spoil it
 
     def groups(self, adapters: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of all that trains."""
@@ -41,14 +39,6 @@ class AbstractRule(Choice, abc.ABC):
     ) -> torch.optim.Optimizer:
         """Make the optimizer. `options` (betas, eps, fused) are the caller's, e.g. the
         Trainer's."""
-
-    def horizon(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> str:
-        """Fit what was left out to the number of steps; what will happen when, for people.
-
-        Raises:
-            ValueError: a given interval that never fires.
-        """
-        return ""
 
     def options_from(self, args: Any) -> dict[str, Any]:
         """`options` of `build` out of the Trainer's arguments; an argument that was asked for and

@@ -30,13 +30,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorica.methods.optional import ClipsItself
 from lorica.methods.rules._elementwise import Shape
 from lorica.methods.rules._engine import Factor, PairRule, Stack
 from lorica.methods.rules._spectral import inverse_root, largest_fall, product, symmetric, whiten
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRite(PairRule):
+class LoraRite(PairRule, ClipsItself):
     """Adam for pairs whose steps on ΔW are the same for (A, B) and (MA, BM⁻¹), clip and decay
     included.
 

@@ -13,7 +13,6 @@ bit for bit; an event that declares `keeps_function` keeps it; the state loads w
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,27 +24,6 @@ from lorica.methods.choice import Choice
 class AbstractSchedule(Choice, abc.ABC):
     axis: ClassVar[str] = "schedules"
     edits: ClassVar[frozenset[str]] = frozenset()  # of "base", "pair", "rank", "gradient mask"
-
-    # Roles that have to train beside it: what it takes away there is to grow back.
-    regrows: ClassVar[frozenset[str]] = frozenset()
-
-    # Rate curves it brings, values of `--lr-scheduler-type`; see `with_curve`.
-    lr_scheduler_types: ClassVar[frozenset[str]] = frozenset()
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the targets' own weights train for a while."""
-        return False
-
-    @property
-    def freezes_layers(self) -> bool:
-        """Whether some of what trains rests for a while, and has no gradient then."""
-        return self.trains_base
-
-    def with_curve(self, name: str, warmup_steps: int) -> AbstractSchedule:
-        """The same with one of the curves that it brings; such a file has these two arguments."""
-        fields: Any = {"lr_scheduler_type": name, "warmup_steps": warmup_steps}
-        return dataclasses.replace(self, **fields)
 
     def fit(self, total_steps: int | None) -> AbstractSchedule:
         """Fill what was left out from the horizon; a given interval that never fires is a

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorica.methods.optional import Regrows
 from lorica.methods.ranks.linear import Linear
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.tensors.dtensor_ops import copy_, read_full, sum_over_processes
@@ -38,7 +39,7 @@ def pruned(A: Tensor, norms: Tensor, fraction: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriLora(AbstractSchedule):
+class PriLora(AbstractSchedule, Regrows):
     """Ranks grow with depth, and half of A is set to zero every few steps, by weight and input.
 
     A pruning is a jump of the function. Nothing is faster or smaller in training, and merged

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorica.methods.optional import FreezesLayers
 from lorica.methods.ranks import base as ranks
 from lorica.methods.schedules._restart import Chain
 from lorica.tensors.dtensor_ops import seeded
@@ -31,7 +32,7 @@ def block_of(path: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Xgblora(Chain):
+class Xgblora(Chain, FreezesLayers):
     """Boosting: rank-1 updates, each trained for a few steps on randomly drawn blocks.
 
     Blocks are those of the model's path (`model.layers.3`); all adapted weights of a block train
@@ -71,7 +72,6 @@ class Xgblora(Chain):
 
     links: ClassVar[int] = 49
     default_r: ClassVar[int | None] = 1
-    freezes_layers: ClassVar[bool] = True  # type: ignore[misc]
     only_r: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
@@ -83,6 +83,10 @@ class Xgblora(Chain):
                 f"`xgblora(layers={given!r})`: blocks that train at a time, a whole number of at"
                 " least 1 or a fraction in (0, 1], e.g. 0.5"
             )
+
+    @property
+    def freezes_layers(self) -> bool:
+        return True
 
     def init(self, adapters: Any) -> dict[str, Any]:
         return {**super().init(adapters), "awake": self._drawn(adapters, 0)}

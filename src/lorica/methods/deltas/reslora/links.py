@@ -103,8 +103,9 @@ class PassingDelta(AbstractDelta):
             raise ValueError(
                 f"the update of {self.site.name!r} depends on the inputs of other layers, so there"
                 " is no ΔW to merge. Save the adapters as they are; or type"
-                f" `lorica.methods.deltas.base.{self.name}.merge_approximately(model, batches)`, on the command"
-                " line `lorica merge --approximate`, which say what is lost"
+                " `with approximated(adapters, batches): lorica.merge(model)` (the function is in"
+                f" `{__package__}`), on the command line `lorica merge --approximate`, which say"
+                " what is lost"
             )
         return self.merging.weight()
 

@@ -25,54 +25,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors
+from lorica.interfaces import AdaptersLike, Factors
 from lorica.methods.deltas.reslora.links import PassingDelta
 
 logger = logging.getLogger("lorica")
 
 
-@torch.no_grad()
-def merge_approximately(
-    model: nn.Module, batches: Iterable[Any], *, by: str = "inputs"
-) -> dict[str, float]:
-    """Leave a plain model that computes nearly what one with passing shortcuts does.
+@contextlib.contextmanager
+def approximated(
+    adapters: AdaptersLike, batches: Iterable[Any], *, by: str = "inputs"
+) -> Iterator[dict[str, float]]:
+    """Within, the update of every layer has a matrix, so that the model can be merged or exported.
+
+        with approximated(adapters, batches) as lost:
+            lorica.merge(model)
 
     Args:
-        model: adapted with the input or the middle shortcut; plain afterwards, as after
-            `lorica.merge`.
+        adapters: with the input or the middle shortcut.
         batches: keyword arguments of the model, each a mapping; the authors take 100.
         by: what α is made of: `inputs`, `weights` (input shortcut) or `projections` (middle
             shortcut).
 
     Returns:
-        {module path: ‖y − y'‖ / ‖y‖}, y the update's output over the batches and y' that of the
-        matrix, both on the exact model's inputs. Logged, too.
+        A context of {module path: ‖y − y'‖ / ‖y‖}, y the update's output over the batches and y'
+        that of the matrix, both on the exact model's inputs. Logged, too.
 
     Raises:
         ValueError: adapters whose merge is exact; a `by` that the shortcut does not have; a layer
             that no batch reaches.
     """
-    from lorica.model.adapters import Adapters
-    from lorica.model.attach import merge
-
-    adapters = Adapters.of(model)
-    if not all(isinstance(d, PassingDelta) for d in _deltas(adapters).values()):
+    deltas = _deltas(adapters)
+    if not all(isinstance(d, PassingDelta) for d in deltas.values()):
         raise ValueError(
             f"`{adapters.recipe.text()}` has a ΔW in every layer, or none at all; nothing needs an"
             " approximation. Type `lorica.merge(model)`"
         )
-    with standing_in(adapters, batches, by=by) as errors:
-        merge(model)
-    return errors
-
-
-@contextlib.contextmanager
-def standing_in(
-    adapters: Any, batches: Iterable[Any], *, by: str = "inputs"
-) -> Iterator[dict[str, float]]:
-    """Within, the update of every layer has a matrix, for a merge or a cut; yields what that loses,
-    see `merge_approximately`."""
-    deltas = _deltas(adapters)
     stand, errors = _stand(adapters, deltas, [*batches], by)
     lines = "\n".join(f"  {name:<50} {error:8.2%}" for name, error in errors.items())
     logger.info("one matrix by %s; lost of each update's output:\n%s", by, lines)
@@ -85,13 +72,13 @@ def standing_in(
             delta.merging = None
 
 
-def _deltas(adapters: Any) -> dict[str, Any]:
+def _deltas(adapters: AdaptersLike) -> dict[str, Any]:
     return {name: layer.update.delta for name, layer in adapters}
 
 
 @torch.no_grad()
 def _stand(
-    adapters: Any, deltas: dict[str, Any], batches: list[Any], by: str
+    adapters: AdaptersLike, deltas: dict[str, Any], batches: list[Any], by: str
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """What stands for each update, and its error."""
     allowed = ("inputs", "projections" if next(iter(deltas.values())).middle else "weights")
@@ -120,7 +107,7 @@ def _alphas(delta: PassingDelta, means: dict[str, float], by: str) -> tuple[floa
     return tuple(means[name] / means[delta.site.name] for name in names)
 
 
-def _sizes(adapters: Any) -> dict[str, float]:
+def _sizes(adapters: AdaptersLike) -> dict[str, float]:
     """f of every layer; the base stays as it is."""
     out = {}
     for name, layer in adapters:

@@ -16,7 +16,7 @@ product, would be wrong in all the others. For the same reason the update of one
 away alone.
 
 Under the other two, y_n depends on other inputs than x_n (lorica.methods.deltas.reslora.links): there is no
-ΔW_n, and merging is an approximation that has to be asked for, `merge_approximately`.
+ΔW_n, and merging is an approximation that has to be asked for, `approximated`.
 
 The authors apply dropout to the sum of the inputs; here each layer's input has its own.
 """
@@ -36,8 +36,8 @@ from torch.nn import functional as F
 from lorica.interfaces import Factors, Site
 from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
 from lorica.methods.deltas.reslora.links import PassingDelta, chains
-from lorica.methods.deltas.reslora.merging import merge_approximately as merge_approximately
-from lorica.methods.deltas.reslora.merging import standing_in
+from lorica.methods.deltas.reslora.merging import approximated as approximated
+from lorica.methods.optional import ApproximatesWeight, LinksDeltas
 from lorica.tensors.dtensor_ops import draw_, zero_
 
 
@@ -89,7 +89,7 @@ class BlockDelta(AbstractDelta):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reslora(DeltaChoice):
+class Reslora(DeltaChoice, LinksDeltas, ApproximatesWeight):
     """Residual LoRA: each adapter adds what its predecessors see or do, so gradients reach early
     layers on a shorter way.
 
@@ -175,7 +175,7 @@ class Reslora(DeltaChoice):
                 other.shared = True
             delta.earlier = earlier
 
-    def stand_in(
+    def approximated(
         self, adapters: Any, batches: Sequence[Mapping[str, Any]]
     ) -> AbstractContextManager[dict[str, float]]:
-        return standing_in(adapters, batches)
+        return approximated(adapters, batches)

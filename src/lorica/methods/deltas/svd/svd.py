@@ -26,6 +26,7 @@ from lorica.interfaces import Factors, Pair, Site
 from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
 from lorica.methods.deltas.svd.folded import as_plain
 from lorica.methods.inits.base import AbstractInit
+from lorica.methods.optional import BuildsOtherRank, ReadsAsLora
 from lorica.tensors.dtensor_ops import copy_, draw, draw_, zero_
 
 
@@ -81,7 +82,7 @@ class SvdInit(AbstractInit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svd(DeltaChoice):
+class Svd(DeltaChoice, BuildsOtherRank, ReadsAsLora):
     """Three factors as in a singular value decomposition, so that ranks can go and come back.
 
     A layer is built with `init_r` ranks, of which r are to remain; by itself this file takes none
@@ -116,7 +117,7 @@ class Svd(DeltaChoice):
     gives: ClassVar[frozenset[str]] = frozenset(
         {"pair", "factors", "weight", "lookup", "sharded", "wrapped", "diagonal"}
     )
-    peft_synonym: ClassVar[str | None] = "ADALORA"
+    peft_synonym: ClassVar[str] = "ADALORA"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.init_r, int) and not isinstance(self.init_r, bool)

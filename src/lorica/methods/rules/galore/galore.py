@@ -27,6 +27,7 @@ import torch
 
 from lorica.interfaces import Trained
 from lorica.methods.groups.base import grouped
+from lorica.methods.optional import FitsHorizon, RefusesOptim
 from lorica.methods.rules._engine import EngineRule
 from lorica.methods.rules.galore.projection import PROJ_TYPES, ProjectedOptimizer, shapes
 
@@ -43,7 +44,7 @@ _LAYERWISE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaLore(EngineRule):
+class GaLore(EngineRule, RefusesOptim, FitsHorizon):
     """Full training with Adam's moments in low-rank subspaces of the gradients.
 
     Projected are the weight matrices of the targeted layers; all else that trains (embeddings,

@@ -14,10 +14,12 @@ dropped, as in the authors' code.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorica.methods.optional import BringsCurves
 from lorica.methods.schedules._restart import CONTINUED, Restarts, allow
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.methods.schedules.relora.jagged import jagged, prune_state
@@ -28,7 +30,7 @@ JAGGED = "jagged_cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relora(WarmStart, Restarts):
+class Relora(WarmStart, Restarts, BringsCurves):
     """Pre-training in rounds: each low-rank update goes into the weight, and a fresh one starts.
 
     A sum of N updates of rank r can reach rank N·r. Most of the published gain is the full-rank
@@ -107,6 +109,9 @@ class Relora(WarmStart, Restarts):
                     f"`relora({name}={value!r})` has no effect here: it belongs to"
                     f" `lr_scheduler_type={JAGGED!r}` or to pruning; leave it out"
                 )
+
+    def with_curve(self, name: str, warmup_steps: int) -> Relora:
+        return dataclasses.replace(self, lr_scheduler_type=name, warmup_steps=warmup_steps)
 
     # -- when
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lorica.methods.optional import FreezesLayers, TrainsBase
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.tensors.dtensor_ops import forget_state, reset_state
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmStart(AbstractSchedule):
+class WarmStart(AbstractSchedule, TrainsBase, FreezesLayers):
     """Put before a schedule's class. What trains beside an update (a magnitude, a bias) does so
     from the first step on."""
 
@@ -19,6 +20,10 @@ class WarmStart(AbstractSchedule):
     @property
     def trains_base(self) -> bool:
         return self.warm_start > 0
+
+    @property
+    def freezes_layers(self) -> bool:
+        return self.trains_base
 
     def init(self, adapters: Any) -> dict[str, Any]:
         own: Any = super().init(adapters)  # type: ignore[safe-super]
