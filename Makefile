@@ -31,6 +31,7 @@ check: $(STAMP)  ## format, lint, types, suite
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/ruff check src tests benchmarks examples docs
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 	$(MAKE) test
 
 format: $(STAMP)
