@@ -4,9 +4,9 @@ the tables between markers in the other pages.
     python docs/generate.py            writes
     python docs/generate.py --check    writes nothing; exit status 1 where a page is out of date
 
-A generated table is between `<!-- generated: NAME -->` and `<!-- /generated -->`, where NAME is a key
-of `TABLES` below. All rows come from declarations in the code: the axes, the commands and the shapes
-of data are found by walking their packages, so a new method or command needs no edit here.
+A generated table is between `<!-- generated: NAME -->` and `<!-- /generated -->`, where NAME is a
+key of `TABLES` below. All rows come from declarations in the code. The axes, the commands and the
+shapes of data are found by walking their packages, so a new method or command needs no edit here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def axes() -> str:
     rows = []
     for axis, (field, default, several) in registry.AXES.items():
         found = [
-            f"[{f'**{name}**' if name == default else name}](docs/methods.md#{name})"
+            _link(name, f"docs/methods.md#{name}", bold=name == default)
             for name in registry.names(axis)
         ]
         if found:
@@ -156,7 +156,7 @@ def methods_page() -> str:
         )
         listed = [
             (
-                f"[{'**' + r['method'] + '**' if r['method'] == default else r['method']}](#{r['method']})",
+                _link(r["method"], f"#{r['method']}", bold=r["method"] == default),
                 r["summary"],
                 _paper(r),
             )
@@ -252,18 +252,18 @@ _COMPATIBLE = """<!-- written by docs/generate.py; edit the code, not this page 
 
 # Which methods combine
 
-There are {methods} methods that are not the default of their axis, so {pairs:,} pairs. {one_axis:,} of these
-pairs choose the same axis twice, which is an error. Of the others, with default arguments,
-**{allowed:,} pairs combine and {refused:,} don't**.
+There are {methods} methods that are not the default of their axis, which makes {pairs:,} pairs. In
+{one_axis:,} of them both methods are choices on the same axis, which is an error. Of the others,
+with default arguments, **{allowed:,} pairs combine and {refused:,} don't**.
 
-No list of pairs is kept by hand. Each method declares which capabilities it needs, gives and
-withdraws (`lorica methods NAME` shows them), and a recipe is valid when every need is met. The tests
-train, save, load, resume and merge every pair that combines.
+This page is made from the code. Each method declares which capabilities it needs, gives and
+withdraws (`lorica methods NAME` shows them), and a recipe is valid when every need is met. The
+tests train, save, load, resume and merge every pair that combines.
 
 ## Pairs that don't combine
 
-Where the reason starts with a capability, such as `pair`, the methods in the second column need that
-capability, and the method in the first column takes it away or doesn't provide it.
+Where the reason starts with a capability, such as `pair`, the methods in the second column need
+that capability, and the method in the first column doesn't provide it or withdraws it.
 
 {table}
 """
@@ -308,6 +308,10 @@ def _paper(row: dict[str, Any]) -> str:
     if row["arxiv"]:
         return f"[{row['year']}, arXiv:{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']})"
     return str(row["year"] or "")
+
+
+def _link(name: str, target: str, *, bold: bool) -> str:
+    return f"[**{name}**]({target})" if bold else f"[{name}]({target})"
 
 
 def _number(value: Any) -> str:

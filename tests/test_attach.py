@@ -446,29 +446,45 @@ def test_the_fingerprint_sees_every_tensor():
     assert adapters.fingerprint() == before
 
 
-# -- the contract ----------------------------------------------------------------------------------
+# -- the summary -----------------------------------------------------------------------------------
 
 
-def test_the_contract_counts_what_is_there():
+def test_the_summary_counts_what_is_there():
     adapters = attached(method="dora+olora", bias="lora_only", modules_to_save=["lm_head"])
-    contract, model = adapters.summary, adapters.model
-    assert contract.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert contract.total == sum(p.numel() for p in model.parameters())
+    summary, model = adapters.summary, adapters.model
+    assert summary.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert summary.total == sum(p.numel() for p in model.parameters())
     by_role: dict[str, int] = {}
     for t in adapters.trained():
-        key = "in full" if t.role == "module" else t.role
+        key = "modules in full" if t.role == "module" else t.role
         by_role[key] = by_role.get(key, 0) + t.parameter.numel()
-    assert {k: v["elements"] for k, v in contract.trained.items()} == by_role
-    assert contract.memory["optimizer"] == 8 * contract.trainable
-    assert sum(info["count"] for info in contract.layers.values()) == len(adapters)
-    assert json.loads(json.dumps(contract.as_dict()))["method"] == "dora+olora"
-    text = str(contract)
-    for part in ("parameters train", "magnitude", "frozen factors", "in full lm_head", "default",
-                 "lora_alpha=4 (from olora)", "learning_rate="):  # fmt: skip
+    assert {k: v["elements"] for k, v in summary.trained.items()} == by_role
+    assert summary.memory["optimizer"] == 8 * summary.trainable
+    assert sum(info["count"] for info in summary.layers.values()) == len(adapters)
+    assert json.loads(json.dumps(summary.as_dict()))["method"] == "dora+olora"
+    text = str(summary)
+    for part in (
+        "parameters train", "magnitude", "frozen factors", "in full      lm_head",
+        "default      lora_alpha=4 (from olora)", "default      learning_rate=",
+    ):  # fmt: skip
         assert part in text, text
 
 
-def test_the_contract_is_said_once_and_can_be_silenced(caplog, capsys):
+def test_the_summary_tells_layers_of_one_shape_apart_by_rank_and_scale():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    adapters = lorica.attach(
+        model, "lora", r=2, lora_alpha=4, rank_pattern={"1": 4}, alpha_pattern={"2": 8, "3": 8},
+        verbose=False,
+    )  # fmt: skip
+    shown = [line for line in str(adapters.summary).splitlines() if "adapted" in line]
+    assert shown == [
+        "  adapted      2 weights of shape 8 x 8, r=2, s=2",
+        "  adapted      1 weight of shape 8 x 8, r=4, s=1",
+        "  adapted      2 weights of shape 8 x 8, r=2, s=4",
+    ]
+
+
+def test_the_summary_is_logged_once_and_can_be_silenced(caplog, capsys):
     with caplog.at_level(logging.INFO, logger="lorica"):
         adapters = lorica.attach(llama(), "lora", r=4)
     assert caplog.text.count("parameters train") == 1

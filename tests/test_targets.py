@@ -201,7 +201,7 @@ def test_fresh_modules_are_those_without_a_weight_in_the_checkpoint(tmp_path):
     assert "classifier" in fresh and not any("encoder" in n for n in fresh)
     adapters = lorica.attach(model, "lora", r=4, verbose=False)
     assert adapters.summary.fresh == fresh and set(fresh) <= set(adapters.saved)
-    assert "fresh: not in the checkpoint" in str(adapters.summary)
+    assert "(new: the checkpoint has no weights for it)" in str(adapters.summary)
     assert fresh_modules(bert()) == [], "made from a configuration: nothing to compare with"
     again = lorica.attach(lorica.detach(model), "lora", r=4, fresh=[], verbose=False)
     assert not again.saved

@@ -1,5 +1,5 @@
-"""The start-up contract: what trains, what is frozen, what it costs, and which defaults were filled
-in."""
+"""The summary that `lorica.attach` prints: what trains, what is frozen, how much memory that takes,
+and where each default comes from."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from torch import nn
 
 logger = logging.getLogger("lorica")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SHOWN = 6  # weights that are not adapted, by name; the smaller ones are added up
+IN_FULL = "modules in full"
+# Keys of `Summary.memory` that a reader would not understand alone.
+_KINDS = {
+    "trained": "trained parameters",
+    "optimizer": "optimizer state",
+    "schedules": "schedule state",
+}
 
 
 def human(count: float) -> str:
@@ -27,25 +35,35 @@ def human(count: float) -> str:
 
 @dataclass
 class Summary:
-    """What `attach` promises; `as_dict` is JSON-ready, `str` is for people.
+    """What `lorica.attach` did to a model. `str` is for people, `as_dict` is ready for JSON.
 
-    Counts are elements, memory is bytes. `materialise_from` maps a layer shape "out x in" to the
-    number of tokens in a call from which W + ΔW is formed (None: never).
+    Attributes:
+        method: text of the method.
+        total: parameters of the model, adapters included.
+        trained, frozen: {kind: number of tensors and of their elements}.
+        layers: {weight shape "out x in": number of adapted layers, r, scale}; layers of one shape
+            that differ in rank or scale have an entry each.
+        saved: paths of the modules that train in full.
+        fresh: those among them that the checkpoint had no weights for.
+        unadapted: {weight matrix: share of all parameters} that neither trains nor is adapted.
+        tied: {adapted module: module that shares its weight}.
+        memory: bytes of each kind.
+        defaults: {field: value, and the method it comes from}, where the user gave none.
+        materialise_from: {weight shape: number of tokens in a batch from which the layer multiplies
+            with W + ΔW instead of the factors}; None: never.
     """
 
     method: str
     total: int = 0
-    trained: dict[str, dict[str, int]] = field(default_factory=dict)  # group -> tensors, elements
+    trained: dict[str, dict[str, int]] = field(default_factory=dict)
     frozen: dict[str, dict[str, int]] = field(default_factory=dict)
-    layers: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # shape -> count, r, scale, cost
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # Any: whole numbers and floats
     saved: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
-    unadapted: dict[str, float] = field(default_factory=dict)  # matrix -> share of all parameters
+    unadapted: dict[str, float] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
-    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> value, from
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)  # Any: of a recipe's field
     materialise_from: dict[str, int | None] = field(default_factory=dict)
 
     @property
@@ -60,55 +78,55 @@ class Summary:
         lines = [
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
         ]
-        for title, groups in (("trains", self.trained), ("frozen", self.frozen)):
-            lines += [
-                f"  {title:<8}{name:<18}{g['tensors']:>5} tensors {g['elements']:>15,}"
-                for name, g in groups.items()
-            ]
+        for title, groups in (("trained", self.trained), ("frozen", self.frozen)):
+            for name, g in groups.items():
+                tensors = f"{g['tensors']:>5} tensor{'s' if g['tensors'] != 1 else ' '}"
+                lines.append(f"  {title:<13}{name:<24}{tensors} {g['elements']:>15,} parameters")
         for shape, info in self.layers.items():
-            start = info["materialise_from"]
-            order = "factors only" if start is None else f"W + ΔW formed from {start:,} tokens on"
+            count = f"{info['count']} weight{'s' if info['count'] != 1 else ''}"
             lines.append(
-                f"  layers  {info['count']:>4} x ({shape})  r={info['r']}  s={info['scale']:g} "
-                f" {order}"
+                f"  adapted      {count} of shape {shape.split(',')[0]}, r={info['r']},"
+                f" s={info['scale']:g}"
             )
         for name in self.saved:
-            fresh = " (fresh: not in the checkpoint)" if name in self.fresh else ""
-            lines.append(f"  in full {name}{fresh}")
+            new = " (new: the checkpoint has no weights for it)" if name in self.fresh else ""
+            lines.append(f"  in full      {name}{new}")
         rest = sorted(self.unadapted.items(), key=lambda kv: -kv[1])
-        for name, part in rest[:6]:
-            lines.append(f"  left    {name}  {part:.1%} of the parameters, not adapted")
-        if len(rest) > 6:
-            lines.append(
-                f"  left    and {len(rest) - 6} smaller ones, {sum(p for _, p in rest[6:]):.1%}"
-            )
+        for name, part in rest[:SHOWN]:
+            lines.append(f"  not adapted  {name} ({part:.1%} of all parameters)")
+        if len(rest) > SHOWN:
+            share = sum(part for _, part in rest[SHOWN:])
+            lines.append(f"  not adapted  {len(rest) - SHOWN} smaller ones ({share:.1%} together)")
         for name, other in self.tied.items():
-            lines.append(f"  tied    {name} shares its weight with {other}; merging unties them")
-        lines.append("  memory  " + ", ".join(f"{k} {human(v)}" for k, v in self.memory.items()))
+            lines.append(
+                f"  tied         {name} shares its weight with {other}; merging unties them"
+            )
+        parts = [f"{_KINDS.get(k, k)} {human(v)}" for k, v in self.memory.items() if v]
+        lines.append("  memory       " + ", ".join(parts))
         for name, d in self.defaults.items():
-            lines.append(f"  default {name}={d['value']} (from {d['from']})")
+            lines.append(f"  default      {name}={d['value']} (from {d['from']})")
         return "\n".join(lines)
 
 
-def fill(contract: Summary, adapters: Any, targets: Any) -> Summary:
-    """Counts, bytes and defaults, from the model as it now stands."""
+def fill(summary: Summary, adapters: Any, targets: Any) -> Summary:
+    """Add counts, bytes and defaults, read from the adapted model."""
     recipe, model = adapters.recipe, adapters.model
     trained = adapters.trained()
     ids = {id(t.parameter) for t in trained}
     base = {n: p for n, p in model.named_parameters() if id(p) not in ids}
-    carried = [p for layer in adapters.layers.values() for _, p in layer.frozen()]
-    own = {id(p) for p in carried}
+    frozen_factors = [p for layer in adapters.layers.values() for _, p in layer.frozen()]
+    own = {id(p) for p in frozen_factors}
     for t in trained:
-        _count(contract.trained, f"{t.role}" if t.role != "module" else "in full", t.parameter)
+        _count(summary.trained, t.role if t.role != "module" else IN_FULL, t.parameter)
     for p in base.values():
-        _count(contract.frozen, "frozen factors" if id(p) in own else "base", p)
-    contract.total = sum(p.numel() for p in model.parameters())
-    contract.saved = list(adapters.saved)
+        _count(summary.frozen, "frozen factors" if id(p) in own else "base", p)
+    summary.total = sum(p.numel() for p in model.parameters())
+    summary.saved = list(adapters.saved)
     if not adapters.direct or adapters.layers:
         left = {
             n: k for n, k in targets.unadapted.items() if n.split(" = ")[0] not in adapters.direct
         }
-        contract.unadapted = {n: k / contract.total for n, k in left.items()}
+        summary.unadapted = {n: k / summary.total for n, k in left.items()}
     for layer in adapters.layers.values():
         site = layer.site
         shape = f"{site.out_features} x {site.in_features}"
@@ -120,31 +138,31 @@ def fill(contract: Summary, adapters: Any, targets: Any) -> Summary:
         )
         if layer.store.parameter.dtype not in (torch.float32, torch.float64):
             start_at = None
-        key = (
-            f"{shape}, r={site.r}"
-            if f"{shape}" in contract.layers and contract.layers[shape]["r"] != site.r
-            else shape
-        )
-        info = contract.layers.setdefault(
-            key, {"count": 0, "r": site.r, "scale": site.scale, "materialise_from": start_at}
-        )
+        # Layers of one shape share an entry, until they differ in rank or scale.
+        same = {"r": site.r, "scale": site.scale}
+        for key in (shape, f"{shape}, r={site.r}", f"{shape}, r={site.r}, s={site.scale:g}"):
+            info = summary.layers.setdefault(
+                key, {"count": 0, **same, "materialise_from": start_at}
+            )
+            if same.items() <= info.items():
+                break
         info["count"] += 1
-        contract.materialise_from[key] = start_at
+        summary.materialise_from[key] = start_at
     size = sum(t.parameter.numel() * t.parameter.element_size() for t in trained)
     state: Any = recipe.rule
-    contract.memory = {
+    summary.memory = {
         "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
         "trained": size,
-        "frozen factors": sum(p.numel() * p.element_size() for p in carried),
+        "frozen factors": sum(p.numel() * p.element_size() for p in frozen_factors),
         "gradients": size,
         "optimizer": state.state_elements(adapters) * 4,
     }
     kept = sum(schedule.state_bytes(adapters) for schedule in recipe.schedules)
-    contract.memory |= {"schedules": kept} if kept else {}
-    contract.defaults = {k: {"value": v, "from": w} for k, (v, w) in recipe.filled.items()}
+    summary.memory |= {"schedules": kept} if kept else {}
+    summary.defaults = {k: {"value": v, "from": w} for k, (v, w) in recipe.filled.items()}
     if (rate := recipe.learning_rate) is not None:
-        contract.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}
-    return contract
+        summary.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}
+    return summary
 
 
 def _count(groups: dict[str, dict[str, int]], name: str, p: nn.Parameter) -> None:
