@@ -1,0 +1,67 @@
+"""`torch.linalg` and `Tensor.tolist` with types: torch declares none for either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_linalg: Any = torch.linalg  # Any: its functions are built in C, without signatures
+LinAlgError: type[RuntimeError] = _linalg.LinAlgError  # a decomposition that doesn't converge
+
+
+def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues (..., n) in rising order, eigenvectors (..., n, n)) of symmetric X."""
+    values, vectors = _linalg.eigh(X)
+    return values, vectors
+
+
+def eigvalsh(X: Tensor) -> Tensor:
+    """Eigenvalues (..., n) of symmetric X, in rising order."""
+    return _linalg.eigvalsh(X)
+
+
+def svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin (U (..., m, k), S (..., k), Vᵀ (..., k, n)) with k = min(m, n)."""
+    U, S, Vh = _linalg.svd(X, full_matrices=False)
+    return U, S, Vh
+
+
+def svdvals(X: Tensor) -> Tensor:
+    """Singular values (..., k), the largest first."""
+    return _linalg.svdvals(X)
+
+
+def qr(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Thin (Q (..., m, k), R (..., k, n)) with k = min(m, n)."""
+    Q, R = _linalg.qr(X)
+    return Q, R
+
+
+def cholesky(X: Tensor) -> tuple[Tensor, Tensor]:
+    """(L (..., n, n), whether it failed (...): 0 where it did not) of symmetric X."""
+    root, failed = _linalg.cholesky_ex(X)
+    return root, failed
+
+
+def vector_norm(
+    X: Tensor,
+    *,
+    dim: int | tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """2-norm over `dim`, of all entries by default; computed in `dtype`, default that of X."""
+    return _linalg.vector_norm(X, dim=dim, dtype=dtype)
+
+
+def floats(X: Tensor) -> list[float]:
+    """A vector (n,) as Python floats; waits for the device."""
+    plain: Any = X  # Any: torch types `tolist` as a bare `list`
+    return plain.tolist()
+
+
+def ints(X: Tensor) -> list[int]:
+    """A vector (n,) of whole numbers as Python ints; waits for the device."""
+    plain: Any = X  # Any: as above
+    return plain.tolist()
