@@ -32,6 +32,8 @@ def launch(out: Path, world: int) -> None:
     """Run torchrun; everything it prints goes to OUT/log. Done when OUT/done is there."""
     out.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    paths = [str(HERE.parent), environment.get("PYTHONPATH")]  # of the tests' own modules
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"),
         *(f"--nproc-per-node={world}", str(HERE / "worker.py"), str(out)),
