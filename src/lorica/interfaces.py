@@ -244,6 +244,13 @@ class LayerLike(Protocol):
     @property
     def out_features(self) -> int: ...
 
+    @property
+    def frozen_for_now(self) -> tuple[str, ...]:
+        """Names of parameters that do not train at present."""
+        ...
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
     def trained(self) -> list[tuple[str, nn.Parameter, str]]:
         """(name within the layer, parameter, role)."""
         ...
@@ -302,6 +309,9 @@ class RecipeLike(Protocol):
     def lora_dropout(self) -> float: ...
 
     @property
+    def seed(self) -> int: ...
+
+    @property
     def rank_pattern(self) -> Mapping[str, int]: ...
 
     @property
@@ -321,6 +331,13 @@ class RecipeLike(Protocol):
 
     @property
     def groups(self) -> tuple[Any, ...]: ...  # Any: as above
+
+    @property
+    def objectives(self) -> tuple[Any, ...]: ...  # Any: as above
+
+    def text(self) -> str:
+        """The methods as a user would type them."""
+        ...
 
 
 class AdaptersLike(Protocol):

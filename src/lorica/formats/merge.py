@@ -20,6 +20,7 @@ from lorica.formats.atomic_folder import check_free, first, together, writing
 from lorica.methods.optional import ApproximatesWeight
 from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
+from lorica.tensors.modules import evaluating
 from lorica.training.checks import check_effect
 
 MARKS = ("config.json",)
@@ -225,13 +226,8 @@ def stand_in(
 @torch.no_grad()
 def outputs(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
     """The model's first output (logits) in float64, dropout off."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         first = model(**sample)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     first = first if isinstance(first, Tensor) else first[0]
     return first.detach().double().cpu()
 
