@@ -1,10 +1,13 @@
-"""Lorica: training transformers through low-rank updates.
+"""Lorica trains transformers through low-rank updates.
 
-model = AutoModelForCausalLM.from_pretrained(...)
-adapters = lorica.attach(model, "dora+olora", r=16)
-optimizer = lorica.optimizer(adapters, lr=2e-4)
-...
-lorica.save(adapters, "out")
+    model = AutoModelForCausalLM.from_pretrained(...)
+    adapters = lorica.attach(model, "dora+olora", r=16)
+    optimizer = lorica.optimizer(adapters, lr=2e-4)
+    ...  # a training loop with loss = adapters.loss(model(**batch), batch)
+    lorica.save(adapters, "out")
+
+These functions are the Python API. `lorica.run` holds the Trainer, `lorica.data` prepares data, and
+`lorica.cli` is the command line. `docs/architecture.md` shows how the packages work together.
 """
 
 from __future__ import annotations

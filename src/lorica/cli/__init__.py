@@ -1,12 +1,12 @@
-"""The command line: one file a verb, found by walking this folder.
+"""The command line: one file per command, found by walking this folder.
 
-A verb's file holds `Options` (a dataclass that inherits `VerbOptions`) and `run(options) ->
-Outcome`; the first line of its docstring is its line in `lorica --help`. Nothing heavy is imported
-before `run`: `--help` and a misspelt flag answer at once.
+A command's file holds `Options` (a dataclass that inherits `VerbOptions`) and `run(options) ->
+Outcome`. The first line of its docstring is its line in `lorica --help`. Heavy packages are
+imported inside `run`, so `--help` and a misspelt option answer at once.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 128 + its number where a signal stopped it (130 after
-Ctrl-C, 143 after SIGTERM). With `--json` standard output holds one JSON object and nothing else,
-`{"error": ...}` where the verb failed; progress and logs go to standard error.
+Exit status: 0 success, 1 failure, 2 wrong usage, 128 + the signal's number if a signal stopped the
+command (130 after Ctrl-C, 143 after SIGTERM). With `--json`, standard output holds one JSON object
+and nothing else (`{"error": ...}` after a failure); progress and logs go to standard error.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Data: a path or a hub id is a data set, and its columns decide its shape.
+"""Data: from a file or a hub id to token batches.
 
     train, held = read_splits("gsm8k.jsonl", eval_fraction=0.05)
     ready = prepare(train, tokenizer, max_length=1024, packing="best_fit")
     print(ready.report); print(show_example(ready, tokenizer))
     Trainer(..., train_dataset=ready.dataset, data_collator=ready.collator())
 
-`read.py` reads files, `shapes/` tells what the columns mean (one file a shape, found by walking),
-`tokenise.py` makes ids and labels, `pack.py` lays examples into rows, `collate.py` makes batches.
-Importing this package imports none of torch, transformers, datasets: they come with the first call.
+The column names decide what the examples are (`shapes/`, one file per shape). `read.py` reads
+files, `tokenise.py` makes token ids and labels, `pack.py` packs examples into sequences of equal
+length, and `collate.py` makes batches. Importing this package imports neither torch nor
+transformers nor datasets; the first call does.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""The task world: small text tasks, written by a seeded generator, and the base model that knows
-the old ones.
+"""The embedded model and its tasks: everything needed to try Lorica without a download.
 
-Every verb of the command line can be tried without a download: the *old* tasks are those that the
-embedded base model answers, the *new* ones are what a demonstration teaches it. An example is a
-dict of three strings, `{"prompt": "reverse: stone\\n", "completion": "enots", "task": "reverse"}`;
-`prompt + completion` is the text, the end-of-sequence token closes it. An input belongs to the
-training side or to the test side by its own hash, whatever the seed or the task, so no input of
-the test side is ever trained on.
+The tasks are small text tasks, written by a seeded generator. The embedded base model can do the
+*old* tasks; the *new* tasks are for training. An example is a dict of three strings,
+`{"prompt": "reverse: stone\\n", "completion": "enots", "task": "reverse"}`. The text is
+`prompt + completion`, followed by the end-of-sequence token. A hash of the input alone decides
+whether an example is for training or for testing, whatever the seed or the task, so no test input
+is ever trained on.
 
-A new task is one class in one of the files of `families/`; nothing else lists tasks.
+To add a task, write a class in one of the files of `families/`; no other file lists the tasks.
 
 Example:
     >>> from lorica import embedded

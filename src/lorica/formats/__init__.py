@@ -1,5 +1,10 @@
-"""Files: adapters (in PEFT's form where PEFT's formula is exact), merged models, and what a folder
-holds."""
+"""Files: adapter folders, merged models and exports.
+
+An adapter is written in PEFT's form if PEFT computes the same function from it, and in Lorica's own
+form otherwise. Start with `native.py` (save and load); `peft.py` is PEFT's form, `merge.py` and
+`export.py` write what other programs read, `describe.py` is `lorica inspect`, and
+`atomic_folder.py` makes every folder complete or absent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Training on the Hugging Face Trainer."""
+"""Training runs: from options to a finished run folder, on the Hugging Face Trainer.
+
+`finetune.py` is `lorica train`, `pretrain.py` is `lorica pretrain`, and `options/` holds their
+options. `trainer.py` makes any Trainer train adapters. `folder.py` and `checkpoints.py` say what a
+run writes and resumes from, and `guard.py` stops runs that diverge.
+"""
 
 from __future__ import annotations
 

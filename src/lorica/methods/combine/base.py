@@ -1,9 +1,10 @@
 """Combines: how W and ΔW make the effective weight.
 
-The suite holds every file to: forward equals x @ effective weight + bias, with and without a bias;
-the function is kept at attach.
+`effective` is the one definition that merge, export and the tests use. The suite checks every file
+for this: forward equals x @ effective weight + bias, with and without a bias, and attaching keeps
+the model's function.
 
-To add one: copy `add.py`. `effective` is the one definition that merge, export and the tests use.
+To add one: copy `add.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The axis `deltas`: how the update ΔW (out, in) of one weight is parametrised; see `base.py`."""

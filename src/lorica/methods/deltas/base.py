@@ -1,9 +1,9 @@
 """Deltas: how the update ΔW (out, in) of one weight is parametrised.
 
-A file here holds a choice (frozen dataclass of hyperparameters) whose `build(site)` makes the
-module that owns the trained parameters. The suite holds every file to: forward(x) equals x @
-weight(base).T; factors reproduce the weight; dtype and device are kept; the state survives a round
-trip; gradients pass gradcheck.
+A method here is a choice (a frozen dataclass of hyperparameters) whose `build(site)` makes the
+module that owns the trained parameters of one layer. The suite checks every file for this:
+`forward(x)` equals `x @ weight(base).T`; the factors reproduce the weight; dtype and device are
+kept; the state survives saving and loading; gradients pass gradcheck.
 
 To add one: copy `lowrank.py`, change the equations, add the paper's claims as a test.
 """

@@ -1,7 +1,8 @@
-"""Groups: who trains, and at which rate.
+"""Groups: which parameters train, and at which rate.
 
-A group sees every trained parameter with its declared role, and adjusts the options of its
-optimizer group. One that speaks of A and B needs `sides`, not a `pair`: roles are enough for it.
+A group sees every trained parameter with its declared role, and sets the options of its optimizer
+group. A method that only tells A from B needs `sides`, not a `pair`: the roles are enough.
+
 To add one: copy `loraplus.py`.
 """
 

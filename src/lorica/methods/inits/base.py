@@ -1,11 +1,11 @@
-"""Inits: where training starts.
+"""Inits: how A and B are filled at the start.
 
-`fill` writes the start into a pair; it is pure and deterministic under its generator. A file that
-does not give `zero_start` leaves ΔW₀ ≠ 0; the layer then carries −ΔW₀ frozen beside it (the
-*anchor*), so the base is never mutated and the function is kept. The suite holds every file to
+`fill` writes the start into a pair. It is pure, and deterministic for a given generator. A method
+that does not give `zero_start` leaves ΔW₀ ≠ 0; the layer then keeps −ΔW₀ as frozen factors, so the
+base is never written to and attaching keeps the model's function. The suite checks every file for
 that.
 
-To add one: copy `gaussian.py` (zero start) or `olora.py` (anchored).
+To add one: copy `gaussian.py` (ΔW = 0 at the start) or `olora.py` (with frozen factors).
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""Objectives: what is done to the task's loss: a penalty, a distillation, a re-weighting."""
+"""Objectives: how the task's loss is changed: a penalty, a distillation, a re-weighting.
+
+`loss(task_loss, context)` returns the new loss; `context` holds the outputs, the batch and the
+adapters of one micro-batch. Penalties are multiplied with `context.share`, so that they count once
+per optimizer step under gradient accumulation. They apply in training, never in evaluation.
+
+To add one: copy `orthogonality.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The axis `ranks`: which layer gets which rank and alpha; see `base.py`."""

@@ -1,0 +1,1 @@
+"""The axis `rules`: how a gradient becomes a step; see `base.py`."""

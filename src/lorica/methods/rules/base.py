@@ -1,13 +1,14 @@
-"""Rules: how a gradient becomes an update.
+"""Rules: how a gradient becomes a step.
 
 A rule builds an ordinary `torch.optim.Optimizer` from parameter groups, so schedulers, checkpoints,
-gradient clipping, Accelerate and the Trainer work unchanged. A rule that is torch's own copies
-`adamw.py`. One that sees the factors of a pair together copies `riemannian.py`: it is a `PairRule`
-of `_engine.py`, with `update(stack, state, shared)` over pairs of equal shape and, where it needs a
-look at all pairs first, `prepare(stacks)`.
+gradient clipping, Accelerate and the Trainer work unchanged. To use an optimizer of torch's, copy
+`adamw.py`. A rule that sees both factors of a pair is a `PairRule` of `_engine.py`, with
+`update(stack, state, shared)` over pairs of equal shape and, if it has to look at all pairs first,
+`prepare(stacks)`: copy `riemannian.py`.
 
-The suite holds every file to: it equals its twin; a resumed run is the straight run; a zero rate
-moves nothing; a missing gradient is no step; the state has the declared size; nothing grows.
+The suite checks every file for this: it equals its twin; a resumed run equals an uninterrupted one;
+a zero rate changes nothing; a missing gradient is no step; the state has the declared size; memory
+does not grow.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The axis `scales`: the factor s that multiplies ΔW; see `base.py`."""

@@ -1,4 +1,4 @@
-"""Scales: the factor s before ΔW.
+"""Scales: the factor s that multiplies ΔW.
 
 To add one: copy `rslora.py`.
 """

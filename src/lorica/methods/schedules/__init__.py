@@ -1,0 +1,1 @@
+"""The axis `schedules`: what changes between optimizer steps; see `base.py`."""

@@ -1,13 +1,17 @@
 """Schedules: what changes between optimizer steps.
 
-A schedule is a frozen dataclass of hyperparameters; all that changes lives in the `state` dict it
-is handed: numbers, strings and tensors of fixed shape, its keys fixed by `init`. It rides on the
-optimizer (`lorica.training.bind`), so a plain loop and the Trainer run the same steps and save the same
-state. It never indexes, fills or sums a parameter itself: the verbs of `lorica.training.weight_edits` do, on plain
-and on sharded tensors. Random draws come from `training.generator()`.
+A schedule is a frozen dataclass of hyperparameters. Everything that changes is in the `state` dict
+that it is handed: numbers, strings and tensors of fixed shape, with the keys that `init` sets. It
+runs in the optimizer's step hooks (`lorica.training.bind`), so a plain loop and the Trainer run and
+save it in the same way. It never indexes, fills or sums a parameter itself: it calls `merge_` and
+`swap_` of the `training` object and the functions of `lorica.tensors.dtensor_ops`, which work on
+plain and on sharded tensors. Random draws come from `training.generator()`.
 
-The suite holds every file to: plain loop equals Trainer bit for bit; resume equals the straight run
-bit for bit; an event that declares `keeps_function` keeps it; the state loads with `weights_only`.
+The suite checks every file for this: a plain loop equals the Trainer bit for bit; a resumed run
+equals an uninterrupted one bit for bit; an event that declares `keeps_function` keeps the model's
+function; the state loads with `weights_only`.
+
+To add one: copy `raclora.py` (restarts) or `sora.py` (changes A and B).
 """
 
 from __future__ import annotations
