@@ -231,7 +231,7 @@ def compatibility_page() -> str:
             Recipe.parse(f"{one}+{other}")
             allowed += 1
         except ValueError as error:
-            found = re.match(r"`(\w+)` cannot stand beside `(\w+)`: .*? needs `(\w+)`", str(error))
+            found = re.match(r"`(\w+)` cannot be combined with `(\w+)`: .*? needs `(\w+)`", str(error))
             if found is None:
                 reason = str(error).split("; ")[0]
                 by_reason.setdefault((f"`{one}`", reason), []).append(other)

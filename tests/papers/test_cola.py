@@ -195,7 +195,7 @@ def test_a_chain_passes_the_floor_of_its_rank_and_a_reset_helps():
     ("cola(accumulate='weights')", "'factors', 'base'"),
     ("cola(lr_scheduler_type='polynomial')", "'continued', 'constant', 'linear', 'cosine'"),
     ("cola+relora", "`cola` and `relora` both edit the (base|pair)"),
-    ("cola+full", "`cola` cannot stand beside `full`"),
+    ("cola+full", "`cola` cannot be combined with `full`"),
 ])  # fmt: skip
 def test_arguments_out_of_range(method, message):
     with pytest.raises(ValueError, match=message):

@@ -685,7 +685,7 @@ def test_betas_and_eps_are_the_callers_unless_the_word_has_its_own():
         ("galore", {"lora_alpha": 16}, "`lora_alpha=16` has no effect"),
         ("galore", {"rank_pattern": {"q_proj": 2}}, "has no effect"),
         ("lowrank+galore", {}, "`galore` fills the axis `delta` with `full`, and `lowrank`"),
-        ("dora+galore", {}, "`dora` cannot stand beside `galore`"),
+        ("dora+galore", {}, "`dora` cannot be combined with `galore`"),
         ("lorarite+galore", {}, "both choose the axis `rule`; name one"),
     ],
 )

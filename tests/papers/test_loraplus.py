@@ -112,7 +112,7 @@ def test_a_step_over_linked_layers_moves_each_role_at_its_rate(shortcut):
 
 
 def test_what_has_no_sides_is_refused():
-    with pytest.raises(ValueError, match="`loraplus` cannot stand beside `mora`.*`sides`"):
+    with pytest.raises(ValueError, match="`loraplus` cannot be combined with `mora`.*`sides`"):
         lorica.Recipe.parse("loraplus+mora")
 
 

@@ -211,7 +211,7 @@ def test_links_of_a_chain_are_put_away_whole(accumulate):
 def test_a_pair_it_is_not():
     """Starts and rules speak of the product B·A, of which ΔW has the diagonal blocks alone."""
     for other in ("pissa", "olora", "lorarite", "riemannian", "raclora"):
-        with pytest.raises(ValueError, match=f"`{other}` cannot stand beside `melora`.*`pair`"):
+        with pytest.raises(ValueError, match=f"`{other}` cannot be combined with `melora`.*`pair`"):
             Recipe.parse(f"melora+{other}")
     delta, _ = one((12, 12), 2)
     product = delta.scale * delta.B @ delta.A

@@ -249,7 +249,7 @@ def test_what_has_no_effect_is_refused():
             Recipe.parse(f"sora({given})")
     with pytest.raises(ValueError, match="divides the run into 7 stage"):
         begin("sora(stages=7)", steps=6)
-    with pytest.raises(ValueError, match="`sora` cannot stand beside `lowrank`|leave one"):
+    with pytest.raises(ValueError, match="`sora` cannot be combined with `lowrank`|leave one"):
         Recipe.parse("sora+lowrank")
 
 

@@ -37,7 +37,8 @@ def _words(method: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         return [(str(word), dict(arguments or {})) for word, arguments in method.items()]
     if not method.strip():
         raise ValueError("the method is empty; a method is words joined by `+`, e.g. `dora+olora`")
-    parts, depth, start = [], 0, 0
+    parts: list[str] = []
+    depth = start = 0
     for i, c in enumerate(method + "+"):
         depth += (c == "(") - (c == ")")
         if c == "+" and depth <= 0:

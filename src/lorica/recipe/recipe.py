@@ -82,8 +82,8 @@ class Recipe:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     train_rest: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     seed: int = 0
     # Given as None, an axis of one choice takes its default; afterwards it is None only where the
     # method leaves nothing for it to act on.
@@ -104,7 +104,11 @@ class Recipe:
     # -- construction
 
     @classmethod
-    def parse(cls, method: str | Mapping[str, Any] | Recipe = "lora", **fields: Any) -> Recipe:
+    def parse(
+        cls,
+        method: str | Mapping[str, Any] | Recipe = "lora",  # Any: arguments of each method's own
+        **fields: Any,  # Any: this class' fields
+    ) -> Recipe:
         """Read the text form (`"dora+olora+rslora"`, `"loraplus(loraplus_lr_ratio=8)"`).
 
         `method` may also be a mapping {word: {argument: value}} as a YAML file has it, or a recipe,
@@ -117,7 +121,7 @@ class Recipe:
         return cls(**{**choices_of(method), **fields})
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:  # Any: a JSON file's values
         """The inverse of `to_dict`; unknown keys are an error."""
         data = dict(data)
         known = {f.name for f in dataclasses.fields(cls)} - {"filled"} | {"method"}
@@ -125,22 +129,25 @@ class Recipe:
             raise ValueError(f"unknown recipe fields {extra}; known: {sorted(known)}")
         return cls.parse(data.pop("method", AXES["scales"].default), **data)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:  # Any: as above
         """JSON-ready: the method's text and every plain field, defaults filled in."""
         own = [f.name for f in dataclasses.fields(self) if f.name not in {*_CHOICES, "filled"}]
-        values = {name: getattr(self, name) for name in own}
-        kinds = {tuple: list, dict: dict}
-        return {
-            "method": self.text(),
-            **{k: kinds.get(type(v), lambda x: x)(v) for k, v in values.items()},
-        }
+        values: dict[str, Any] = {"method": self.text()}  # Any: a JSON file's values
+        for name in own:
+            value = getattr(self, name)
+            values[name] = [*value] if isinstance(value, tuple) else value
+            if isinstance(value, Mapping):
+                values[name] = {**value}
+        return values
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, (list, set)):
-                put(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+            value: object = getattr(self, name)
+            if isinstance(value, list):
+                put(self, name, tuple(value))
+            elif isinstance(value, set):
+                put(self, name, tuple(sorted(value)))
         put(self, "modules_to_save", tuple(self.modules_to_save or ()))
         defaulted: list[str] = []
         for axis, (name, default, several) in AXES.items():
@@ -165,7 +172,7 @@ class Recipe:
     @property
     def takes(self) -> frozenset[str]:
         """Which of the numeric fields mean something to one of the choices."""
-        takes = frozenset().union(*(c.takes for c in self.choices))
+        takes = frozenset[str]().union(*(c.takes for c in self.choices))
         return takes if self.scale is not None and self.scale.uses_alpha else takes - {"lora_alpha"}
 
     @property
@@ -208,7 +215,7 @@ class Recipe:
 
     def of(self, axis: str) -> tuple[Choice, ...]:
         """The choices on one axis, by the name of its package."""
-        value = getattr(self, AXES[axis].field)
+        value: Choice | tuple[Choice, ...] | None = getattr(self, AXES[axis].field)
         if value is None:
             return ()
         return value if isinstance(value, tuple) else (value,)
@@ -240,7 +247,7 @@ class Recipe:
     def given(self, base: frozenset[str] = DENSE) -> frozenset[str]:
         """All capabilities at hand: what the choices and the base give, less what is withdrawn."""
         have = base.union(*(c.gives for c in self.choices))
-        own = {"base_unchanged"} if self.train_rest else set()
+        own = frozenset({"base_unchanged"} if self.train_rest else ())
         return have.difference(own, *(c.withdraws for c in self.choices))
 
     def check(self, base: frozenset[str] = DENSE) -> None:

@@ -10,7 +10,8 @@ and no device waits.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def seeded() -> bool:
 
 def transformed() -> bool:
     """Whether this runs within a transform of `torch.func`."""
-    inner: Any = torch._C
+    inner: Any = torch._C  # pyright: ignore[reportPrivateUsage]  # Any: without stubs
     return inner._functorch.peek_interpreter_stack() is not None
 
 
@@ -62,11 +63,12 @@ class Mask:
 def _positions(count: int, p: float, seed: int) -> Tensor:
     """Where Bernoulli(p) falls among so many trials, ascending."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    found, last = [], -1
+    found: list[Tensor] = []
+    last = -1
     while last < count:
         left = (count - 1 - last) * p
-        more = torch.rand(int(left + 6 * math.sqrt(left)) + 8, **like)
+        tries = int(left + 6 * math.sqrt(left)) + 8
+        more = torch.rand(tries, generator=generator, dtype=torch.float32, device="cpu")
         gaps = more.neg_().log1p_().div_(math.log1p(-p)).to(torch.int64) + 1
         found.append(gaps.cumsum_(0).add_(last))
         last = int(found[-1][-1])
@@ -76,12 +78,12 @@ def _positions(count: int, p: float, seed: int) -> Tensor:
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:  # Any: torch's context
         ctx.p, ctx.seed = p, seed
         return Mask(p, seed).blank_(x.contiguous().clone()).div_(1 - p)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # Any: as above
         dy = grads[0].contiguous().clone()
         return Mask(ctx.p, ctx.seed).blank_(dy).div_(1 - ctx.p), None, None
 
@@ -103,4 +105,5 @@ def drop(x: Tensor, p: float, seed: int | None = None) -> Tensor:
     """
     if not seeded():
         return F.dropout(x, p)
-    return _Dropped.apply(x, p, draw_seed() if seed is None else seed)  # type: ignore[return-value]
+    apply = cast(Callable[[Tensor, float, int], Tensor], _Dropped.apply)  # pyright: ignore
+    return apply(x, p, draw_seed() if seed is None else seed)

@@ -10,29 +10,31 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lorica.tensors.matmul import no_autocast
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def on_cpu(call: F) -> F:
+def on_cpu(call: Callable[P, T]) -> Callable[P, T]:
     """What this makes without naming a device lies on the CPU, whatever the default device."""
 
     @functools.wraps(call)
-    def there(*args: Any, **kwargs: Any) -> Any:
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch.device("cpu"):
             return call(*args, **kwargs)
 
-    return there  # type: ignore[return-value]
+    return there
 
 
 def shard_of(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -123,7 +125,7 @@ def row_states(optimizer: torch.optim.Optimizer, p: Tensor, axis: int) -> list[T
     """
     per_row = [1] * p.ndim
     per_row[axis] = p.shape[axis]
-    out = []
+    out: list[Tensor] = []
     for name, value in optimizer.state.get(p, {}).items():
         if not isinstance(value, Tensor) or (value.numel() <= 1 and value.ndim != p.ndim):
             continue  # one number for all rows, not one row
@@ -176,15 +178,31 @@ def outer_add_(
         w: (out, in); plain or sharded.
         B: (out, k), A: (k, in); plain or sharded, gathered if sharded.
     """
-    B, A = read_full(B), read_full(A)
+    left, right = read_full(B), read_full(A)
     if transposed:
-        B, A = A.T, B.T
+        left, right = right.T, left.T
     local, offset = shard_of(w)
     rows, columns = _window(local, offset)
-    wide = torch.promote_types(torch.promote_types(local.dtype, B.dtype), torch.float32)
+    wide = torch.promote_types(torch.promote_types(local.dtype, left.dtype), torch.float32)
     with no_autocast(local.device.type):
-        total = torch.addmm(local.to(wide), B[rows].to(wide), A[:, columns].to(wide), alpha=alpha)
+        total = torch.addmm(
+            local.to(wide), left[rows].to(wide), right[:, columns].to(wide), alpha=alpha
+        )
     local.copy_(total)
+
+
+def all_reduce_(
+    t: Tensor,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """t ← its sum (or `op`) over the processes of `group`; torch's, which is untyped."""
+    dist.all_reduce(t, op=op, group=group)  # pyright: ignore[reportUnknownMemberType]
+
+
+def floats(t: Tensor) -> list[float]:
+    """The elements of a 1-d tensor as Python numbers; waits for the device."""
+    return [float(x) for x in t.cpu()]
 
 
 def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
@@ -193,18 +211,18 @@ def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
         return []
     sums = [shard_of(v)[0].detach().float().square().sum() for v in values]
     total = torch.stack([s.to(sums[0].device) for s in sums])  # a model may lie on several devices
-    layouts: dict[tuple, list[int]] = {}
+    layouts: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[int]] = {}
     for i, v in enumerate(values):
         if isinstance(v, DTensor):
-            layouts.setdefault((v.device_mesh, v.placements), []).append(i)
+            layouts.setdefault((v.device_mesh, tuple(v.placements)), []).append(i)
     for (mesh, placements), where in layouts.items():
         summed = total[where].to(sums[where[0]].device)
         # Replicas of a shard (HSDP) hold the same part: only over the sharded axes is summed.
         for dim, placement in enumerate(placements):
             if not isinstance(placement, Replicate):
-                dist.all_reduce(summed, group=mesh.get_group(dim))
+                all_reduce_(summed, group=mesh.get_group(dim))
         total[where] = summed.to(total.device)
-    return total.tolist()
+    return floats(total)
 
 
 def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:
@@ -213,18 +231,19 @@ def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:
     if not values or not dist.is_initialized() or dist.get_world_size() == 1:
         return [*values]
     total = torch.cat([v.to(values[0].device).reshape(-1) for v in values])
-    dist.all_reduce(total)
-    parts = total.split([v.numel() for v in values])
+    all_reduce_(total)
+    parts: list[Tensor] = [*torch.split(total, [v.numel() for v in values])]
     return [part.view(v.shape).to(v.device) for part, v in zip(parts, values, strict=True)]
 
 
 def draw(shape: Sequence[int], generator: torch.Generator, *, bound: float | None = None) -> Tensor:
     """Full-size float32 draw on the CPU, whatever the default device: N(0, 1), or uniform in
     ±bound; the same on every process."""
-    like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    size, wide = tuple(shape), torch.float32
     if bound is None:
-        return torch.randn(*shape, **like)
-    return (2 * torch.rand(*shape, **like) - 1) * bound
+        return torch.randn(size, generator=generator, dtype=wide, device="cpu")
+    drawn = torch.rand(size, generator=generator, dtype=wide, device="cpu")
+    return (2 * drawn - 1) * bound
 
 
 @torch.no_grad()

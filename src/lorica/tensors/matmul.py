@@ -27,11 +27,11 @@ def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     return torch.addmm(w, b, a, alpha=scale)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 def rounds_float32(device: str) -> bool:
     """Whether products of float32 are computed with fewer digits on this type of device: in TF32,
     or in bfloat16."""
-    backends: Any = torch.backends
+    backends: Any = torch.backends  # Any: the attributes below are younger than torch's stubs
     try:
         backend = backends.cuda.matmul if device == "cuda" else backends.mkldnn.matmul
         return backend.fp32_precision not in ("ieee", "none")

@@ -1,4 +1,4 @@
-"""bind: schedules and the start-up proof ride on the optimizer.
+"""bind: schedules and the check of gradients run on the optimizer's step hooks.
 
 The optimizer is the one object that a plain loop and the Trainer share, and both save it. Its step
 hooks call the schedules, and their state lives in `param_groups[0]["lorica"]`, the one place that
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lorica.methods.optional import FitsHorizon
+from lorica.methods.schedules.base import AbstractSchedule
 from lorica.model.adapters import Adapters
-from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
 from lorica.tensors.matmul import no_autocast
 from lorica.training.checks import GradientCheck
@@ -28,7 +29,7 @@ KEY = "lorica"
 VERSION = 1
 
 
-# -- what a call of `optimizer.step` is: a real step, torch's dummy step, or one that GradScaler skips
+# -- what a call of `optimizer.step` is: a real step, torch's dummy, or one that GradScaler skips
 
 
 def in_full(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
@@ -60,20 +61,29 @@ def unscale(optimizer: torch.optim.Optimizer) -> None:
         for p in group["params"]:
             if p.grad is not None:
                 p.grad.div_(scale.to(p.grad.device))
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    vars(optimizer)["grad_scale"] = None
 
 
 # -- the hooks
 
 
+Own = dict[str, Any]  # Any: what `bind` writes below, numbers, strings and tensors
+StepArgs = tuple[Any, ...]  # Any: whatever a caller hands to `optimizer.step`
+
+
 class _Binding:
+    """The hooks on one optimizer, which run the schedules around each real step."""
+
     def __init__(
-        self, adapters: Adapters, optimizer: torch.optim.Optimizer, schedules: tuple
+        self,
+        adapters: Adapters,
+        optimizer: torch.optim.Optimizer,
+        schedules: Sequence[AbstractSchedule],
     ) -> None:
         self.adapters = adapters
         self.schedules = schedules
         self.real = False
-        self.rates: list[Any] = []
+        self.rates: list[float | torch.Tensor] = []
         self.gradient_check = GradientCheck(adapters)
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
@@ -84,7 +94,7 @@ class _Binding:
 
     @on_cpu
     @torch.no_grad()
-    def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def before(self, optimizer: torch.optim.Optimizer, args: StepArgs, kwargs: Own) -> None:
         self.real = not (fake := is_fake(optimizer)) and not is_skipped(optimizer)
         self.gradient_check.skipped += fake
         if not self.real:
@@ -107,7 +117,7 @@ class _Binding:
 
     @on_cpu
     @torch.no_grad()
-    def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def after(self, optimizer: torch.optim.Optimizer, args: StepArgs, kwargs: Own) -> None:
         if not self.real:
             return
         own = optimizer.param_groups[0][KEY]
@@ -122,9 +132,9 @@ class _Binding:
 
     # -- checkpoints
 
-    def check_loaded(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        own = optimizer.param_groups[0][KEY]
-        saved = state["param_groups"][0].get(KEY)
+    def check_loaded(self, optimizer: torch.optim.Optimizer, state: Own) -> None:
+        own: Own = optimizer.param_groups[0][KEY]
+        saved: Own | None = state["param_groups"][0].get(KEY)
         if saved is None:
             raise ValueError(
                 "the optimizer's checkpoint has no state of Lorica: it was written by another"
@@ -154,7 +164,7 @@ def bind(
     total_steps: int | None = None,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """Let the recipe's schedules and the start-up proof ride on `optimizer`.
+    """Run the recipe's schedules and the check of gradients on `optimizer`.
 
     Args:
         optimizer: holds the parameters of `adapters`; made before or after sharding, bound before
@@ -162,10 +172,10 @@ def bind(
         total_steps: the horizon, in optimizer steps, where a schedule needs it.
         seed: of the schedules' random draws.
     """
-    recipe: Recipe = adapters.recipe
+    recipe = adapters.recipe
     if KEY in optimizer.param_groups[0]:
         raise ValueError("this optimizer is bound already; make a new one with `lorica.optimizer`")
-    schedules = tuple(s.fit(total_steps) for s in recipe.schedules)  # type: ignore[attr-defined]
+    schedules = [s.fit(total_steps) for s in recipe.schedules]
     sites = {t.site for t in adapters.trained()}
     optimizer.param_groups[0][KEY] = {
         "version": VERSION,
@@ -178,13 +188,12 @@ def bind(
         "schedules": {s.name: s.init(adapters) for s in schedules},
     }
     binding = _Binding(adapters, optimizer, schedules)
-    rule: Any = recipe.rule
-    told = {s.name: s.plan(total_steps) for s in schedules}
-    if isinstance(rule, FitsHorizon):
-        told[rule.name] = rule.horizon(optimizer, total_steps)
-    for word, plan in told.items():
+    plans = {s.name: s.plan(total_steps) for s in schedules}
+    if isinstance(recipe.rule, FitsHorizon):
+        plans[recipe.rule.name] = recipe.rule.horizon(optimizer, total_steps)
+    for name, plan in plans.items():
         if plan:
-            logger.info("  %s: %s", word, plan)
+            logger.info("  %s: %s", name, plan)
     binding.loaded(optimizer)
     return optimizer
 
@@ -197,13 +206,13 @@ def optimizer(
     modules_lr: float | None = None,
     total_steps: int | None = None,
     seed: int = 0,
-    **options: Any,
+    **options: Any,  # Any: of torch's optimizers, each its own
 ) -> torch.optim.Optimizer:
     """The recipe's rule over the recipe's groups, with its schedules bound: an ordinary torch
     optimizer.
 
     Args:
-        lr: learning rate; default the method's own (see the contract).
+        lr: learning rate; default the method's own (see the summary).
         weight_decay: decoupled; spares vectors. Default 0, the Trainer's.
         modules_lr: rate of the modules that train in full beside the targets. Default: `lr`.
         total_steps: the horizon, where a schedule needs it.
@@ -221,6 +230,5 @@ def optimizer(
         if default is None:
             raise ValueError(f"`{adapters.recipe.text()}` has no default rate; give `lr`")
         lr = float(default[0])
-    rule: Any = adapters.recipe.rule
-    made = rule.build(adapters.param_groups(lr, weight_decay, modules_lr), options)
+    made = adapters.recipe.rule.build(adapters.param_groups(lr, weight_decay, modules_lr), options)
     return bind(made, adapters, total_steps=total_steps, seed=seed)

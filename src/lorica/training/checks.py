@@ -7,16 +7,16 @@ that is loaded for use must change something.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorica.model import unbound
 from lorica.model.adapters import Adapters
 from lorica.model.targets import head_names
-from lorica.tensors.dtensor_ops import read_full, reduce_scalar
+from lorica.tensors.dtensor_ops import all_reduce_, floats, read_full, reduce_scalar
 
 WATCHED_STEPS = 10
 logger = logging.getLogger("lorica")
@@ -47,7 +47,7 @@ def changes_nothing(adapters: Adapters) -> bool:
     return not adapters.direct
 
 
-def attached(model: Any) -> Adapters | None:
+def attached(model: nn.Module) -> Adapters | None:
     """The handle of an adapted model; None: it is plain."""
     try:
         return Adapters.of(model)
@@ -95,7 +95,7 @@ class GradientCheck:
         self.adapters = adapters
         self.watched = WATCHED_STEPS
         self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
         self.held = False
         self.skipped = 0  # steps that counted as none: at rate 0, without any gradient
 
@@ -130,7 +130,7 @@ class GradientCheck:
             while self.hooks:
                 self.hooks.pop().remove()
             return
-        units: dict[str, list[Any]] = {}
+        units: dict[str, list[nn.Parameter]] = {}
         for t in self.adapters.trained():
             units.setdefault(t.site, []).append(t.parameter)
         sites = list(units)
@@ -153,7 +153,7 @@ class GradientCheck:
             return
         self.reached[site] = False
 
-        def note(module: Any, args: tuple) -> None:
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.reached[site] |= bool(args) and args[0].numel() > 0
 
         module = self.adapters.model.get_submodule(site)
@@ -163,8 +163,8 @@ class GradientCheck:
         reached = torch.tensor([self.reached[s] for s in missing], dtype=torch.int32)
         if dist.is_initialized():  # an expert may have had its tokens on another process
             reached = reached.to(next(self.adapters.model.parameters()).device)
-            dist.all_reduce(reached, op=dist.ReduceOp.MAX)
-        resting = [s for s, r in zip(missing, reached.tolist(), strict=True) if not r]
+            all_reduce_(reached, op=dist.ReduceOp.MAX)
+        resting = [s for s, r in zip(missing, floats(reached), strict=True) if not r]
         # Every token reaches a head; one that none reached is computed past its adapter.
         heads = head_names(self.adapters.model)
         silent = [s for s in missing if s not in resting or s in heads]

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorica.interfaces import InitLike
-from lorica.methods.inits.base import fill_
+from lorica.methods.inits.base import AbstractInit, fill_
 from lorica.model.layer import AdaptedLinear
 from lorica.tensors.dtensor_ops import outer_add_, read_full, reset_state, write_rows, zero_rows
 
@@ -21,7 +20,7 @@ from lorica.tensors.dtensor_ops import outer_add_, read_full, reset_state, write
 @torch.no_grad()
 def merge_(
     layer: AdaptedLinear, optimizer: torch.optim.Optimizer | None, *,
-    link: int, init: InitLike | None, generator: torch.Generator, accumulate: str = "base",
+    link: int, init: AbstractInit | None, generator: torch.Generator, accumulate: str = "base",
 ) -> None:  # fmt: skip
     """Merge the layer's update and start a fresh one; the function is kept.
 
