@@ -124,7 +124,7 @@ def check_values(recipe: Recipe) -> None:
         _require(value in allowed, f"`{name}={value!r}`; allowed: {', '.join(map(str, allowed))}")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, float] = getattr(recipe, name)
-        for pattern, value in patterns.items():
+        for pattern in patterns:
             why = flaw(pattern)
             _require(
                 why is None,
