@@ -422,7 +422,7 @@ def test_presets_and_what_replaces_them():
     assert "2406.06564" in lorica.cite(f"init.{WORD}")
     with pytest.raises(ValueError, match="no choice of the axis `inits`"):
         Recipe.parse("init.dora")
-    with pytest.raises(ValueError, match="unknown method word `nonsense.switchlora`"):
+    with pytest.raises(ValueError, match="unknown method `nonsense.switchlora`"):
         Recipe.parse("nonsense.switchlora")
 
 
