@@ -34,10 +34,10 @@ class Others(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class VerbOptions:
-    """Options of every verb.
+    """Options of every command.
 
     Args:
-        json: print one JSON object on standard output, and nothing else there.
+        json: print one JSON object to standard output and nothing else.
     """
 
     json: bool = False

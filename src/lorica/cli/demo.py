@@ -1,4 +1,4 @@
-"""Teach the embedded model new tasks, and show it."""
+"""Train the embedded model on new tasks and show what it has learned."""
 
 from __future__ import annotations
 

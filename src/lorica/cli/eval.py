@@ -31,36 +31,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VerbOptions):
-    """Measure a model on data, plain or with an adapter.
+    """Measure a model on data, with or without an adapter.
 
-    The loss is the mean over all label tokens, whatever the batches. What else there is depends on
-    the task: perplexity, bits per byte and per character; accuracy, f1 (of class 1 of two, else the
-    mean over classes), f1_macro, matthews; pearson, spearman, mse.
+    The loss is the mean over all label tokens and doesn't depend on the batch size. The other
+    metrics depend on the task: perplexity, bits per byte and per character; accuracy, f1 (of class
+    1 if there are two classes, otherwise the mean over classes), f1_macro, matthews; pearson,
+    spearman, mse.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the one that the adapter names,
-            else the embedded one.
-        adapter: on it, an adapter (Lorica's or PEFT's).
-        data: file, folder or hub id; its columns decide what it is. Default: the embedded new tasks
-            (`lorica:new`; the others are `lorica:old` and `lorica:new+old`).
-        split: of the data. Of embedded tasks the default is `test`.
-        columns: what the data calls the columns, e.g. `text=sentence`.
-        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
-        limit: measure on at most so many rows, from the start.
-        task: causal-lm, sequence-classification, token-classification or seq2seq-lm. Default: from
-            the data's columns; seq2seq-lm where the model is an encoder-decoder.
-        max_length: tokens a row. Default: 1024, or less where the model ends before.
-        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
-        train_on: what the loss counts: `completion` (answers), `all`, or roles, e.g. `assistant`.
-        per_device_eval_batch_size: rows a batch.
-        metrics: only these of the task's figures.
-        exact_match: let the model answer every prompt greedily, and compare with the data's answer.
-        answer_pattern: compare only the last match of this regular expression (its first group, if
-            it has one), e.g. `#### (.+)`.
-        max_new_tokens: of such an answer. Default: 256, or what the model has room for.
-        compare_base: measure the base without the adapter too.
-        dtype: of the weights. `auto` keeps the checkpoint's, but float16 becomes float32 on a CPU.
-        ignore_base_hash: take another base than the adapter was trained on.
+        model: folder or hub id of a transformers model. Default: the base that the adapter
+            names, otherwise the embedded model.
+        adapter: an adapter on top of the model (Lorica's or PEFT's).
+        data: file, folder or hub id; the column names decide what the examples are. The
+            embedded tasks are `lorica:new`, `lorica:old` and `lorica:new+old`. Default:
+            `lorica:new`.
+        split: split of the data. Default for the embedded tasks: `test`.
+        columns: rename columns of the data, e.g. `text=sentence` if the text is in the column
+            `sentence`.
+        header: column names for a csv or tsv file without a header line; `_` drops a column.
+        limit: measure on the first examples only, at most this many.
+        task: causal-lm, sequence-classification, token-classification or seq2seq-lm. Default:
+            decided by the columns of the data; seq2seq-lm if the model is an encoder-decoder.
+        max_length: maximum tokens per sequence. Default: 1024, or the model's limit if that is
+            lower.
+        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the
+            tokenizer's template.
+        train_on: what the loss covers: `completion` (answers), `all`, or roles, e.g.
+            `assistant`.
+        per_device_eval_batch_size: sequences per batch.
+        metrics: compute only these metrics of the task.
+        exact_match: generate a greedy answer to every prompt and compare it with the answer in
+            the data.
+        answer_pattern: compare only the last match of this regular expression (its first group,
+            if it has one), e.g. `#### (.+)`.
+        max_new_tokens: maximum tokens of a generated answer. Default: 256, or what the model
+            has room for.
+        compare_base: also measure the base without the adapter.
+        dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
+            becomes float32 on a CPU.
+        ignore_base_hash: use a base other than the one that the adapter was trained on.
     """
 
     model: Annotated[str | None, PATH, HINT] = None

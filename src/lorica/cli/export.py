@@ -1,4 +1,4 @@
-"""Write an adapter for another program: PEFT's files, merged weights, or a compressed model."""
+"""Write an adapter for another program: PEFT files, merged weights, or a compressed model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ class Options(VerbOptions):
     """Write an adapter for another program.
 
     Args:
-        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote.
-        output_dir: where it goes.
+        adapter: adapter folder written by `lorica train`, `lorica.save` or PEFT.
+        output_dir: folder to write.
         to: `peft` (an adapter), `merged` (a whole model, as `lorica merge` writes it), or
-            `compressed` (a smaller model, of a method that takes the base out: two thin layers in
-            the place of each; `lorica generate` and `lorica eval` read it).
+            `compressed` (a smaller model with two thin layers in place of each adapted layer,
+            for methods that remove the base; `lorica generate` and `lorica eval` read it).
         model: the base. Default: the one that the adapter names.
-        r: cut every layer to this rank, to the best approximation; its error by layer, and what it
-            does to the logits, is printed.
-        portable: for servers that read one rank and one alpha and nothing else. Exact.
-        dtype: of the adapter's tensors. Default: the one it was trained in.
-        ignore_base_hash: take a base that is not the one it was trained on.
-        overwrite: replace what is in `output_dir`.
+        r: reduce every layer to this rank, by the best approximation. Prints the error of each
+            layer and the effect on the logits.
+        portable: write one rank and one alpha for all layers, for servers that read nothing
+            else. Exact.
+        dtype: dtype of the adapter's tensors. Default: the one it was trained in.
+        ignore_base_hash: use a base other than the one that the adapter was trained on.
+        overwrite: replace the contents of `output_dir`.
     """
 
     adapter: Annotated[str, PATH, HINT]

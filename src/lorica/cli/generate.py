@@ -1,4 +1,4 @@
-"""Let a model answer prompts: plain, adapted or merged."""
+"""Generate text with a model: plain, adapted or merged."""
 
 from __future__ import annotations
 
@@ -47,40 +47,45 @@ _EACH = tyro.conf.arg(help_behavior_hint="(may be given again)")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VerbOptions):
-    """Let a model answer prompts, those of a data file, or a person's.
+    """Generate answers to a prompt, to the prompts of a data file, or in a chat.
 
-    One answer to one `--prompt` grows on the terminal. A `--file` gives a line of JSON for each
-    answer: prompt, completion, and the file's own answer as reference.
+    A single answer to `--prompt` is shown while it is generated. `--file` writes one line of JSON
+    per answer, with the prompt, the completion, and the file's own answer as a reference.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the one that the adapter names,
-            else the embedded one.
-        adapter: on it, an adapter (Lorica's or PEFT's).
-        prompt: a text to go on from, as it is; with `chat_template`, a user's turn.
-        file: a data file of any shape with prompts (the answers may be absent), a .txt with a
-            prompt a line, or embedded tasks (`lorica:new`). Prompts are the same as in training.
-        chat: a conversation: each line of standard input is a turn, `/exit` ends it.
-        output: where the lines of JSON of `file` go, instead of standard output.
-        merged: merge the adapter into the base before.
-        stream: show a single answer as it grows, where standard error is a terminal.
-        max_new_tokens: tokens of an answer at most. Default: 256, or what the model has room for.
-        do_sample: draw; so does giving temperature, top_k or top_p. Otherwise the likeliest token
-            is taken each time.
+        model: folder or hub id of a transformers model. Default: the base that the adapter
+            names, otherwise the embedded model.
+        adapter: an adapter on top of the model (Lorica's or PEFT's).
+        prompt: text to continue; with `chat_template`, the user's message.
+        file: data file with prompts (answers are optional), a .txt file with one prompt per
+            line, or embedded tasks (`lorica:new`). The prompts are built as in training.
+        chat: a conversation: each line of standard input is a message, and `/exit` ends it.
+        output: write the JSON lines of `file` here instead of to standard output.
+        merged: merge the adapter into the base before generating.
+        stream: show a single answer while it is generated, if standard error is a terminal.
+        max_new_tokens: maximum tokens per answer. Default: 256, or what the model has room for.
+        do_sample: sample, which temperature, top_k and top_p also switch on. Otherwise the most
+            likely token is taken.
         temperature: divides the logits. Default: 1.
-        top_k: draw from so many likeliest tokens, 0 from all. Default: 50.
-        top_p: draw from the likeliest tokens of together this probability. Default: 1.
-        repetition_penalty: above 1 it disfavours tokens that were there. Default: 1.
+        top_k: sample from this many most likely tokens; 0 means all. Default: 50.
+        top_p: sample from the most likely tokens whose probabilities add up to this. Default:
+            1.
+        repetition_penalty: values above 1 make tokens that have already appeared less likely.
+            Default: 1.
         num_beams: width of a beam search.
-        num_return_sequences: answers a prompt.
-        stop_strings: an answer ends before the first of these.
-        seed: of the draws.
-        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
-        batch_size: prompts at a time.
-        columns: what the file calls the columns, e.g. `prompt=question`.
-        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
-        limit: answer only so many prompts, from the start of the file.
-        dtype: of the weights. `auto` keeps the checkpoint's, but float16 becomes float32 on a CPU.
-        ignore_base_hash: take another base than the adapter was trained on.
+        num_return_sequences: answers per prompt.
+        stop_strings: an answer ends before the first of these strings.
+        seed: seed for sampling.
+        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the
+            tokenizer's template.
+        batch_size: prompts per batch.
+        columns: rename columns of the file, e.g. `prompt=question` if the prompts are in
+            `question`.
+        header: column names for a csv or tsv file without a header line; `_` drops a column.
+        limit: answer the first prompts of the file only, at most this many.
+        dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
+            becomes float32 on a CPU.
+        ignore_base_hash: use a base other than the one that the adapter was trained on.
     """
 
     model: Annotated[str | None, PATH, HINT] = None

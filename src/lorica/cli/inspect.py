@@ -1,4 +1,4 @@
-"""Say what an adapter's folder holds: method, layers, norms, base, problems."""
+"""Show what an adapter folder holds: method, layers, norms, base, problems."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lorica.run.options import HINT, PATH
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VerbOptions):
-    """Say what an adapter's folder holds, without loading its base.
+    """Show what an adapter folder holds, without loading the base.
 
     Args:
-        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote, or a compressed model.
+        adapter: adapter folder written by `lorica train`, `lorica.save` or PEFT, or a
+            compressed model.
     """
 
     adapter: tyro.conf.Positional[Annotated[str, PATH, HINT]]

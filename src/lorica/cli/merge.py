@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: an ordinary transformers model."""
+"""Merge an adapter into its base and write a plain transformers model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", re.IGNORECASE)  # of transf
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VerbOptions):
-    """Merge an adapter into its base and write an ordinary transformers model.
+    """Merge an adapter into its base and write a plain transformers model.
 
-    The weights are formed in float32 and rounded once to the base's dtype; how far the model's
-    output moved by that is measured and printed.
+    The weights are computed in float32 and rounded once to the base's dtype. The command measures
+    and prints how much that rounding changes the model's output.
 
     Args:
-        adapter: a folder that `lorica train`, `lorica.save` or PEFT wrote.
-        output_dir: where the model goes.
+        adapter: adapter folder written by `lorica train`, `lorica.save` or PEFT.
+        output_dir: folder to write the model to.
         model: the base. Default: the one that the adapter names.
-        max_shard_size: of one file, e.g. `5GB`.
-        approximate: merge updates that depend on what other layers see into one matrix each, fitted
-            to a sample of token ids; what is lost of each is printed.
-        ignore_base_hash: merge into a base that is not the one it was trained on.
-        overwrite: replace a model that is in `output_dir`.
+        max_shard_size: maximum size of one file, e.g. `5GB`.
+        approximate: for updates that depend on the input of other layers: fit one matrix per
+            layer on a sample of token ids, and print the error of each layer.
+        ignore_base_hash: use a base other than the one that the adapter was trained on.
+        overwrite: replace the model in `output_dir`.
     """
 
     adapter: Annotated[str, PATH, HINT]

@@ -1,4 +1,4 @@
-"""List the words that a method is made of: their axis, paper, arguments and needs."""
+"""List the methods: axis, paper, arguments and needs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lorica.cli._outcome import Outcome, VerbOptions
 from lorica.run.options import HINT, Kind, UsageError
 from lorica.text import nearest
 
-WORDS = Kind("WORD ...", tuple, nargs="*")
+WORDS = Kind("NAME ...", tuple, nargs="*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VerbOptions):
-    """List the words that a method is made of, or describe some.
+    """List all methods, or describe some of them.
 
-    A method is one word an axis, joined by `+`: `dora+olora+rslora`. An axis nobody speaks of has
-    its default.
+    A recipe has one method per axis, joined by `+`: `dora+olora+rslora`. An axis that you leave out
+    keeps its default.
 
     Args:
-        words: describe these words in full. Default: a table of all.
+        words: describe these methods in full. Default: a table of all methods.
     """
 
     words: tyro.conf.Positional[Annotated[tuple[str, ...], WORDS, HINT]] = ()
@@ -39,7 +39,7 @@ def run(options: Options) -> Outcome:
     for word in wanted:
         if word not in known:
             raise UsageError(
-                f"`{word}` is no method.{nearest(word, known)} `lorica methods` lists them"
+                f"`{word}` is not a method.{nearest(word, known)} `lorica methods` lists them"
             )
     chosen = [row for row in rows if not wanted or row["method"] in wanted]
     data = {"methods": chosen}

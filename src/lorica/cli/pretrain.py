@@ -1,4 +1,4 @@
-"""Pre-train a model from random weights on running text."""
+"""Pre-train a model from random weights on plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""List what a model has to adapt: layers, shapes, and what a rank costs."""
+"""List the layers of a model that can be adapted, and what a rank costs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ RANKS = (4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VerbOptions):
-    """List the layers that an update could adapt, and what it costs. No weights are read.
+    """List the layers that a method can adapt, and what that costs. Reads no weights.
 
     Args:
-        model: folder or hub id of a transformers model; its configuration is enough. Default: the
-            embedded one.
+        model: folder or hub id of a transformers model; only its configuration is read.
+            Default: the embedded model.
         method: count what this method would train. Default: lora.
-        r: its rank. Default: the method's own, else 16.
-        lora_alpha: its alpha.
-        target_modules: names, a regular expression, or `all-linear`.
-        exclude_modules: in the same forms, what to leave out.
-        layers_to_transform: indices of the blocks.
+        r: rank. Default: the method's own, usually 16.
+        lora_alpha: alpha in the scale. Default: the method's own.
+        target_modules: names, one regular expression, or `all-linear`.
+        exclude_modules: layers to leave out, in the same forms.
+        layers_to_transform: indices of the transformer blocks.
     """
 
     model: tyro.conf.Positional[Annotated[str | None, PATH, HINT]] = None

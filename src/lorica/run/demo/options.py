@@ -10,18 +10,18 @@ from lorica.run.options import HINT, METHOD, NUMBER, PATH, WHOLE, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Teach the embedded model tasks that it has never seen, and look at what it learnt and forgot.
+    """Train the embedded model on tasks it doesn't know, and show what it learns and forgets.
 
-    Nothing is downloaded. The folder then holds demo.html (a page to look at), result.json, and the
-    run as `lorica train` leaves it: config.yaml, metrics.jsonl, adapter/.
+    Nothing is downloaded. The folder gets demo.html (a page to look at), result.json, and the files
+    of a `lorica train` run: config.yaml, metrics.jsonl, adapter/.
 
     Args:
-        method: words joined by `+`; `lorica methods` lists them.
-        learning_rate: peak rate. The default suits the default method.
-        max_steps: optimizer steps, of 48 examples each.
-        examples: prompts of each task that are asked before and after; none was trained on.
-        seed: of every random draw.
-        output_dir: a folder; an earlier demonstration in it is replaced.
+        method: method names joined by `+`; `lorica methods` lists them.
+        learning_rate: peak learning rate. The default suits the default method.
+        max_steps: optimizer steps, with 48 examples each.
+        examples: prompts per task to ask before and after training; none of them is trained on.
+        seed: seed of every random draw.
+        output_dir: folder to write; an earlier demo in it is replaced.
     """
 
     method: Annotated[str, METHOD, HINT] = "dora+olora"

@@ -11,11 +11,13 @@ from lorica.run.options.kinds import HINT, NUMBER, PAIRS, TEXT, WHOLE
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The part of the data that is used, and how it is cut into rows.
+    """Which part of the data is used, and how it is cut into sequences.
 
     Args:
-        split: split of the data to train on. Default: train, else everything.
-        columns: what the data calls the columns, e.g. `text=sentence`.
+        split: split of the data to train on. Default: `train` if there is one, otherwise
+            everything.
+        columns: rename columns of the data, e.g. `text=sentence` if the text is in the column
+            `sentence`.
     """
 
     split: Annotated[str | None, TEXT, HINT] = None

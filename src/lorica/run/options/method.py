@@ -13,19 +13,20 @@ class MethodOptions:
     """The method and the fields of its recipe.
 
     Args:
-        method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
-            weight. `lorica methods` lists them.
-        r: rank of what trains. Default: the method's own, else 16.
-        lora_alpha: numerator of the scale. Default: the method's own.
-        lora_dropout: probability that an input feature of the update is dropped.
-        lora_dropout_on: `update` (carried factors too) or `delta` (the trained ones alone, PEFT's
-            form).
-        target_modules: names (ends of module paths), one regular expression, or `all-linear`:
-            every linear layer but the head.
-        exclude_modules: in the same forms, what to leave out.
-        layers_to_transform: indices of the blocks to adapt. Default: all.
-        rank_pattern: {module pattern: r}, over `r`.
-        alpha_pattern: {module pattern: lora_alpha}, over `lora_alpha`.
+        method: method names joined by `+`, e.g. `dora+olora` or `pissa(niter=16)`; `full`
+            trains every weight. `lorica methods` lists them.
+        r: rank of the trained update. Default: the method's own, usually 16.
+        lora_alpha: alpha in the scale, e.g. s = alpha / r for LoRA. Default: the method's own.
+        lora_dropout: probability of dropping an input feature of the update.
+        lora_dropout_on: `update`: dropout applies to the frozen factors too; `delta`: to the
+            trained factors only, as in PEFT.
+        target_modules: layers to adapt: names (the end of a module path), one regular
+            expression, or `all-linear` for every linear layer except the output head.
+        exclude_modules: layers to leave out, in the same forms.
+        layers_to_transform: indices of the transformer blocks to adapt. Default: all.
+        rank_pattern: {module pattern: r}, overrides `r` for the layers that match.
+        alpha_pattern: {module pattern: lora_alpha}, overrides `lora_alpha` for the layers that
+            match.
     """
 
     method: Annotated[str | None, METHOD, HINT] = None

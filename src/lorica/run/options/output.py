@@ -16,14 +16,15 @@ O = TypeVar("O", bound="OutputOptions")  # noqa: E741
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """The run's folder.
+    """Where a run writes, and what it continues.
 
     Args:
-        output_dir: the run's folder.
-        resume: go on from a checkpoint: a path, or without one the last of `output_dir`. Options
-            left out come from that run's config.yaml, and it goes on where the checkpoint lies.
-        overwrite_output_dir: remove the run that is in `output_dir`.
-        report_to: where else to log: `tensorboard`, `wandb`, ..., or `none`.
+        output_dir: the run folder.
+        resume: continue from a checkpoint: the given one, or the last one in `output_dir`.
+            Options that you leave out are read from that run's configuration, and the run
+            continues in the folder of the checkpoint unless `output_dir` is given.
+        overwrite_output_dir: delete the run that is in `output_dir`.
+        report_to: also log to `tensorboard`, `wandb` or another tracker; `none` for no tracker.
     """
 
     output_dir: Annotated[str, FOLDER, HINT] = Unsaid("lorica-run")

@@ -30,42 +30,47 @@ class _Scratch:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(RunOptions, _Scratch):
-    """Train a causal language model from random weights on running text.
+    """Train a causal language model from random weights on plain text.
 
-    Documents are joined by the end-of-text token and cut into full rows; a row is attended to
-    causally as a whole, over the documents' seams, as in the papers. Everything trains: what the
-    method has no update for (embeddings, norms, head, biases) in place. The result is an ordinary
-    transformers model in `model/`. A YAML file of the same names (underscores) may stand first;
-    flags override it.
+    Documents are joined by the end-of-text token and cut into sequences of equal length. Attention
+    is causal over the whole sequence, across documents, as in the papers. Every parameter trains:
+    embeddings, norms, head and biases train in full, next to the method's updates. The result is a
+    plain transformers model in `model/`. A YAML file with the same options (underscores in their
+    names) can come first; options on the command line override it.
 
     Args:
-        model_config: a shape (llama-1m, -4m, -9m, -20m, -60m, -130m, -250m, -350m, -1b), or a
-            config.json of any causal language model of transformers, its folder or hub id.
-        data: files, folders or hub ids of text, in this order: .txt, or a column `text`. Default:
-            the embedded tasks as text.
-        eval_data: the same, to evaluate on.
-        tokenizer: folder or hub id of one. Default: a byte-level BPE trained on the data, saved
-            with the run.
-        vocab_size: of the tokenizer that is trained, or with `tokenizer` of the model. Default: the
-            shape's.
-        method: words joined by `+`, e.g. `relora(every=1000)`, `lora`; `lorica methods` lists them.
-            Default: full, ordinary training.
-        r: rank of what trains. Default: a quarter of the model's width, as in the papers.
-        learning_rate: peak rate. Default: the rule's or the schedule's own, else 1e-3.
-        lr_scheduler_type: transformers' name of the schedule; cosine goes down to 0.
-        warmup_ratio: fraction of the steps in which the rate rises from 0. Default: 0.05.
-        num_train_epochs: passes over the data. Default: 1, unless `max_steps` or `max_tokens` is
+        model_config: size of a Llama (llama-1m, -4m, -9m, -20m, -60m, -130m, -250m, -350m,
+            -1b), or a config.json of any causal language model in transformers, its folder or
+            hub id.
+        data: files, folders or hub ids of text, in this order: .txt, or a column `text`.
+            Default: the embedded tasks as text.
+        eval_data: text to evaluate on, in the same forms.
+        tokenizer: folder or hub id of a tokenizer. Default: train a byte-level BPE tokenizer on
+            the data and save it with the run.
+        vocab_size: vocabulary size of the tokenizer to train; with `tokenizer`, of the model.
+            Default: that of `model_config`.
+        method: method names joined by `+`, e.g. `lora` or `relora(every=1000)`; `lorica
+            methods` lists them. Default: full, which trains every weight.
+        r: rank of the trained update. Default: a quarter of the model's width, as in the
+            papers.
+        learning_rate: peak learning rate. Default: that of the rule or the schedule, otherwise
+            1e-3.
+        lr_scheduler_type: learning rate schedule, by its name in transformers; `cosine` ends at
+            0.
+        warmup_ratio: fraction of all steps in which the rate rises from 0. Default: 0.05.
+        num_train_epochs: number of epochs. Default: 1, unless `max_steps` or `max_tokens` is
             given.
-        max_tokens: train on so many tokens (rounded up to a whole step), instead of passes.
-        eval_split: split of `eval_data` to evaluate on, or without it that of `data`.
-        eval_fraction: hold out this fraction of the rows, the same for every method.
-        max_eval_tokens: evaluate on so many tokens (whole rows), from the start. Default: all.
-        max_length: tokens a row. Default: 256, or less where the model ends before.
-        documents: what a document of a .txt file is: `file`, `paragraph` (between blank lines) or
-            `line`. Default: file.
-        streaming: read `data`, one hub id or folder, as the run goes on, never as a whole; the
-            tokenizer is trained on its beginning.
-        dry_run: print what would train, the counts and the bytes, and stop.
+        max_tokens: number of tokens to train on (rounded up to a whole step), instead of
+            epochs.
+        eval_split: split of `eval_data`, or of `data` if there is no `eval_data`.
+        eval_fraction: hold out this fraction of the sequences, the same ones for every method.
+        max_eval_tokens: evaluate on the first sequences with this many tokens. Default: all.
+        max_length: tokens per sequence. Default: 256, or the model's limit if that is lower.
+        documents: what a document in a .txt file is: `file`, `paragraph` (separated by blank
+            lines) or `line`. Default: file.
+        streaming: read `data` (one hub id or folder) during the run instead of loading all of
+            it first; the tokenizer is trained on its beginning.
+        dry_run: print what would train, with counts and bytes, and stop.
     """
 
     max_tokens: Annotated[int | None, WHOLE, HINT] = None

@@ -20,7 +20,7 @@ from lorica.run.options.training_arguments import NEED_EVALUATION, TrainingArgum
 class RunOptions(
     TrainingArgumentsOptions, DataOptions, OutputOptions, StepOptions, MethodOptions, abc.ABC
 ):
-    """What every training run can be told; a verb adds its own."""
+    """The options of every training run; each command adds its own."""
 
     aliases: ClassVar[Mapping[str, str]] = {"resume_from_checkpoint": "resume"}
     # Options that may name files, which config.yaml has from the root on -> words that name none.

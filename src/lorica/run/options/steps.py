@@ -20,19 +20,21 @@ class StepOptions:
     """The optimizer's steps.
 
     Args:
-        learning_rate: peak rate. Default: the method's own.
-        modules_learning_rate: peak rate of the modules that train in full beside the targets: those
-            to save, a new head; in pre-training embeddings, norms and head. Default: the same.
-        lr_scheduler_type: transformers' name of the schedule.
-        warmup_ratio: fraction of the steps in which the rate rises from 0.
-        max_steps: optimizer steps, instead of passes.
-        per_device_train_batch_size: rows a device and forward pass.
-        gradient_accumulation_steps: forward passes an optimizer step. The loss weighs tokens (or
-            labels) alike, however they fall into passes.
-        seed: of every random draw: the start, the order of the data, dropout.
-        bf16: compute in bfloat16 (autocast); what trains stays in float32.
-        gradient_checkpointing: recompute activations in backward, for memory.
-        attn_implementation: transformers' name, e.g. `sdpa`, `eager`. Default: transformers'.
+        learning_rate: peak learning rate. Default: the method's own.
+        modules_learning_rate: peak learning rate of modules that train in full next to the
+            adapters: modules to save, a new head; in pre-training also embeddings and norms.
+            Default: the same as `learning_rate`.
+        lr_scheduler_type: learning rate schedule, by its name in transformers.
+        warmup_ratio: fraction of all steps in which the rate rises from 0.
+        max_steps: number of optimizer steps, instead of epochs.
+        per_device_train_batch_size: sequences per device and forward pass.
+        gradient_accumulation_steps: forward passes per optimizer step. Every token (or label)
+            has the same weight in the loss, however the tokens are spread over the passes.
+        seed: seed of every random draw: initial factors, order of the data, dropout.
+        bf16: compute in bfloat16 (autocast); trained parameters stay in float32.
+        gradient_checkpointing: save memory by recomputing activations in backward.
+        attn_implementation: attention implementation, by its name in transformers, e.g. `sdpa`
+            or `eager`. Default: transformers' choice.
     """
 
     learning_rate: Annotated[float | None, NUMBER, HINT] = None

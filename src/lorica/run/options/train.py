@@ -22,41 +22,46 @@ class _Tuned:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions, _Tuned):
-    """Fine-tune a model on a data set through an update of the method's form.
+    """Fine-tune a model on a data set, with any method of `lorica methods`.
 
-    A YAML file of the same names (underscores) may stand first; flags override it. Every further
-    field of transformers' TrainingArguments is an option under its own name, e.g. `--weight-decay
-    0.01`, `--save-steps 50`, `--optim adamw_torch`.
+    A YAML file with the same options (underscores in their names) can come first; options on the
+    command line override it. Almost every other field of transformers' TrainingArguments is an
+    option too, under its own name, e.g. `--weight-decay 0.01` or `--save-steps 50`.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the one that the adapter names,
-            else the embedded one.
-        data: file, folder or hub id; its columns decide what it is. Embedded tasks are
-            `lorica:new`, `lorica:old` and `lorica:new+old`. Default: `lorica:new`.
-        method: words joined by `+`, e.g. `dora+olora`, `pissa(niter=16)`; `full` trains every
-            weight. `lorica methods` lists them. Default: lora.
-        modules_to_save: modules that train in full and are saved with the adapter. A fresh head is
-            added by itself.
+        model: folder or hub id of a transformers model. Default: the base that the adapter
+            names, otherwise the embedded model.
+        data: file, folder or hub id; the column names decide what the examples are. The
+            embedded tasks are `lorica:new`, `lorica:old` and `lorica:new+old`. Default:
+            `lorica:new`.
+        method: method names joined by `+`, e.g. `dora+olora` or `pissa(niter=16)`; `full`
+            trains every weight. `lorica methods` lists them. Default: lora.
+        modules_to_save: modules that train in full and are saved with the adapter. A new head
+            is always among them.
         bias: `none`, `lora_only` (biases of adapted layers train) or `all`.
-        adapter: start from this adapter (Lorica's or PEFT's) and its method.
-        ignore_base_hash: with `adapter`, take another base than it was trained on.
-        num_train_epochs: passes over the data. Default: 3, unless `max_steps` is given.
-        per_device_train_batch_size: examples a device and forward pass.
-        dtype: of the frozen weights. `auto` keeps the checkpoint's, but float16 becomes float32 on
-            a CPU, which computes it badly (the values stay exactly what they were).
+        adapter: start from this adapter (Lorica's or PEFT's), with its method.
+        ignore_base_hash: with `adapter`, use a base other than the one that the adapter was
+            trained on.
+        num_train_epochs: number of epochs. Default: 3, unless `max_steps` is given.
+        per_device_train_batch_size: examples per device and forward pass.
+        dtype: dtype of the frozen weights. `auto` keeps the checkpoint's dtype, except that
+            float16 becomes float32 on a CPU, where float16 is slow and inaccurate (the values
+            don't change).
         eval_data: file, folder or hub id to evaluate on.
-        eval_split: its split, or without `eval_data` that of `data`.
-        eval_fraction: hold out this fraction of the rows of `data`.
-        max_samples: train on at most so many rows.
-        max_length: tokens a row. Default: 1024, or less where the model ends before.
-        header: names of the columns of a csv or tsv file without a header line; `_` drops one.
-        task: what is learnt: causal-lm, sequence-classification, token-classification or
-            seq2seq-lm. Default: from the data's columns.
-        packing: `none`, `best_fit` (several whole examples a row) or `wrapped` (running text cut so
-            that rows are full). Examples of a row never see each other.
-        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the tokenizer's.
+        eval_split: split of `eval_data`, or of `data` if there is no `eval_data`.
+        eval_fraction: hold out this fraction of `data` for evaluation.
+        max_samples: train on at most this many examples.
+        max_length: maximum tokens per sequence. Default: 1024, or the model's limit if that is
+            lower.
+        header: column names for a csv or tsv file without a header line; `_` drops a column.
+        task: causal-lm, sequence-classification, token-classification or seq2seq-lm. Default:
+            decided by the columns of the data.
+        packing: `none`, `best_fit` (several whole examples per sequence) or `wrapped` (plain
+            text cut so that every sequence is full). Tokens never attend to another example.
+        chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the
+            tokenizer's template.
         train_on: `completion` (answers), `all`, or roles, e.g. `assistant`.
-        early_stopping_patience: stop after so many evaluations without a better one.
+        early_stopping_patience: stop after this many evaluations without an improvement.
     """
 
     modules_to_save: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
