@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, DistributedType
 
 from lorica.cli import main
-from lorica.run.session import AbstractRun
+from lorica.run import arguments
 
 _init = AcceleratorState.__init__
 
@@ -28,5 +28,5 @@ def _sharding(self: Any, *args: Any, **kwargs: Any) -> None:
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _sharding  # type: ignore[method-assign]
-    AbstractRun._refuse_sharding = lambda self: None  # type: ignore[method-assign]
+    arguments.refuse_sharding = lambda plan, training, *, gathers: None
     sys.exit(main(sys.argv[1:]))

@@ -82,23 +82,23 @@ def test_a_run_leaves_an_ordinary_model(pretrain, tmp_path, monkeypatch, method)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorica.run.pretrain import Pretraining
+    from lorica.run import pretrain as running
 
-    trained, save = {}, Pretraining.save
+    trained, save = {}, running.save
     ids = torch.arange(3, 15)[None]
 
     @torch.no_grad()
-    def watched(run):
-        trained["logits"] = run.model.eval()(ids).logits
-        return save(run)
+    def watched(plan):
+        trained["logits"] = plan.model.eval()(ids).logits
+        return save(plan)
 
-    monkeypatch.setattr(Pretraining, "save", watched)
+    monkeypatch.setattr(running, "save", watched)
     ran = pretrain(*small(method), "--eval-fraction", 0.1, "--learning-rate", 0.1)
     assert ran.status == 0, ran.err
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "result.json", "model", "tokenizer", "checkpoint-4",
-        "checkpoint-6",
+        "config.yaml", "defaults.json", "metrics.jsonl", "result.json", "model", "tokenizer",
+        "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
     assert {p.name for p in (out / "model").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",

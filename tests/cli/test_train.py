@@ -30,7 +30,7 @@ def test_a_run_leaves_a_complete_folder(train, tmp_path):
     assert ran.status == 0, ran.err
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoint-6",
+        "config.yaml", "defaults.json", "metrics.jsonl", "result.json", "adapter", "checkpoint-6",
     }  # fmt: skip
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
     assert ran.json == json.loads((out / "result.json").read_text())
@@ -88,7 +88,7 @@ def test_resuming_equals_the_straight_run(train, lorica, tmp_path, monkeypatch, 
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     left = {p.name for p in (tmp_path / "killed").iterdir()}
-    assert left == {"config.yaml", "metrics.jsonl", "checkpoint-2", "checkpoint-4"}
+    assert left == {"config.yaml", "defaults.json", "metrics.jsonl", "checkpoint-2", "checkpoint-4"}
 
     # Options left out come from the run's own config.yaml.
     resumed = lorica("train", "--output-dir", tmp_path / "killed", "--resume", "--json")

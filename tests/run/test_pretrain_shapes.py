@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from lorica.run import model_configs, options
-from lorica.run.pretrain import cost
+from lorica.run.cost import cost
 
 # SwitchLoRA's table, in millions: full training, and by rank.
 COUNTS = {

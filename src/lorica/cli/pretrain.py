@@ -25,7 +25,8 @@ class Options(PretrainOptions, VerbOptions):
 
 
 def run(options: Options) -> Outcome:
-    from lorica.run.pretrain import dry_run, pretrain
+    from lorica.run.cost import dry_run
+    from lorica.run.pretrain import pretrain
 
     if options.dry_run:
         found = dry_run(options)

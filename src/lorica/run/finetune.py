@@ -1,32 +1,83 @@
-"""A fine-tuning run; what it shares with others is in `lorica.run.session`."""
+"""A fine-tuning run: a checkpoint learns a data set.
+
+`train` reads as the run goes: data → arguments → model → train, over one `FineTuning` plan. What
+is heavy (torch, transformers) is imported inside the functions, so that wrong options are refused
+at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lorica.run import resume
+from lorica.run.arguments import cadence, training_arguments
+from lorica.run.config import absolute
 from lorica.run.options import TrainOptions, UsageError, masking
-from lorica.run.session import AbstractRun, absolute, check_optim, logger, recipe_of
+from lorica.run.options.checks import refuse
+from lorica.run.plan import RunData, RunPlan
+from lorica.run.recipe import check_optim, recipe_of
+from lorica.run.start import started
 
 if TYPE_CHECKING:
-    from lorica.data import Labels, Prepared
+    from datasets import Dataset
+    from transformers import PretrainedConfig, TrainerCallback
+
+    from lorica.data import Prepared
+    from lorica.inference.metrics import Scores
+    from lorica.run.log import RunLog
+    from lorica.run.loop import RunTrainer
+
+logger = logging.getLogger("lorica")
 
 WARMUP_RATIO = 0.03
 EPOCHS = 3.0
 MAX_LENGTH = 1024
+LEARNING_RATE = 2e-4  # where the method has none of its own
+
+
+@dataclass(kw_only=True)
+class FineTuningData(RunData):
+    """Rows of examples, as the model takes them.
+
+    Attributes:
+        base: folder or hub id of the model.
+        config: the base's.
+        task: what is learnt.
+        train: rows to train on; they say which labels there are.
+        held: rows to evaluate on, if any.
+        scores: the task's figures.
+        name: the data, for result.json.
+    """
+
+    base: str
+    config: PretrainedConfig
+    task: str
+    train: Prepared
+    held: Prepared | None
+    scores: Scores
+    name: str
+
+
+class FineTuning(RunPlan[TrainOptions, FineTuningData]):
+    """The plan of `lorica train`."""
+
+    verb: ClassVar[str] = "train"
+    writes: ClassVar[tuple[str, ...]] = ("adapter", "model")
 
 
 def train(
     options: TrainOptions,
     *,
     then: Callable[[Any, Any], None] | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Fine-tune as the options say; returns what result.json holds.
 
@@ -36,307 +87,106 @@ def train(
         callbacks: of the Trainer's kind, e.g. `lorica.run.signals.SaveOnSignal()`.
 
     Raises:
-        UsageError: options that cannot be run as they stand, before anything is loaded or written.
+        UsageError: options that cannot be run, before anything is loaded or written.
         ValueError: data or a model that does not fit, a run that diverges. What is complete in the
             folder stays.
     """
     options.check()
     options = options.placed()
     recipe = None if options.adapter is not None else recipe_of(options)
-    return FineTuning.start(options, recipe, then, callbacks)
+    with started(FineTuning, options, recipe) as plan:
+        read_data(plan)
+        plan_steps(plan)
+        resume.check_same_run(plan)
+        load_model(plan)
+        result = train_model(plan, callbacks)
+        if then is not None:
+            then(plan.model, plan.data.tokenizer)
+        return result
 
 
-@dataclass
-class FineTuning(AbstractRun):
-    """A checkpoint learns a data set."""
+# -- data ------------------------------------------------------------------------------------------
 
-    verb: ClassVar[str] = "train"
-    writes: ClassVar[tuple[str, ...]] = ("adapter", "model")
-    remedy: ClassVar[str] = "; with float16 weights type `--dtype float32`"
 
-    @property
-    def gathers(self) -> bool:
-        return self.recipe is None or "base_unchanged" in self.recipe.given()
+def read_data(plan: FineTuning) -> None:
+    """Read the rows and the tokenizer, and fill in `plan.data`.
 
-    # -- data --------------------------------------------------------------------------------------
+    Raises:
+        ValueError: there is no such data or model, or the data has no shape that is known.
+    """
+    from lorica.data import detect, prepare
+    from lorica.data.lengths import longest
+    from lorica.inference.metrics import Scores
+    from lorica.run.load_model import base_name, load_tokenizer, own_labels, read_config
 
-    def load_data(self) -> None:
-        from lorica.data import detect, prepare
-        from lorica.data.lengths import longest
-        from lorica.run.load_model import (
-            base_name,
-            load_tokenizer,
-            own_labels,
-            read_config,
-        )
+    options = plan.options
+    base = base_name(options.model, options.adapter)
+    config = read_config(base)
+    source, train_rows, held_rows = _rows(options)
+    shape = detect(train_rows.column_names, task=options.task)
+    task = options.task or shape.default_task
+    tokenizer = load_tokenizer(base)
+    limit = longest(config, tokenizer)
+    max_length = options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH)
+    refuse(
+        limit is not None and max_length > limit,
+        f"`--max-length {max_length}`: `{base}` ends at {limit} tokens; give at most that",
+    )
+    how: dict[str, Any] = {"max_length": max_length, "task": task}
+    if options.packing != "none":
+        how["packing"] = options.packing
+    how |= masking(options.chat_template, options.train_on)
+    labels = own_labels(config, task)
+    data = prepare(train_rows, tokenizer, **how, **_labelled(labels))
+    held = None
+    if held_rows is not None:
+        held = prepare(held_rows, tokenizer, **how, **_labelled(data.labels))
+    if data.chat_template is not None:
+        tokenizer.chat_template = data.chat_template
+    facts: dict[str, Any] = {"data_sha256": hash_rows(data.dataset)}
+    if held is not None:
+        facts["eval_data_sha256"] = hash_rows(held.dataset)
+    facts["processes"] = plan.processes
+    plan.data = FineTuningData(
+        source=source,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        facts=facts,
+        settled={"data": absolute(source), "max_length": max_length, "task": task},
+        evaluates=held is not None,
+        base=base,
+        config=config,
+        task=task,
+        train=data,
+        held=held,
+        scores=Scores(task, 0 if data.labels is None else len(data.labels.names)),
+        name=absolute(source),
+    )
 
-        options = self.options
-        self.name = base_name(options.model, options.adapter)
-        self.config = read_config(self.name)
-        train, held = self._rows()
-        shape = detect(train.column_names, task=options.task)
-        self.task = options.task or shape.default_task
-        self.tokenizer = load_tokenizer(self.name)
-        limit = longest(self.config, self.tokenizer)
-        self.max_length = options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH)
-        if limit is not None and self.max_length > limit:
-            raise UsageError(
-                f"`--max-length {self.max_length}`: `{self.name}` ends at {limit} tokens; give"
-                " at most that"
-            )
-        how: dict[str, Any] = {"max_length": self.max_length, "task": self.task}
-        if options.packing != "none":
-            how["packing"] = options.packing
-        how |= masking(options.chat_template, options.train_on)
-        labels = own_labels(self.config, self.task)
-        labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
-        self.data: Prepared = prepare(train, self.tokenizer, **how, **labelled)
-        self.labels: Labels | None = self.data.labels
-        labelled = {} if self.labels is None else {"labels": self.labels}
-        self.held: Prepared | None = None
-        if held is not None:
-            self.held = prepare(held, self.tokenizer, **how, **labelled)
-        if self.data.chat_template is not None:
-            self.tokenizer.chat_template = self.data.chat_template
-        self.facts = {"data_sha256": hash_rows(self.data.dataset)}
-        if self.held is not None:
-            self.facts["eval_data_sha256"] = hash_rows(self.held.dataset)
 
-    def _rows(self) -> tuple[Any, Any]:
-        """Rows to train on and rows to evaluate on (or None)."""
-        from lorica.data import read_splits
-        from lorica.embedded.source import NEW, TEST, is_embedded
+def _rows(options: TrainOptions) -> tuple[str, Dataset, Dataset | None]:
+    """The data's name, rows to train on and rows to evaluate on."""
+    from lorica.data import read_splits
+    from lorica.embedded.source import NEW, TEST, is_embedded
 
-        options, eval_split = self.options, self.options.eval_split
-        self.source = options.data or NEW
-        brought = is_embedded(self.source) and options.eval_data is options.eval_fraction is None
-        return read_splits(
-            self.source,
-            split=options.split,
-            eval_source=options.eval_data,
-            eval_split=TEST if brought and eval_split is None else eval_split,
-            eval_fraction=options.eval_fraction,
-            seed=options.seed,
-            header=options.header,
-            columns=options.columns,
-            max_samples=options.max_samples,
-        )
+    source, eval_split = options.data or NEW, options.eval_split
+    brought = is_embedded(source) and options.eval_data is options.eval_fraction is None
+    train_rows, held_rows = read_splits(
+        source,
+        split=options.split,
+        eval_source=options.eval_data,
+        eval_split=TEST if brought and eval_split is None else eval_split,
+        eval_fraction=options.eval_fraction,
+        seed=options.seed,
+        header=options.header,
+        columns=options.columns,
+        max_samples=options.max_samples,
+    )
+    return source, train_rows, held_rows
 
-    # -- arguments ---------------------------------------------------------------------------------
 
-    def plan(self) -> None:
-        from lorica.inference.metrics import Scores
-
-        options = self.options
-        classes = 0 if self.labels is None else len(self.labels.names)
-        self.scores = Scores(self.task, classes)
-        rows = len(self.data.dataset)
-        batches = math.ceil(rows / (options.per_device_train_batch_size * self.processes))
-        a_pass = max(1, math.ceil(batches / options.gradient_accumulation_steps))
-        epochs = options.num_train_epochs or EPOCHS
-        steps = options.max_steps or math.ceil(epochs * a_pass)
-        default = self.recipe.learning_rate if self.recipe is not None else None
-        self.learning_rate = options.learning_rate or (default[0] if default else 2e-4)
-        values = self.values(steps, by_pass=options.max_steps is None and epochs >= 2)
-        ending = self._ending(steps)
-        if self.held is not None and values["eval_strategy"] != "no":
-            best, more = self.scores.best
-            matches = values["eval_strategy"] == values["save_strategy"]
-            saves, evals = values.get("save_steps"), values.get("eval_steps")
-            if values["eval_strategy"] == "steps" and matches and saves and evals:
-                matches = saves == evals  # else the best evaluation may have no checkpoint
-            values.setdefault("load_best_model_at_end", matches and not ending)
-            values.setdefault("metric_for_best_model", best)
-            name = values["metric_for_best_model"].removeprefix("eval_")
-            values.setdefault("greater_is_better", more if name == best else None)
-        self.set_arguments(
-            values,
-            steps=steps,
-            max_steps=options.max_steps,
-            epochs=epochs,
-            warmup_ratio=WARMUP_RATIO,
-            include_num_input_tokens_seen="all" if self._packs else "non_padding",
-        )
-        patient = options.early_stopping_patience is not None
-        if (patient or self.args.load_best_model_at_end) and ending:
-            raise UsageError(
-                f"`{ending}` gives what it promises at the end of a run only, and the best"
-                " evaluation may lie before; leave out `--load-best-model-at-end` and"
-                " `--early-stopping-patience`"
-            )
-        if self.args.label_smoothing_factor and self.labels is not None and self.labels.regression:
-            raise UsageError(
-                f"`--label-smoothing-factor {self.args.label_smoothing_factor}` spreads a label"
-                " over classes, and the labels here are figures (a regression): leave it out"
-            )
-        if options.early_stopping_patience is not None and not self.args.load_best_model_at_end:
-            raise UsageError(
-                "`--early-stopping-patience` goes by the best checkpoint, which is kept only where"
-                " evaluations and checkpoints fall together: let `--eval-steps` and `--save-steps`"
-                " match"
-            )
-
-    def _ending(self, steps: int) -> str:
-        """The word of a schedule whose weights are not what it promises before the end, or ""."""
-        schedules: Any = () if self.recipe is None else self.recipe.schedules
-        return next((s.name for s in schedules if s.fit(steps).final_from(steps) > 0), "")
-
-    @property
-    def evaluates(self) -> bool:
-        return self.held is not None
-
-    @property
-    def own_recipe(self) -> bool:
-        return self.options.adapter is None
-
-    @property
-    def _packs(self) -> bool:
-        return self.options.packing != "none"
-
-    def filled(self) -> dict[str, Any]:
-        data = self.options.data or self.source
-        return {"data": absolute(data), "max_length": self.max_length, "task": self.task}
-
-    # -- model -------------------------------------------------------------------------------------
-
-    def load_model(self) -> None:
-        import lorica
-        from lorica.data import check_isolation
-        from lorica.run.load_model import load_model
-
-        options = self.options
-        self.model: Any = load_model(
-            self.name,
-            self.task,
-            labels=self.labels,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-            widen=self.device.type == "cpu",
-        )
-        self.model.name_or_path = absolute(self.name)  # what is written names the base by it
-        self.model.config.name_or_path = absolute(self.name)
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.data.pad_token_id
-        self.collator = self.data.collator()
-        if self.task == "seq2seq-lm" and self.args.label_smoothing_factor:
-            # The Trainer then keeps the labels, which decoders make their inputs of.
-            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            if shift is None:
-                raise UsageError(
-                    f"`--label-smoothing-factor {self.args.label_smoothing_factor}`: a"
-                    f" {type(self.model).__name__} does not say what its decoder reads for a label;"
-                    " leave it out"
-                )
-            self.collator = dataclasses.replace(self.collator, shift=shift)
-        if self._packs:
-            self.model.config.use_cache = False
-            check_isolation(self.model, self.collator)
-        if options.adapter is not None:
-            from lorica import formats
-
-            self.adapters = formats.load(
-                self.model, options.adapter, check_base=not options.ignore_base_hash
-            )
-            self.recipe = recipe = self.adapters.recipe
-            check_optim(options, recipe)
-            if options.learning_rate is None and recipe.learning_rate is not None:
-                self.learning_rate = recipe.learning_rate[0]
-                self.args.learning_rate = self.learning_rate
-        else:
-            assert self.recipe is not None
-            self.adapters = lorica.attach(self.model, self.recipe)
-
-    def tell(self) -> None:
-        from lorica.data import show_example
-
-        logger.info(str(self.data.report))
-        if self.held is not None:
-            logger.info(f"evaluation: {len(self.held.dataset):,} rows")
-        logger.info("one example, as the model sees it (what is trained is marked):")
-        logger.info(show_example(self.data, self.tokenizer))
-
-    # -- training ----------------------------------------------------------------------------------
-
-    def keep(self) -> None:
-        """The checkpoints hold all that a resumption needs."""
-
-    def trainer(self, log: Any) -> Any:
-        from transformers import EarlyStoppingCallback
-
-        from lorica.run.token_weighting import TokenWeighted
-        from lorica.run.trainer import TrainerMixin
-
-        class Tuner(TrainerMixin, TokenWeighted):
-            """The Trainer of this run."""
-
-        Tuner.perplexity = self.task in ("causal-lm", "seq2seq-lm")
-        callbacks: list[Any] = [log]
-        if self.options.early_stopping_patience is not None:
-            stopping = EarlyStoppingCallback(self.options.early_stopping_patience)
-            # The Trainer leaves the count at 0 on resuming, so a resumed run would stop later.
-            for name, value in (
-                self.before.get(type(stopping).__name__, {}).get("attributes", {}).items()
-            ):
-                setattr(stopping, name, value)
-            callbacks.append(stopping)
-        measured = self.scores.measure is not None
-        return Tuner(
-            adapters=self.adapters,
-            modules_learning_rate=self.options.modules_learning_rate,
-            model=self.model,
-            args=self.args,
-            train_dataset=self.data.dataset,
-            eval_dataset=None if self.held is None else self.held.dataset,
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
-            callbacks=callbacks,
-            compute_metrics=self.scores if measured else None,
-            preprocess_logits_for_metrics=self.scores.reduce if measured else None,
-        )
-
-    def save(self) -> Path:
-        """`adapter/` beside the published base, else `model/`; the tokenizer lies with it."""
-        from lorica import formats
-        from lorica.formats.atomic_folder import writing
-
-        adapters = self.adapters
-        out = self.folder / ("adapter" if adapters.base_unchanged else "model")
-        if adapters.layers and not adapters.base_unchanged:
-            formats.merge_to(adapters, out, tokenizer=self.tokenizer, overwrite=True)
-        elif not self.main:
-            formats.save(adapters, out, overwrite=True)  # its part of what the first process writes
-        else:
-            with writing(out, overwrite=True) as aside:
-                formats.save(adapters, aside)
-                self.tokenizer.save_pretrained(aside)
-                if (
-                    self.labels is not None and adapters.base_unchanged
-                ):  # a model's are in its config
-                    names = json.dumps(self.labels.names, ensure_ascii=False)
-                    (aside / "labels.json").write_text(names + "\n", encoding="utf-8")
-        return out
-
-    def figures(self, trainer: Any, log: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "task": self.task,
-            "model": {
-                "name": absolute(self.name),
-                "class": type(self.model).__name__,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "sha256": self.adapters.hash_base(),
-            },
-            "data": {
-                "name": absolute(self.source),
-                "sha256": self.facts["data_sha256"],
-                **self.data.report.as_dict(),
-            },
-        }
-        if self.held is not None:
-            found["eval_data"] = {
-                "sha256": self.facts["eval_data_sha256"],
-                **self.held.report.as_dict(),
-            }
-        return found
+def _labelled(labels: Any) -> dict[str, Any]:
+    return {} if labels is None else {"labels": labels}
 
 
 def hash_rows(dataset: Any) -> str:
@@ -352,3 +202,267 @@ def hash_rows(dataset: Any) -> str:
             digest.update(f"{wide.shape}".encode())
             digest.update(np.ascontiguousarray(wide).tobytes())
     return digest.hexdigest()
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def plan_steps(plan: FineTuning) -> None:
+    """Work out how long the run is, and fill in `plan.arguments`.
+
+    Raises:
+        UsageError: options that contradict the data or each other.
+    """
+    options, recipe = plan.options, plan.recipe
+    batches = math.ceil(
+        len(plan.data.train.dataset) / (options.per_device_train_batch_size * plan.processes)
+    )
+    epoch_steps = max(1, math.ceil(batches / options.gradient_accumulation_steps))
+    epochs = options.num_train_epochs or EPOCHS
+    steps = options.max_steps or math.ceil(epochs * epoch_steps)
+    default = recipe.learning_rate if recipe is not None else None
+    values = cadence(plan, steps, by_epoch=options.max_steps is None and epochs >= 2)
+    ending = _ending(plan, steps)
+    _set_best(plan, values, ending)
+    plan.arguments = training_arguments(
+        plan,
+        values,
+        learning_rate=options.learning_rate or (default[0] if default else LEARNING_RATE),
+        steps=steps,
+        max_steps=options.max_steps,
+        epochs=epochs,
+        warmup_ratio=WARMUP_RATIO,
+        gathers=recipe is None or "base_unchanged" in recipe.given(),
+        include_num_input_tokens_seen="non_padding" if options.packing == "none" else "all",
+    )
+    _check_steps(plan, ending)
+
+
+def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
+    """Keep the best weights, unless the user says otherwise, where that is possible."""
+    if not plan.data.evaluates or values["eval_strategy"] == "no":
+        return
+    best, more = plan.data.scores.best
+    matches = values["eval_strategy"] == values["save_strategy"]
+    saves, evals = values.get("save_steps"), values.get("eval_steps")
+    if values["eval_strategy"] == "steps" and matches and saves and evals:
+        matches = saves == evals  # else the best evaluation may have no checkpoint
+    values.setdefault("load_best_model_at_end", matches and not ending)
+    values.setdefault("metric_for_best_model", best)
+    name = values["metric_for_best_model"].removeprefix("eval_")
+    values.setdefault("greater_is_better", more if name == best else None)
+
+
+def _ending(plan: FineTuning, steps: int) -> str:
+    """The name of a schedule whose weights are not what it promises before the end, or ""."""
+    schedules = () if plan.recipe is None else plan.recipe.schedules
+    return next((s.name for s in schedules if s.fit(steps).final_from(steps) > 0), "")
+
+
+def _check_steps(plan: FineTuning, ending: str) -> None:
+    training, labels = plan.arguments.training, plan.data.train.labels
+    patient = plan.options.early_stopping_patience is not None
+    refuse(
+        bool(ending) and (patient or training.load_best_model_at_end),
+        f"`{ending}` gives what it promises at the end of a run only, and the best evaluation may"
+        " lie before; leave out `--load-best-model-at-end` and `--early-stopping-patience`",
+    )
+    smoothing = training.label_smoothing_factor
+    refuse(
+        bool(smoothing) and labels is not None and labels.regression,
+        f"`--label-smoothing-factor {smoothing}` spreads a label over classes, and the labels here"
+        " are figures (a regression): leave it out",
+    )
+    refuse(
+        patient and not training.load_best_model_at_end,
+        "`--early-stopping-patience` goes by the best checkpoint, which is kept only where"
+        " evaluations and checkpoints fall together: let `--eval-steps` and `--save-steps` match",
+    )
+
+
+# -- model -----------------------------------------------------------------------------------------
+
+
+def load_model(plan: FineTuning) -> None:
+    """Load the base and attach the adapters; fill in `plan.model`, `adapters` and `collator`.
+
+    Raises:
+        ValueError: the model or the adapter cannot be loaded, or they do not fit.
+    """
+    import lorica
+    from lorica.data import check_isolation
+    from lorica.run import load_model as loading
+
+    options, data = plan.options, plan.data
+    model: Any = loading.load_model(
+        data.base,
+        data.task,
+        labels=data.train.labels,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        widen=plan.device.type == "cpu",
+    )
+    model.name_or_path = absolute(data.base)  # what is written names the base by it
+    model.config.name_or_path = absolute(data.base)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = data.train.pad_token_id
+    collator: Any = data.train.collator()
+    if data.task == "seq2seq-lm" and plan.arguments.training.label_smoothing_factor:
+        collator = dataclasses.replace(collator, shift=_shift(plan, model))
+    if options.packing != "none":
+        model.config.use_cache = False
+        check_isolation(model, collator)
+    plan.model, plan.collator = model, collator
+    if options.adapter is None:
+        assert plan.recipe is not None
+        plan.adapters = lorica.attach(model, plan.recipe)
+    else:
+        _load_adapter(plan, options.adapter)
+    _describe_data(plan)
+
+
+def _shift(plan: FineTuning, model: Any) -> Callable[..., Any]:
+    """What makes the decoder's inputs of the labels: under label smoothing the Trainer keeps these
+    from the model."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise UsageError(
+            f"`--label-smoothing-factor {plan.arguments.training.label_smoothing_factor}`: a"
+            f" {type(model).__name__} does not say what its decoder reads for a label; leave it"
+            " out"
+        )
+    return shift
+
+
+def _load_adapter(plan: FineTuning, adapter: str) -> None:
+    """An adapter brings its own recipe, and with it a rate."""
+    from lorica import formats
+
+    options, arguments = plan.options, plan.arguments
+    plan.adapters = formats.load(plan.model, adapter, check_base=not options.ignore_base_hash)
+    plan.recipe = plan.adapters.recipe
+    check_optim(options, plan.recipe)
+    if options.learning_rate is None and plan.recipe.learning_rate is not None:
+        arguments.learning_rate = plan.recipe.learning_rate[0]
+        arguments.training.learning_rate = arguments.learning_rate
+
+
+def _describe_data(plan: FineTuning) -> None:
+    from lorica.data import show_example
+
+    if not plan.main:
+        return
+    logger.info(str(plan.data.train.report))
+    if plan.data.held is not None:
+        logger.info(f"evaluation: {len(plan.data.held.dataset):,} rows")
+    logger.info("one example, as the model sees it (what is trained is marked):")
+    logger.info(show_example(plan.data.train, plan.data.tokenizer))
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    """Take the steps, and write what was trained; returns what result.json holds.
+
+    Raises:
+        ValueError: the run diverges.
+        OSError: the disk refuses a file.
+    """
+    from lorica.run import checkpoints, loop
+    from lorica.run.log import RunLog
+
+    log = RunLog(
+        plan.folder,
+        plan.device,
+        plan.data.facts,
+        plan.main,
+        remedy="; with float16 weights type `--dtype float32`",
+    )
+    trainer = _trainer(plan, log)
+    loop.begin(plan, trainer, callbacks)
+    loop.take_steps(plan, trainer, log)
+    result = loop.measured(plan, trainer, log) | _figures(plan)
+    result["versions"] = loop.versions()
+    loop.unwrap(plan, trainer)
+    with checkpoints.saving("what was trained", plan.folder.path):
+        result["output"] = str(save(plan))
+    return loop.write_result(plan, result, log)
+
+
+def _trainer(plan: FineTuning, log: RunLog) -> RunTrainer:
+    from transformers import EarlyStoppingCallback
+
+    from lorica.run.loop import RunTrainer
+
+    data, scores = plan.data, plan.data.scores
+    callbacks: list[TrainerCallback] = [log]
+    if plan.options.early_stopping_patience is not None:
+        stopping = EarlyStoppingCallback(plan.options.early_stopping_patience)
+        # The Trainer leaves the count at 0 on resuming, so a resumed run would stop later.
+        before = plan.earlier.get(type(stopping).__name__, {})
+        for name, value in before.get("attributes", {}).items():
+            setattr(stopping, name, value)
+        callbacks.append(stopping)
+    measures = scores.measure is not None
+    trainer = RunTrainer(
+        adapters=plan.adapters,
+        modules_learning_rate=plan.options.modules_learning_rate,
+        model=plan.model,
+        args=plan.arguments.training,
+        train_dataset=data.train.dataset,
+        eval_dataset=None if data.held is None else data.held.dataset,
+        data_collator=plan.collator,
+        processing_class=data.tokenizer,
+        callbacks=callbacks,
+        compute_metrics=scores if measures else None,
+        preprocess_logits_for_metrics=scores.reduce if measures else None,
+    )
+    trainer.perplexity = data.task in ("causal-lm", "seq2seq-lm")
+    return trainer
+
+
+def save(plan: FineTuning) -> Path:
+    """Write `adapter/` beside the published base, else `model/`, with the tokenizer."""
+    from lorica import formats
+    from lorica.formats.atomic_folder import writing
+
+    adapters, labels = plan.adapters, plan.data.train.labels
+    out = plan.folder / ("adapter" if adapters.base_unchanged else "model")
+    if adapters.layers and not adapters.base_unchanged:
+        formats.merge_to(adapters, out, tokenizer=plan.data.tokenizer, overwrite=True)
+    elif not plan.main:
+        formats.save(adapters, out, overwrite=True)  # its part of what the first process writes
+    else:
+        with writing(out, overwrite=True) as aside:
+            formats.save(adapters, aside)
+            plan.data.tokenizer.save_pretrained(aside)
+            if labels is not None and adapters.base_unchanged:  # a model's are in its config
+                names = json.dumps(labels.names, ensure_ascii=False)
+                (aside / "labels.json").write_text(names + "\n", encoding="utf-8")
+    return out
+
+
+def _figures(plan: FineTuning) -> dict[str, Any]:
+    """What this verb adds to result.json."""
+    data, facts = plan.data, plan.data.facts
+    found: dict[str, Any] = {
+        "task": data.task,
+        "model": {
+            "name": absolute(data.base),
+            "class": type(plan.model).__name__,
+            "dtype": str(plan.model.dtype).removeprefix("torch."),
+            "sha256": plan.adapters.hash_base(),
+        },
+        "data": {
+            "name": data.name,
+            "sha256": facts["data_sha256"],
+            **data.train.report.as_dict(),
+        },
+    }
+    if data.held is not None:
+        found["eval_data"] = {
+            "sha256": facts["eval_data_sha256"],
+            **data.held.report.as_dict(),
+        }
+    return found

@@ -1,11 +1,15 @@
 """The folder of a run: what lies in it, who may write to it, and how it is written.
 
 config.yaml       the options, all filled in; running it again repeats the run
+defaults.json     which of them were not given, and what chose their values
 metrics.jsonl     a line a log step
 result.json       written last: a run that has it is done
 adapter/ model/   what was trained
 tokenizer/        one that was trained for the run
 checkpoint-<n>/   complete or absent; its checkpoint.json lists the files
+
+The command line looks at folders before torch is imported, so what needs torch
+(`lorica.formats.atomic_folder`) is imported inside the functions that write.
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ from lorica.run.options import UsageError, checkpoint_path
 logger = logging.getLogger("lorica")
 
 HEAD = "# Written by lorica"  # how config.yaml begins
+DEFAULTS = "defaults.json"
 LOCK = ".lock"
 _PARTS = (
-    "config.yaml", "metrics.jsonl", "result.json", "adapter", "model", "tokenizer", "runs",
-    ".unfinished",
+    "config.yaml", DEFAULTS, "metrics.jsonl", "result.json", "adapter", "model", "tokenizer",
+    "runs", ".unfinished",
 )  # fmt: skip
-_EVERY_RUN = ("config.yaml", "metrics.jsonl", "result.json")  # what each run writes
+_EVERY_RUN = ("config.yaml", DEFAULTS, "metrics.jsonl", "result.json")  # what each run writes
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TORN = ".part"  # a file that was being written
 
@@ -107,8 +112,9 @@ class RunFolder:
         result = _mapping(self / "result.json")
         finished = isinstance(result.get("versions"), dict) and "lorica" in result["versions"]
         saved = [p for p in self.checkpoints() if _is_checkpoint(p)]
+        filled = isinstance(_mapping(self / DEFAULTS).get("lorica"), str)
         if told is None and not finished and not saved:
-            return []
+            return [DEFAULTS] if filled else []  # written first, by a run that died there
         headed, told = told is not None, told or {}
         scratch = "model_config" in told
         output = Path(str(result.get("output"))).name if finished else ""
@@ -117,6 +123,7 @@ class RunFolder:
         logged = all("tfevents" in p.name for p in events) and told.get("report_to") != ["none"]
         marks = {
             "config.yaml": headed,
+            DEFAULTS: filled,
             "metrics.jsonl": True,
             "result.json": finished,
             "adapter": (self / "adapter" / _OWN).is_file(),
@@ -176,8 +183,8 @@ class RunFolder:
         if flaws:
             first = "Put the files back, or start" if checkpoints.mendable(flaws) else "Start"
             raise UsageError(
-                f"`--resume`: no checkpoint in `{self.path}` is whole: {checkpoints.describe_flaws(flaws)}."
-                f" {first} anew with `--overwrite-output-dir`"
+                f"`--resume`: no checkpoint in `{self.path}` is whole: "
+                f"{checkpoints.describe_flaws(flaws)}. {first} anew with `--overwrite-output-dir`"
             )
         if (self / "result.json").is_file():
             raise UsageError(
@@ -238,7 +245,7 @@ class RunFolder:
             shutil.rmtree(self / ".unfinished", ignore_errors=True)
             log = self / "metrics.jsonl"
             if not self.checkpoints() and not (log.is_file() and log.stat().st_size):
-                for name in {"config.yaml", "metrics.jsonl"} - there:
+                for name in {"config.yaml", DEFAULTS, "metrics.jsonl"} - there:
                     with contextlib.suppress(OSError):  # what failed is the error to tell
                         (self / name).unlink()
                 if "tokenizer" not in there:
@@ -255,7 +262,7 @@ class RunFolder:
         shutil.rmtree(self / ".unfinished", ignore_errors=True)
         for name in _PARTS:
             if any(self.path.glob(f".*{name}.*")):
-                from lorica.formats.atomic_folder import mend  # torch's weight, seldom borne
+                from lorica.formats.atomic_folder import mend
 
                 mend(self / name)
                 for left in self.path.glob(f".{name}.*{_TORN}"):
@@ -265,10 +272,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file at once: a reader sees the old one or the new one."""
-        from lorica.formats.atomic_folder import (  # torch's weight, borne only by a run that writes
-            sync,
-            umask,
-        )
+        from lorica.formats.atomic_folder import sync, umask
 
         handle, aside = tempfile.mkstemp(prefix=f".{name}.", suffix=_TORN, dir=self.path)
         try:

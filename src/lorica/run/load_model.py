@@ -99,8 +99,8 @@ def check_parts(name: str) -> None:
     bad = [p for p in parts.values() if not _beside(p)] if isinstance(parts, dict) else [parts]
     if bad:
         raise ValueError(
-            f"{index}: `weight_map` names {shorten(bad[0])}, which is no file of this folder; the file"
-            " was changed. Copy the folder again from where it came"
+            f"{index}: `weight_map` names {shorten(bad[0])}, which is no file of this folder; the"
+            " file was changed. Copy the folder again from where it came"
         )
 
 

@@ -314,13 +314,14 @@ class TrainerMixin(Guarded):
 
     def _newest(self) -> str:
         last, flaws = checkpoints.newest(Path(self.args.output_dir))
+        why = checkpoints.describe_flaws(flaws)
         if last is None:
             raise ValueError(
                 f"`resume_from_checkpoint=True`: there is no whole checkpoint in"
-                f" `{self.args.output_dir}` {checkpoints.describe_flaws(flaws)}; name one, or leave it out"
+                f" `{self.args.output_dir}` {why}; name one, or leave it out"
             )
         if flaws:
-            logger.warning(f"{checkpoints.describe_flaws(flaws)}. Going on from {last.name}")
+            logger.warning(f"{why}. Going on from {last.name}")
         return str(last)
 
     def _regain_draws(self) -> None:

@@ -47,7 +47,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: int | None, *, least: int = 1, most: int = MOST) -> None:
+def check_whole(name: str, value: float | None, *, least: int = 1, most: int = MOST) -> None:
     """An option that counts something; None: it was not given.
 
     Raises:

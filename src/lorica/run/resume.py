@@ -1,0 +1,159 @@
+"""A resumed run is the same run: the same options, the same rows, as many processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorica.run import checkpoints, config
+from lorica.run.config import absolute, plain
+from lorica.run.options import UsageError
+from lorica.run.plan import RunPlan
+from lorica.run.recipe import curved
+
+# What may differ between a run and its resumption: it changes neither weights nor their order.
+_FREE = {
+    "output_dir", "report_to", "logging_steps", "logging_strategy", "logging_first_step",
+    "disable_tqdm", "save_total_limit", "run_name", "dataloader_num_workers",
+    "dataloader_pin_memory", "log_level", "use_cpu",
+}  # fmt: skip
+
+
+def check_given(plan: RunPlan[Any, Any]) -> None:
+    """Check the options that were typed, before any data is read.
+
+    Raises:
+        UsageError: one differs from the run's, or another number of processes would train, which
+            read other rows at a step.
+    """
+    options = plan.options
+    now = {k: plain(v) for k, v in vars(options).items()}
+    now |= {k: plain(absolute(now[k], but)) for k, but in options.paths.items()}
+    fields = dataclasses.fields(options)
+    given = {f.name for f in fields if getattr(options, f.name) != f.default}
+    if plan.recipe is not None:
+        own = plan.recipe.to_dict()
+        now |= {name: plain(own[name]) for name in ("method", *options.recipe_names)}
+    _refuse_changed(plan, now, given - {"further", *config.OF_A_CALL})
+    _refuse_other_processes(plan)
+
+
+def check_same_run(plan: RunPlan[Any, Any]) -> None:
+    """Check everything that is known once the arguments are made, and fill in `plan.earlier`.
+
+    Raises:
+        UsageError: an option differs from the run's, or its best checkpoint is damaged.
+        ValueError: the rows are other ones.
+    """
+    plan.earlier = {}
+    now, before = config.resolved(plan), config_before(plan)
+    _refuse_changed(plan, now, {*now, *(before or {})})
+    if plan.checkpoint is None:
+        return
+    state = _state(plan.checkpoint)
+    plan.earlier = state.get("stateful_callbacks", {})
+    for name, value in _facts(state).items():
+        if plan.data.facts.get(name) != value:
+            raise ValueError(
+                f"the rows of `{plan.data.source}` are not those that {plan.checkpoint.name} was"
+                f" trained on ({name} differs): a file has changed, or the tokenizer has. Put the"
+                " old one back, or start a run of its own with another `--output-dir`"
+            )
+    _check_best(plan, plan.checkpoint, state.get("best_global_step"))
+
+
+def regain_defaults(plan: RunPlan[Any, Any]) -> None:
+    """Note in the adapters' summary which options were not given when the run first began; of a
+    resumed run every option is."""
+    folder = _folder_before(plan)
+    if folder is None:
+        return
+    now, defaults = config.resolved(plan), plan.adapters.summary.defaults
+    for name, default in config.read_defaults(folder).items():
+        if now.get(name) == default["value"]:
+            defaults[name] = dict(default)
+
+
+def config_before(plan: RunPlan[Any, Any]) -> dict[str, Any] | None:
+    """config.yaml of the run that this one goes on with, if any.
+
+    Raises:
+        UsageError: it is no mapping any more.
+    """
+    folder = _folder_before(plan)
+    return None if folder is None else config.read(folder)
+
+
+def _folder_before(plan: RunPlan[Any, Any]) -> Path | None:
+    if plan.options.resume is None:
+        return None
+    return plan.folder.path if plan.checkpoint is None else plan.checkpoint.parent
+
+
+def _refuse_changed(plan: RunPlan[Any, Any], now: Mapping[str, Any], names: set[str]) -> None:
+    """Of `names`, none has another value than it had."""
+    folder, before = _folder_before(plan), config_before(plan)
+    if folder is None or before is None:
+        return
+    changed = {k for k in names - _FREE if before.get(k) != now.get(k)}
+    if _method(before) == _method(now):
+        changed.discard("method")
+    if changed:
+        name = min(changed)
+        raise UsageError(
+            f"`--resume` goes on with the run of {folder / 'config.yaml'}, where `{name}` is"
+            f" {before.get(name)!r}, not {now.get(name)!r}: leave that option out, or start a run"
+            " of its own with another `--output-dir`"
+        )
+
+
+def _method(options: Mapping[str, Any]) -> Any:
+    """The method of a config.yaml, or of what was typed, to compare them: with the curve that
+    `lr_scheduler_type` writes into it, but for its warm-up, which follows from other options."""
+    from lorica.recipe.recipe import Recipe
+
+    text = options.get("method")
+    if isinstance(text, str):
+        with contextlib.suppress(ValueError):
+            return curved(Recipe.parse(text), str(options.get("lr_scheduler_type")), 0).text()
+    return text
+
+
+def _refuse_other_processes(plan: RunPlan[Any, Any]) -> None:
+    if plan.checkpoint is None:
+        return
+    now = plan.processes
+    before = _facts(_state(plan.checkpoint)).get("processes", now)
+    if before != now:
+        raise UsageError(
+            f"`--resume`: {plan.checkpoint} was trained by {before}"
+            f" process{'' if before == 1 else 'es'}, not {now}, which would read other rows; go on"
+            f" with `torchrun --nproc-per-node {before} -m lorica {plan.verb} ...`, or start a run"
+            " of its own with another `--output-dir`"
+        )
+
+
+def _check_best(plan: RunPlan[Any, Any], checkpoint: Path, step: int | None) -> None:
+    """The checkpoint whose weights would be kept is there, before more is trained."""
+    if not (plan.arguments.training.load_best_model_at_end and step):
+        return
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    if best != checkpoint and (why := checkpoints.damage(best)) is not None:
+        raise UsageError(
+            f"`--resume`: the best weights so far are those of {best}, which is damaged: {why}."
+            " Put its files back, or start anew with `--overwrite-output-dir`"
+        )
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def _facts(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint remembers of the data and the processes."""
+    callbacks = state.get("stateful_callbacks", {})
+    return callbacks.get("RunLog", {}).get("attributes", {}).get("facts", {})
