@@ -114,6 +114,69 @@ def test_another_adapter_or_method_is_refused_on_resuming(few, a, made, tmp_path
     assert "`adapter` is" in said
 
 
+# -- which options were not given ------------------------------------------------------------------
+
+
+def filled(run: Path) -> dict[str, dict[str, object]]:
+    """The defaults that the summary in result.json tells."""
+    return json.loads((run / "result.json").read_text())["summary"]["defaults"]
+
+
+def test_a_resumed_run_knows_which_options_were_not_given(a, made):
+    told = json.loads((made / "defaults.json").read_text())["defaults"]
+    assert told == filled(made) and {"lora_alpha", "learning_rate"} <= told.keys()
+    assert "r" not in told  # it was typed
+    config = (a / "config.yaml").read_text()
+    assert f"lora_alpha: {told['lora_alpha']['value']}  # by default: lora" in config
+    lines = [line.partition("  # by default")[0] for line in config.splitlines()]
+    (a / "config.yaml").write_text("\n".join(lines) + "\n")  # nothing reads comments
+    cut(a, 1, 2)
+    call("train", "--resume", "--output-dir", a)
+    assert filled(a) == told
+    assert (a / "defaults.json").read_text() == (made / "defaults.json").read_text()
+    assert (a / "config.yaml").read_text() == config.replace(str(made), str(a))
+
+
+def test_without_the_file_every_option_counts_as_given(a, made, tmp_path):
+    (a / "defaults.json").unlink()
+    cut(a, 1, 2)
+    call("train", "--resume", "--output-dir", a)
+    assert digest(a) == digest(made) and filled(a) == {}
+    assert "by default" not in (a / "config.yaml").read_text()
+    alone = tmp_path / "alone" / "config.yaml"
+    alone.parent.mkdir()
+    shutil.copy(made / "config.yaml", alone)
+    call("train", alone, "--output-dir", tmp_path / "again")
+    assert digest(tmp_path / "again") == digest(made)
+
+
+def test_a_value_that_was_changed_is_no_default(a):
+    file = a / "defaults.json"
+    told = json.loads(file.read_text())
+    told["defaults"]["learning_rate"]["value"] = 0.5
+    file.write_text(json.dumps(told))
+    cut(a, 1, 2)
+    call("train", "--resume", "--output-dir", a)
+    assert "learning_rate" not in filled(a) and "lora_alpha" in filled(a)
+
+
+@pytest.mark.parametrize("text", ["[", "{}", '{"defaults": 3}', '{"defaults": {"r": 8}}'])
+def test_a_file_of_defaults_that_was_changed_is_named(a, text):
+    cut(a, 1, 2)
+    (a / "defaults.json").write_text(text)
+    said = call("train", "--resume", "--output-dir", a, status=2)
+    assert f"{a / 'defaults.json'} was changed" in said and "or remove it" in said
+    assert not (a / "result.json").exists()
+
+
+def test_a_run_that_died_before_its_configuration_begins_anew(few, made, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(made / "defaults.json", out)
+    call("train", *few, "--r", 2, "--max-steps", 1, "--output-dir", out)
+    assert (out / "adapter").is_dir()
+
+
 # -- what a run writes over ------------------------------------------------------------------------
 
 
@@ -129,7 +192,9 @@ def test_a_base_in_the_folder_is_no_run_and_stays(subjects, few, tmp_path, monke
         assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "checkpoint-1"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "defaults.json", "result.json", "metrics.jsonl", "checkpoint-1"]
+)
 def test_files_of_the_users_are_not_replaced(few, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     if name == "checkpoint-1":

@@ -58,8 +58,8 @@ def write(plan: RunPlan[Any, Any]) -> None:
     import lorica
 
     config = resolved(plan)
-    filled = plan.adapters.summary.defaults
-    defaults = {k: plain(d) for k, d in filled.items() if config.get(k) == plain(d["value"])}
+    filled = {name: plain(default) for name, default in plan.adapters.summary.defaults.items()}
+    defaults = {k: filled[k] for k in config if k in filled and config[k] == filled[k]["value"]}
     data = {"lorica": lorica.__version__, "defaults": defaults}
     plan.folder.write(DEFAULTS, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     plan.folder.write("config.yaml", as_yaml(config, plan.verb, defaults))

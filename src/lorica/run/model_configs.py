@@ -173,16 +173,13 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     """Raises unless no token sees those after it."""
     import torch
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            one, other = (
-                model(input_ids=torch.tensor([[1, 2, 3, last]], device=model.device)).logits[0, :3]
-                for last in (0, 4)
-            )
-    finally:
-        model.train(training)
+    from lorica.tensors.modes import evaluating
+
+    with evaluating(model), torch.no_grad():
+        one, other = (
+            model(input_ids=torch.tensor([[1, 2, 3, last]], device=model.device)).logits[0, :3]
+            for last in (0, 4)
+        )
     # A fresh model's attention moves little, so a leak is small: far above rounding is enough.
     if float((one - other).abs().max()) > 1e-5 * float(one.abs().max()):
         raise ValueError(

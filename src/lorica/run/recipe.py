@@ -64,10 +64,12 @@ def check_optim(options: RunOptions, recipe: Recipe) -> None:
     from lorica.methods.optional import RefusesOptim
 
     rule, optim = recipe.rule, options.further.get("optim")
+    if optim is None:
+        return
     if isinstance(rule, RefusesOptim) and optim in rule.trainer_refusals:
         raise UsageError(f"`--optim {optim}`: {rule.trainer_refusals[optim]}")
     refuse(
-        optim is not None and optim not in rule.trainer_names,
+        optim not in rule.trainer_names,
         f"`--optim {optim}` is not the rule of the method `{recipe.text()}`, which is"
         f" `{rule.name}`; allowed: {', '.join(sorted(rule.trainer_names))}. Another rule is a word"
         " of the method (`lorica methods` lists them)",

@@ -8,17 +8,17 @@ from typing import Any
 from torch import nn
 
 from lorica.model.adapters import Adapters
+from lorica.tensors.modes import evaluating
 
 
 class Reference(nn.Module):
     """Calls the adapted model with its adapters disabled.
 
     Anything else asked of it (configuration, device, dtype) is the model's. The model is no child
-    of this
-    module: it has no parameters of its own to move, save or shard.
+    of this module: it has no parameters of its own to move, save or shard.
 
     Args:
-        adapters: of a model whose base is base_unchanged.
+        adapters: of a model whose base training leaves unchanged.
 
     Raises:
         ValueError: on a call, when training has written to the base.
@@ -39,13 +39,8 @@ class Reference(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not `forward`: trainers patch that of a reference, and the model's own is patched already.
         adapters = self.adapters
-        training = adapters.model.training
-        with adapters.disabled():
-            adapters.model.eval()
-            try:
-                return adapters.model(*args, **kwargs)
-            finally:
-                adapters.model.train(training)
+        with adapters.disabled(), evaluating(adapters.model):
+            return adapters.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["adapters"].model, name)

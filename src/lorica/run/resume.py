@@ -27,8 +27,8 @@ def check_given(plan: RunPlan[Any, Any]) -> None:
     """Check the options that were typed, before any data is read.
 
     Raises:
-        UsageError: one differs from the run's, or another number of processes would train, which
-            read other rows at a step.
+        UsageError: one differs from the run's, its defaults.json was changed, or another number of
+            processes would train, which read other rows at a step.
     """
     options = plan.options
     now = {k: plain(v) for k, v in vars(options).items()}
@@ -39,6 +39,8 @@ def check_given(plan: RunPlan[Any, Any]) -> None:
         own = plan.recipe.to_dict()
         now |= {name: plain(own[name]) for name in ("method", *options.recipe_names)}
     _refuse_changed(plan, now, given - {"further", *config.OF_A_CALL})
+    if (folder := _folder_before(plan)) is not None:
+        config.read_defaults(folder)  # a changed file is refused now, not after the model is loaded
     _refuse_other_processes(plan)
 
 

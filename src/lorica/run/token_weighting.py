@@ -21,6 +21,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def counted_labels(trainer: Any, inputs: Any) -> Tensor:
+    """How many labels of a micro-batch the Trainer's loss averages over; 0-d, int64."""
+    labels = inputs["labels"]
+    shifted = vars(trainer).get("_loss_shifts_labels", False)  # older Trainers shift none
+    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+
+def share_of_update(trainer: Any, count: Tensor, items: Any) -> Tensor:
+    """A micro-batch's part of its update, by label tokens; 0-d.
+
+    Args:
+        trainer: whose processes share the update.
+        count: labels of the micro-batch.
+        items: labels of the update, as the Trainer counts them.
+    """
+    averages = trainer.args.average_tokens_across_devices
+    return count / items * (trainer.accelerator.num_processes if averages else 1)
+
+
 class TokenWeighted(transformers.Trainer):
     """A Trainer whose losses are means over label tokens (over labels, for sequence
     classification).
@@ -29,19 +48,13 @@ class TokenWeighted(transformers.Trainer):
     adds `eval_perplexity` for language models.
     """
 
-    perplexity = False  # set by whoever knows that the loss is a log-likelihood of tokens
+    perplexity = False  # to be set where the loss is a log-likelihood of tokens
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Asks for the count and takes the loss as scaled; the model itself is never handed it.
         self.model_accepts_loss_kwargs = True
         self._seen: list[tuple[Tensor, Tensor]] = []
-
-    def _labels(self, inputs: Any) -> Tensor:
-        """How many labels of this micro-batch the loss averages over, 0-d."""
-        labels = inputs["labels"]
-        shifted = vars(self).get("_loss_shifts_labels", False)  # older Trainers shift none
-        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
     @contextlib.contextmanager
     def _mean_alone(self) -> Iterator[None]:
@@ -59,14 +72,11 @@ class TokenWeighted(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        count = self._labels(inputs)
+        count = counted_labels(self, inputs)
         with self._mean_alone():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if num_items_in_batch is not None:
-            across = (
-                self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            )
-            loss = loss * (count.to(loss.device) / num_items_in_batch * across)
+            loss = loss * share_of_update(self, count.to(loss.device), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -79,7 +89,7 @@ class TokenWeighted(transformers.Trainer):
             labels = labels.clone()
             labels[kept:] = -100
             inputs = {**inputs, "labels": labels}
-        count = labels.new_tensor(kept) if figures else self._labels(inputs)
+        count = labels.new_tensor(kept) if figures else counted_labels(self, inputs)
         with self._mean_alone():
             loss, logits, labels = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys

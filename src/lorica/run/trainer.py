@@ -30,6 +30,7 @@ from lorica.model.adapters import Adapters
 from lorica.run import checkpoints
 from lorica.run.guard import Guarded
 from lorica.run.signals import SaveOnSignal
+from lorica.run.token_weighting import counted_labels, share_of_update
 from lorica.training.bind import KEY, bind
 
 logger = logging.getLogger("lorica")
@@ -74,9 +75,7 @@ class TrainerMixin(Guarded):
     ):
         self.adapters = Adapters.of(model) if adapters is None else adapters
         self.modules_learning_rate = modules_learning_rate
-        if (
-            modules_learning_rate is not None
-        ):  # told now where no module trains, not at the first step
+        if modules_learning_rate is not None:  # refused now, not at the first step
             self.adapters.param_groups(modules_learning_rate, modules_lr=modules_learning_rate)
         if args is not None:
             self._check_arguments(args)
@@ -90,7 +89,7 @@ class TrainerMixin(Guarded):
                 " would copy the model to each (`nn.DataParallel`), away from its adapters. Start a"
                 " process a GPU with `torchrun --nproc-per-node N`, or set CUDA_VISIBLE_DEVICES=0"
             )
-        rule: Any = self.adapters.recipe.rule
+        rule = self.adapters.recipe.rule
         if isinstance(rule, ClipsItself) and self.args.max_grad_norm:
             logger.warning(
                 "`%s` limits its own step, and clipping the gradients before it would spoil that:"
@@ -106,7 +105,7 @@ class TrainerMixin(Guarded):
             self.model.enable_input_require_grads()
 
     def _check_arguments(self, args: Any) -> None:
-        rule: Any = self.adapters.recipe.rule
+        rule = self.adapters.recipe.rule
         name = getattr(args.optim, "value", args.optim)
         # The default of the arguments can't be told from a wish, so it counts as none.
         unset = type(args).__dataclass_fields__["optim"].default
@@ -120,7 +119,7 @@ class TrainerMixin(Guarded):
             )
         if args.optim_args:
             raise ValueError(
-                f"`optim_args={args.optim_args!r}` is read by nobody here: arguments of a rule"
+                f"`optim_args={args.optim_args!r}` has no effect here: arguments of a rule"
                 f" stand in the method, e.g. `{rule.name}(...)`"
             )
         self._check_phases(args)
@@ -132,7 +131,7 @@ class TrainerMixin(Guarded):
 
     def _check_phases(self, args: Any) -> None:
         """Where something rests for a while, DDP has to look for it, and FSDP2 cannot resume."""
-        schedules: Any = self.adapters.recipe.schedules
+        schedules = self.adapters.recipe.schedules
         resting = [s.name for s in schedules if isinstance(s, FreezesLayers) and s.freezes_layers]
         if not resting:
             return
@@ -153,7 +152,7 @@ class TrainerMixin(Guarded):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            rule: Any = self.adapters.recipe.rule
+            rule = self.adapters.recipe.rule
             groups = self.adapters.param_groups(
                 self.args.learning_rate, self.args.weight_decay, self.modules_learning_rate
             )
@@ -203,10 +202,7 @@ class TrainerMixin(Guarded):
         loss."""
         if items is None or not self.model_accepts_loss_kwargs:  # type: ignore[attr-defined]
             return 1.0  # the Trainer divides by the number of micro-batches itself
-        across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        labels = inputs["labels"]
-        labels = labels[..., 1:] if vars(self).get("_loss_shifts_labels", False) else labels
-        return float((labels != -100).sum() / items) * across
+        return float(share_of_update(self, counted_labels(self, inputs), items))
 
     # -- checkpoints -----------------------------------------------------------------------------
 
