@@ -134,23 +134,19 @@ def check_isolation(model: PreTrainedModel, collator: PackedCollator | None = No
     import torch
 
     from lorica.data.collate import PackedCollator
+    from lorica.tensors.modules import evaluating
 
     collator = PackedCollator() if collator is None else collator
     device = next(model.parameters()).device
     words = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportIndexIssue]
-    training = model.training
-    model.eval()
     logits = []
-    try:
+    with evaluating(model), torch.no_grad():
         for shift in (0, 1):
             first = [(3 * i + shift) % words for i in range(4)]
             ids = [*first, *((5 * i + 2) % words for i in range(4))]
             row = {"input_ids": ids, "labels": ids, "position_ids": [0, 1, 2, 3] * 2}
             batch = {key: value.to(device) for key, value in collator([row, row]).items()}
-            with torch.no_grad():
-                logits.append(model(**batch).logits[:, 4:].float())
-    finally:
-        model.train(training)
+            logits.append(model(**batch).logits[:, 4:].float())
     difference = float((logits[0] - logits[1]).abs().max())
     if difference > 1e-4 * max(1.0, float(logits[0].abs().max())):
         raise ValueError(

@@ -28,6 +28,7 @@ from lorica.data.collate import IGNORED, PackedCollator
 from lorica.data.pack import check_isolation
 from lorica.inference.generate import Decoding, Prompt, generate, room
 from lorica.inference.metrics import Scores, f1
+from lorica.tensors.modules import evaluating
 from lorica.training.checks import attached, loaded_for_use, no_effect
 
 if TYPE_CHECKING:
@@ -123,15 +124,13 @@ class _Effect:
 
 @contextlib.contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training, caches = model.training, vars(model.config).get("use_cache")
+    caches = vars(model.config).get("use_cache")
     try:
-        model.eval()
         if caches is not None:
             model.config.use_cache = False  # it costs memory, and undoes packing in transformers
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        model.train(training)
         if caches is not None:
             model.config.use_cache = caches
 

@@ -41,6 +41,7 @@ from lorica.data.samples import (
 )
 from lorica.data.shapes import Shape, detect, shapes
 from lorica.data.words import visible
+from lorica.tensors.modules import evaluating
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -491,21 +492,19 @@ def _ready(model: PreTrainedModel, seed: int | None) -> Iterator[GenerationConfi
             " needed, e.g. loaded with AutoModelForCausalLM"
         )
     settings: Any = model.generation_config
-    training, device = model.training, model.device
+    device = model.device
     others = [] if device.type == "cpu" else [device]
     kind = "cuda" if device.type == "cpu" else device.type
     try:
-        model.eval()
         # transformers fills in what `Decoding` leaves open from here.
         model.generation_config = GenerationConfig()
         drawn = torch.random.fork_rng(others, enabled=seed is not None, device_type=kind)
-        with torch.no_grad(), drawn:
+        with evaluating(model), torch.no_grad(), drawn:
             if seed is not None:
                 torch.manual_seed(seed)
             yield settings
     finally:
         model.generation_config = settings
-        model.train(training)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> list[int]:

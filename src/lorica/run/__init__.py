@@ -1,8 +1,10 @@
 """Training runs: from options to a finished run folder, on the Hugging Face Trainer.
 
 `finetune.py` is `lorica train`, `pretrain.py` is `lorica pretrain`, and `options/` holds their
-options. `trainer.py` makes any Trainer train adapters. `folder.py` and `checkpoints.py` say what a
-run writes and resumes from, and `guard.py` stops runs that diverge.
+options. Both are a line of functions over one plan (`plan.py`): data → arguments → model → train.
+What they share is in `start.py`, `arguments.py`, `resume.py` and `loop.py`. `trainer.py` makes any
+Trainer train adapters. `folder.py`, `config.py` and `checkpoints.py` say what a run writes and
+resumes from, and `guard.py` stops runs that diverge.
 """
 
 from __future__ import annotations

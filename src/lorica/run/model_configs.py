@@ -173,7 +173,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     """Raises unless no token sees those after it."""
     import torch
 
-    from lorica.tensors.modes import evaluating
+    from lorica.tensors.modules import evaluating
 
     with evaluating(model), torch.no_grad():
         one, other = (

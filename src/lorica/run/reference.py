@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorica.model.adapters import Adapters
-from lorica.tensors.modes import evaluating
+from lorica.tensors.modules import evaluating
 
 
 class Reference(nn.Module):
