@@ -318,6 +318,8 @@ def load_model(plan: FineTuning) -> None:
         plan.adapters = lorica.attach(model, plan.recipe)
     else:
         _load_adapter(plan, options.adapter)
+    if options.learning_rate is not None:
+        plan.adapters.summary.defaults.pop("learning_rate", None)  # the method's own is not used
     _describe_data(plan)
 
 
