@@ -42,9 +42,14 @@ def short(tmp_path_factory) -> tuple[dict, Path]:
 
 def test_the_folder_holds_the_page_the_adapter_and_the_result(short):
     result, out = short
-    assert {"demo.html", "result.json", "config.yaml", "metrics.jsonl", "adapter"} == {
-        path.name for path in out.iterdir()
-    }
+    assert {
+        "demo.html",
+        "result.json",
+        "config.yaml",
+        "defaults.json",
+        "metrics.jsonl",
+        "adapter",
+    } == {path.name for path in out.iterdir()}
     assert json.loads((out / "result.json").read_text(encoding="utf-8")) == result
     told = result["demo"]
     assert result["method"] == "dora+olora" and result["steps"] == STEPS
