@@ -7,7 +7,7 @@ the modules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorica.model.summary import Summary
     from lorica.recipe.recipe import Recipe
 
-_HANDLE = "_lorica_adapters"
+HANDLE = "_lorica_adapters"  # the attribute of a model that holds its adapters
 
 
 class Adapters:
@@ -39,9 +39,10 @@ class Adapters:
         layers: {module path: AdaptedLinear}, in model order.
         saved: {module path: TrainedModule}, what trains in full beside its frozen original.
         direct: {name: role} of parameters that train in place.
-        signals: {word: what a schedule tells an objective of the same word}; mirrors the
+        signals: {method: what a schedule tells an objective of the same name}; mirrors the
             schedule's state, so it is not saved.
-        contract: see `lorica.model.summary.Summary`.
+        hooks: what methods asked to see of a forward.
+        summary: what trains, what is frozen, and what that costs.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -55,7 +56,7 @@ class Adapters:
         self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
         self.base_unchanged = "base_unchanged" in recipe.given()
         self.base_hash: str | None = None  # of the published weights, set on first use
-        self.signals: dict[str, Any] = {}
+        self.signals: dict[str, Any] = {}  # Any: between a schedule and its own objective
         self.hooks: ForwardHooks
         self.summary: Summary
 
@@ -66,7 +67,7 @@ class Adapters:
         Raises:
             ValueError: nothing is attached.
         """
-        handle = vars(model).get(_HANDLE)
+        handle = vars(model).get(HANDLE)
         if handle is None:
             raise ValueError(
                 f"no adapters are attached to this {type(model).__name__}; "
@@ -90,8 +91,8 @@ class Adapters:
 
     def trained(self) -> list[Trained]:
         """Every parameter that trains, with its role, in model order."""
-        out = []
-        frozen = frozenset().union(*(g.freezes for g in self.recipe.groups))  # type: ignore[attr-defined]
+        out: list[Trained] = []
+        frozen = frozenset[str]().union(*(g.freezes for g in self.recipe.groups))
         for site, layer in self.layers.items():
             lookup = layer.site.lookup
             out += [
@@ -113,7 +114,7 @@ class Adapters:
 
     def param_groups(
         self, lr: float, weight_decay: float = 0.0, modules_lr: float | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, Any]]:  # Any: options of torch's optimizers
         """Optimizer groups as the recipe's rule wants them: one for each set of options, or one for
         each pair; decay spares vectors (magnitudes, norms, biases).
 
@@ -127,8 +128,9 @@ class Adapters:
             ValueError: a rate below 0; `modules_lr` where no such module trains.
         """
         reshard(self.model)
-        rule: Any = self.recipe.rule
-        return at_own_rate(rule.groups(self, lr, weight_decay), self.trained(), lr, modules_lr)
+        return at_own_rate(
+            self.recipe.rule.groups(self, lr, weight_decay), self.trained(), lr, modules_lr
+        )
 
     # -- loss and reference
 
@@ -141,15 +143,15 @@ class Adapters:
         """
         loss, context = outputs["loss"], Context(outputs, batch, self, share)
         for objective in sorted(self.recipe.objectives, key=lambda o: not isinstance(o, Reweights)):
-            loss = objective.loss(loss, context)  # type: ignore[attr-defined]
+            loss = objective.loss(loss, context)
         return loss
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Generator[None]:
         """Within this context the model is the original one, e.g. as a reference.
 
         Raises:
-            ValueError: the base is not base_unchanged and no copy was kept.
+            ValueError: training changed the base and no copy was kept.
         """
         if not self.base_unchanged and self.originals is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Site
 from lorica.methods.optional import LinksDeltas
-from lorica.model.adapters import _HANDLE, Adapters
+from lorica.model.adapters import HANDLE, Adapters
 from lorica.model.bases.base import AbstractBase
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
@@ -44,7 +44,7 @@ def attach(
     keep_base: bool = False,
     verbose: bool = True,
     initialise: bool = True,
-    **fields: Any,
+    **fields: Any,  # Any: of `Recipe`
 ) -> Adapters:
     """Adapt a model in place and return the handle.
 
@@ -58,7 +58,7 @@ def attach(
         dtype: of everything that trains; float32 by default, whatever the base's.
         keep_base: with a method that trains the base itself, keep a copy so that `detach` can
             restore it.
-        verbose: log the contract (logger `lorica`, level INFO; printed to standard error if nothing
+        verbose: log the summary (logger `lorica`, level INFO; printed to standard error if nothing
             listens).
         initialise: False leaves the start out, for a caller that writes all of the state at once
             (a load); a rank above the layer's is then let pass, since the file decides.
@@ -76,13 +76,13 @@ def attach(
         ['0', '1']
     """
     recipe = Recipe.parse(method, **fields)
-    if _HANDLE in vars(model):
+    if HANDLE in vars(model):
         raise ValueError(
             f"this {type(model).__name__} has adapters already"
             f" ({Adapters.of(model).recipe.text()!r}); `lorica.detach(model)` or"
             " `lorica.merge(model)` first"
         )
-    wraps: bool = recipe.delta.wraps  # type: ignore[union-attr]
+    wraps = recipe.delta.wraps
     fresh = fresh_modules(model) if fresh is None else list(fresh)
     in_place = recipe.train_rest or not wraps
     saved = () if recipe.train_rest else (*dict.fromkeys([*recipe.modules_to_save, *fresh]),)
@@ -99,7 +99,7 @@ def attach(
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-    contract = Summary(method=recipe.text(), fresh=list(fresh), tied=targets.tied)
+    summary = Summary(method=recipe.text(), fresh=list(fresh), tied=targets.tied)
     if wraps:
         layers = {
             n: _build(model.get_submodule(n), b, recipe, sites[n])
@@ -121,14 +121,16 @@ def attach(
     trained = {id(t.parameter) for t in adapters.trained()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
-    vars(model)[_HANDLE] = adapters
+    vars(model)[HANDLE] = adapters
     if not adapters.base_unchanged:
         adapters.hash_base()
-        for layer in adapters.layers.values():  # the base is training state: no anchor beside it
+        for (
+            layer
+        ) in adapters.layers.values():  # the base is training state: nothing frozen beside it
             layer.update.fold_frozen_(layer.store)
             layer.update.clear_frozen_()
     adapters.hooks = ForwardHooks(adapters)
-    adapters.summary = fill(contract, adapters, targets)
+    adapters.summary = fill(summary, adapters, targets)
     expect(adapters)
     if verbose:
         say(str(adapters.summary))
@@ -166,35 +168,37 @@ def merge(model: nn.Module) -> nn.Module:
             " `lorica.save` the adapters, then load base and adapters in one process and merge"
             " there"
         )
-    untied, plain = False, {}
+    untied = False
+    plain: dict[str, nn.Module] = {}
     for name, layer in adapters.layers.items():
         weight, bias = layer.effective()
         module, store = layer.base, layer.store
         untied |= name in adapters.summary.tied
         value = (weight.T if store.transposed else weight).detach()
         old = store.parameter
-        module.weight = nn.Parameter(value.to(old.dtype).contiguous())  # type: ignore[assignment]
+        module.register_parameter("weight", nn.Parameter(value.to(old.dtype).contiguous()))
         if bias is not None and bias is not module.bias:  # trained, or the combine's own
-            module.bias = nn.Parameter(bias.detach().to(old.dtype).clone())  # type: ignore[assignment]
+            module.register_parameter("bias", nn.Parameter(bias.detach().to(old.dtype).clone()))
         plain[name] = module
     for name, module in adapters.saved.items():
         untied |= name in adapters.summary.tied
         plain[name] = module.merged()
     replace(model, plain)
     if untied:
-        for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
-            config.tie_word_embeddings = False
+        for module in model.modules():
+            if (config := vars(module).get("config")) is not None:
+                config.tie_word_embeddings = False
     return _release(model, adapters)
 
 
 def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
-    """Fill a new layer's pair, carry the anchor of a start that is not zero, and let the combine
-    begin."""
-    store, update = layer.store, layer.update
+    """Fill a new layer's pair, freeze the negative of a start that is not zero beside it, and let
+    the combine begin."""
+    store, update, init = layer.store, layer.update, recipe.init
     pair, on_meta = update.delta.pair(), store.parameter.is_meta
-    init: Any = recipe.init
     with torch.no_grad():
         if pair is not None:
+            assert init is not None  # its need, a pair, is met
             weight = store.weight().detach()
             weight = weight if init.reads_weight else weight.to("meta")
             if not on_meta:
@@ -214,22 +218,22 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
 def _build(
     module: nn.Module, base: type[AbstractBase], recipe: Recipe, site: Site
 ) -> AdaptedLinear:
-    parts: Any = recipe
-    # An anchor is dropped with the start that it takes out; finished links stay whole.
-    anchored = parts.init is not None and "zero_start" not in parts.init.gives
-    drop_frozen = anchored and recipe.lora_dropout_on == "update"
+    init, combine, kernel = recipe.init, recipe.combine, recipe.kernel
+    assert combine is not None and kernel is not None  # a delta that wraps meets their needs
+    # A frozen start is dropped with the start that it takes out; finished links are not dropped.
+    starts_elsewhere = init is not None and "zero_start" not in init.gives
+    drop_frozen = starts_elsewhere and recipe.lora_dropout_on == "update"
     update = Update(
-        parts.delta.build(site), site, dropout=recipe.lora_dropout, drop_frozen=drop_frozen
+        recipe.delta.build(site), site, dropout=recipe.lora_dropout, drop_frozen=drop_frozen
     )
     layer = AdaptedLinear(
-        base(module), update, parts.combine.build(site), parts.kernel, site,
-        train_bias=recipe.bias != "none",
-    )  # fmt: skip
+        base(module), update, combine.build(site), kernel, site, train_bias=recipe.bias != "none"
+    )
     return layer.train(module.training)
 
 
 def _release(model: nn.Module, adapters: Adapters) -> nn.Module:
-    del vars(model)[_HANDLE]
+    del vars(model)[HANDLE]
     adapters.hooks.remove()
     for name, p in model.named_parameters():
         p.requires_grad_(adapters.requires_grad.get(name, True))

@@ -1,6 +1,6 @@
 """ForwardHooks: what schedules and objectives see of a forward.
 
-A choice declares what it wants (`taps`); the hooks are installed once, for all. They look at
+A choice declares what it wants (`hooks`); the hooks are installed once, for all. They look at
 forwards in training mode alone, and under gradient checkpointing only at the first of the two.
 
 hidden_states   the model's own `output_hidden_states`, in what it returns
@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorica.model.layer import AdaptedLinear
+from lorica.tensors.matmul import norm
+
+if TYPE_CHECKING:
+    from lorica.model.adapters import Adapters
 
 HOOKS = frozenset({"hidden_states", "input_squares"})
+Inputs = tuple[Any, ...]  # Any: of a model's forward
+Keywords = dict[str, Any]  # Any: as above
 
 
 class ForwardHooks:
@@ -27,14 +36,14 @@ class ForwardHooks:
             own tokens.
     """
 
-    def __init__(self, adapters: Any) -> None:
-        self.model: nn.Module = adapters.model
-        self.wanted = frozenset().union(*(c.hooks for c in adapters.recipe.choices))
+    def __init__(self, adapters: Adapters) -> None:
+        self.model = adapters.model
+        self.wanted = frozenset[str]().union(*(c.hooks for c in adapters.recipe.choices))
         self.input_squares: dict[str, Tensor] = {}
         self.waiting: set[str] = set()  # layers that this forward has not come to yet
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, Tensor] | None = None  # an input and its squares: q, k, v share it
-        self.hooks: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         takes = inspect.signature(self.model.forward).parameters
         kinds = {p.kind for p in takes.values()}
         self.states = "hidden_states" in self.wanted and (  # else the objective says what it lacks
@@ -42,22 +51,24 @@ class ForwardHooks:
         )
         if self.wanted:
             before = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self.hooks += [before, self.model.register_forward_hook(self._end, always_call=True)]
+            self._handles += [before, self.model.register_forward_hook(self._end, always_call=True)]
         if "input_squares" in self.wanted:
             self.sites = [*adapters.layers]
             for site, layer in adapters:
                 look = functools.partial(
                     self._look, site
                 )  # not a closure, which copies would share
-                self.hooks.append(layer.register_forward_pre_hook(look))
+                self._handles.append(layer.register_forward_pre_hook(look))
 
     def remove(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
+        while self._handles:
+            self._handles.pop().remove()
 
     # -- hooks
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _begin(
+        self, model: nn.Module, args: Inputs, kwargs: Keywords
+    ) -> tuple[Inputs, Keywords] | None:
         if not model.training:
             return None
         if "input_squares" in self.wanted:
@@ -66,11 +77,11 @@ class ForwardHooks:
             return args, {**kwargs, "output_hidden_states": True}
         return None
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         self.waiting, self.mask, self.last = set(), None, None
 
     @torch.no_grad()
-    def _look(self, site: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _look(self, site: str, layer: AdaptedLinear, args: tuple[Tensor, ...]) -> None:
         if site not in self.waiting:  # evaluation, or the second forward of a checkpoint
             return
         self.waiting.discard(site)
@@ -81,9 +92,9 @@ class ForwardHooks:
         squares = self.last[1]
         self.input_squares[site] = squares.clone() if held is None else held + squares
 
-    def _squares(self, x: Tensor, layer: Any) -> Tensor:
+    def _squares(self, x: Tensor, layer: AdaptedLinear) -> Tensor:
         """Sum of x² (in,) over all tokens that are not padding; a token id is one-hot."""
-        lookup: bool = layer.site.lookup
+        lookup = layer.site.lookup
         kept: Tensor | None = None
         if self.mask is not None and self.mask.shape == (x.shape if lookup else x.shape[:-1]):
             kept = self.mask.to(x.device).bool()
@@ -95,4 +106,4 @@ class ForwardHooks:
             x = x.masked_fill(~kept[..., None], 0)
         x = x.reshape(-1, x.shape[-1])
         x = x.float() if x.dtype == torch.float64 else x
-        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+        return norm(x, dim=0, dtype=torch.float32).square()

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from lorica.model import state
+from lorica.model.layer import AdaptedLinear
 from lorica.model.targets import Targets
+from lorica.recipe.recipe import Recipe
+from lorica.tensors.modules import named_modules
+
+if TYPE_CHECKING:
+    from lorica.model.adapters import Adapters
 
 
 class TrainedModule(nn.Module):
@@ -41,7 +47,7 @@ class TrainedModule(nn.Module):
         self.dtype = dtype
         self.disabled = False
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # Any: whatever the original takes
         if self.disabled:
             return self.base(*args, **kwargs)
         own = next(self.base.parameters()).dtype
@@ -71,33 +77,36 @@ class TrainedModule(nn.Module):
             b.data = b.data.to(original.dtype)
         return self.copy if self.only is None else self.base
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:  # Any: of the original
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.base if self.disabled else self.copy, name)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a model's inputs and outputs
     """Floating tensors in `dtype`, also within tuples, lists and mappings of the plain kinds and
     transformers' outputs; a cache stays the object that it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast(v, dtype) for v in value)
-    if type(value) is dict or isinstance(value, ModelOutput):
-        return type(value)(**{k: _cast(v, dtype) for k, v in value.items()})
+    kind = cast(Any, type(value))  # Any: the value is rebuilt as what it was
+    if kind in (tuple, list):
+        return kind(_cast(v, dtype) for v in value)
+    if kind is dict or issubclass(kind, ModelOutput):
+        return kind(**{k: _cast(v, dtype) for k, v in value.items()})
     return value
 
 
 def bias_modules(
-    model: nn.Module, recipe: Any, targets: Targets, dtype: torch.dtype
+    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype
 ) -> dict[str, TrainedModule]:
     """With `bias="all"`: every other module that has a bias of its own."""
     if recipe.bias != "all":
         return {}
-    out, held = {}, set()
-    for name, module in reversed([*model.named_modules()]):  # a child before its parent
+    out: dict[str, TrainedModule] = {}
+    held: set[int] = set()
+    modules: list[tuple[str, nn.Module]] = named_modules(model)
+    for name, module in reversed(modules):  # a child before its parent
         bias = dict(module.named_parameters(recurse=False)).get("bias")
         saved = any(name == s or name.startswith(s + ".") for s in targets.saved)
         if bias is not None and name and name not in targets.layers and not saved:
@@ -108,7 +117,7 @@ def bias_modules(
 
 
 def train_in_place(
-    model: nn.Module, adapters: Any, targets: Targets, dtype: torch.dtype, keep: bool
+    model: nn.Module, adapters: Adapters, targets: Targets, dtype: torch.dtype, keep: bool
 ) -> None:
     """Parameters of the model train as they are, beside adapters or without: the targets' and those
     of modules to save, or all that no adapter stands for."""
@@ -144,7 +153,7 @@ def train_in_place(
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put each module where the one of that path stands, under all of its names."""
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     places = {name: names[id(model.get_submodule(name))] for name in modules}
     for name, module in modules.items():
@@ -153,7 +162,7 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
 
 
-def keep(adapters: Any, layers: Mapping[str, Any]) -> None:
+def keep(adapters: Adapters, layers: Mapping[str, AdaptedLinear]) -> None:
     """Copies of the weights that training will write to, by their names in the plain model."""
     adapters.originals = {
         f"{name}.{leaf}": p.detach().clone()
@@ -162,7 +171,7 @@ def keep(adapters: Any, layers: Mapping[str, Any]) -> None:
     }
 
 
-def restore(adapters: Any) -> None:
+def restore(adapters: Adapters) -> None:
     """Put the copies back, where there are any; the model is the plain one again."""
     parameters = dict(adapters.model.named_parameters())
     for name, original in (adapters.originals or {}).items():
@@ -170,14 +179,15 @@ def restore(adapters: Any) -> None:
 
 
 @contextlib.contextmanager
-def swapped(adapters: Any) -> Iterator[None]:
+def swapped(adapters: Adapters) -> Generator[None]:
     """Within, the kept copies stand in the model; by pointer, so a graph recorded before stays
     valid."""
-    live = adapters.base_parameters() if adapters.originals else {}
-    held = {name: live[name].data for name in adapters.originals or {}}
+    originals = adapters.originals or {}
+    live = adapters.base_parameters() if originals else {}
+    held = {name: live[name].data for name in originals}
     try:
-        for name in held:
-            live[name].data = adapters.originals[name]
+        for name, original in originals.items():
+            live[name].data = original
         yield
     finally:
         for name, data in held.items():

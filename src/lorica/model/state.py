@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from lorica.model.adapters import Adapters
+
 from lorica.tensors.dtensor_ops import copy_, read_full, reshard
 
 
-def tensors(adapters: Any) -> dict[str, nn.Parameter]:
+def tensors(adapters: Adapters) -> dict[str, nn.Parameter]:
     """{path: parameter} of all that training changes or the forward reads beside the frozen
     base."""
     out: dict[str, nn.Parameter] = {}
@@ -27,7 +30,7 @@ def tensors(adapters: Any) -> dict[str, nn.Parameter]:
     return out | {n: parameters[n] for n in adapters.direct}
 
 
-def buffers(adapters: Any) -> dict[str, Tensor]:
+def buffers(adapters: Adapters) -> dict[str, Tensor]:
     """{path: persistent buffer} of the modules that train in full (running statistics, say)."""
     out: dict[str, Tensor] = {}
     for site, module in adapters.saved.items():
@@ -38,10 +41,10 @@ def buffers(adapters: Any) -> dict[str, Tensor]:
     return out
 
 
-def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
+def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
     reshard(adapters.model)
-    before = {}
+    before: dict[str, tuple[nn.Parameter | None, nn.Parameter | None]] = {}
     for site, layer in adapters.layers.items():  # frozen factors grow and shrink with training
         update, device = layer.update, layer.store.parameter.device
         a, b = (saved.get(f"{site}.update.frozen_{side}") for side in "AB")
@@ -85,12 +88,12 @@ def load(adapters: Any, saved: Mapping[str, Tensor]) -> None:
 _CHUNK = 1 << 24  # elements: bounded memory for large tables
 
 
-def base_parameters(adapters: Any) -> dict[str, nn.Parameter]:
+def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     """See `Adapters.base_parameters`."""
     inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
     own = {id(p) for p in tensors(adapters).values()} - inner
     saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
-    out = {}
+    out: dict[str, nn.Parameter] = {}
     for name, p in adapters.model.named_parameters():
         if (id(p) in own and name not in adapters.direct) or id(p) in saved:
             continue
@@ -104,7 +107,7 @@ def hash_exactly(named: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(named.items()):
         digest.update(name.encode())
-        for chunk in value.detach().reshape(-1).split(_CHUNK):
+        for chunk in torch.split(value.detach().reshape(-1), _CHUNK):
             digest.update(as_bytes(chunk))
     return digest.hexdigest()
 
@@ -117,7 +120,7 @@ def hash_values(named: Mapping[str, Tensor]) -> str:
         full = read_full(p).detach()
         digest.update(f"{name}{tuple(full.shape)}".encode())
         if not full.is_meta:
-            for chunk in full.reshape(-1).split(_CHUNK):
+            for chunk in torch.split(full.reshape(-1), _CHUNK):
                 digest.update(as_bytes(chunk, torch.float32))
     return digest.hexdigest()
 

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorica.model.adapters import Adapters
+from lorica.model.layer import AdaptedLinear
+from lorica.model.targets import Targets
+from lorica.recipe.recipe import Recipe
+
 logger = logging.getLogger("lorica")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SHOWN = 6  # weights that are not adapted, by name; the smaller ones are added up
@@ -55,22 +60,25 @@ class Summary:
 
     method: str
     total: int = 0
-    trained: dict[str, dict[str, int]] = field(default_factory=dict)
-    frozen: dict[str, dict[str, int]] = field(default_factory=dict)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # Any: whole numbers and floats
-    saved: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    unadapted: dict[str, float] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)  # Any: of a recipe's field
-    materialise_from: dict[str, int | None] = field(default_factory=dict)
+    trained: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    frozen: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    # Any: whole numbers, floats and None
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    saved: list[str] = field(default_factory=list[str])
+    fresh: list[str] = field(default_factory=list[str])
+    unadapted: dict[str, float] = field(default_factory=dict[str, float])
+    tied: dict[str, str] = field(default_factory=dict[str, str])
+    memory: dict[str, int] = field(default_factory=dict[str, int])
+    defaults: dict[str, dict[str, float | str]] = field(
+        default_factory=dict[str, dict[str, float | str]]
+    )
+    materialise_from: dict[str, int | None] = field(default_factory=dict[str, int | None])
 
     @property
     def trainable(self) -> int:
         return sum(g["elements"] for g in self.trained.values())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:  # Any: a JSON file's values
         return {**dataclasses.asdict(self), "trainable": self.trainable}
 
     def __str__(self) -> str:
@@ -108,7 +116,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def fill(summary: Summary, adapters: Any, targets: Any) -> Summary:
+def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     """Add counts, bytes and defaults, read from the adapted model."""
     recipe, model = adapters.recipe, adapters.model
     trained = adapters.trained()
@@ -130,14 +138,7 @@ def fill(summary: Summary, adapters: Any, targets: Any) -> Summary:
     for layer in adapters.layers.values():
         site = layer.site
         shape = f"{site.out_features} x {site.in_features}"
-        rule: Any = recipe.kernel
-        start_at = (
-            None
-            if site.lookup or recipe.lora_dropout or layer.update.delta.pair() is None
-            else rule.threshold(site.in_features, site.out_features)
-        )
-        if layer.store.parameter.dtype not in (torch.float32, torch.float64):
-            start_at = None
+        start_at = _merged_from(layer, recipe)
         # Layers of one shape share an entry, until they differ in rank or scale.
         same = {"r": site.r, "scale": site.scale}
         for key in (shape, f"{shape}, r={site.r}", f"{shape}, r={site.r}, s={site.scale:g}"):
@@ -149,13 +150,12 @@ def fill(summary: Summary, adapters: Any, targets: Any) -> Summary:
         info["count"] += 1
         summary.materialise_from[key] = start_at
     size = sum(t.parameter.numel() * t.parameter.element_size() for t in trained)
-    state: Any = recipe.rule
     summary.memory = {
         "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
         "trained": size,
         "frozen factors": sum(p.numel() * p.element_size() for p in frozen_factors),
         "gradients": size,
-        "optimizer": state.state_elements(adapters) * 4,
+        "optimizer": recipe.rule.state_elements(adapters) * 4,
     }
     kept = sum(schedule.state_bytes(adapters) for schedule in recipe.schedules)
     summary.memory |= {"schedules": kept} if kept else {}
@@ -163,6 +163,17 @@ def fill(summary: Summary, adapters: Any, targets: Any) -> Summary:
     if (rate := recipe.learning_rate) is not None:
         summary.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}
     return summary
+
+
+def _merged_from(layer: AdaptedLinear, recipe: Recipe) -> int | None:
+    """Tokens in a batch from which this layer multiplies with W + ΔW; None: never."""
+    site, kernel = layer.site, recipe.kernel
+    wide = layer.store.parameter.dtype in (torch.float32, torch.float64)
+    if kernel is None or not wide or site.lookup or recipe.lora_dropout:
+        return None
+    if layer.update.delta.pair() is None:
+        return None
+    return kernel.threshold(site.in_features, site.out_features)
 
 
 def _count(groups: dict[str, dict[str, int]], name: str, p: nn.Parameter) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +16,30 @@ from transformers import PreTrainedModel
 from lorica.interfaces import Site
 from lorica.methods.optional import BuildsOtherRank
 from lorica.model.bases.base import AbstractBase, base_for
+from lorica.model.layer import AdaptedLinear
+from lorica.recipe.recipe import Recipe
+from lorica.tensors.modules import named_modules
 
 
 @dataclass
 class Targets:
     """What was matched, and what stays as it is."""
 
-    layers: dict[str, type[AbstractBase]] = field(default_factory=dict)  # path -> how it is stored
-    saved: list[str] = field(default_factory=list)  # modules that train in full
-    unadapted: dict[str, int] = field(default_factory=dict)  # weight matrices left out -> elements
-    tied: dict[str, str] = field(default_factory=dict)  # adapted path -> another path of its weight
+    # path -> how its weight is stored
+    layers: dict[str, type[AbstractBase]] = field(default_factory=dict[str, type[AbstractBase]])
+    saved: list[str] = field(default_factory=list[str])  # modules that train in full
+    # weight matrices left out -> elements
+    unadapted: dict[str, int] = field(default_factory=dict[str, int])
+    # adapted path -> another path of its weight
+    tied: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that gives the logits, of a transformers model that has one."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head: object = model.get_output_embeddings()  # pyright: ignore[reportUnknownMemberType]
+    return head if isinstance(head, nn.Module) else None
 
 
 def head_names(model: nn.Module) -> set[str]:
@@ -34,8 +47,9 @@ def head_names(model: nn.Module) -> set[str]:
     backbone."""
     if not isinstance(model, PreTrainedModel):
         return set()
-    names = {id(m): n for n, m in model.named_modules()}
-    heads = {names[id(m)] for m in [model.get_output_embeddings()] if id(m) in names}
+    names = {id(m): n for n, m in named_modules(model)}
+    outputs = output_embeddings(model)
+    heads = {names[id(outputs)]} if id(outputs) in names else set[str]()
     backbone = model.base_model
     if backbone is not model:
         root = names[id(backbone)]
@@ -55,7 +69,7 @@ def fresh_modules(model: nn.Module) -> list[str]:
         return []
     resized = _resized_head(model)
     found: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters()]
         own = [n for n in own if n in marked]
         if module is resized or not name or not own or _within(name, found):
@@ -68,7 +82,7 @@ def fresh_modules(model: nn.Module) -> list[str]:
 def _resized_head(model: nn.Module) -> nn.Module | None:
     """The output embeddings, where they were made after the checkpoint was loaded: loading leaves
     every module in evaluation mode, and a new one is in training mode."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = output_embeddings(model)
     return head if head is not None and head.training and not model.training else None
 
 
@@ -124,7 +138,7 @@ def find(
         ValueError: a pattern that matches nothing, a module that cannot be adapted, an overlap
             between what is adapted and what trains in full.
     """
-    modules = {n: m for n, m in model.named_modules() if n}
+    modules = {n: m for n, m in named_modules(model) if n}
     inside = _owned_by_attention(model)
     out = Targets()
     for pattern in modules_to_save:
@@ -218,8 +232,8 @@ def _owned_by_attention(model: nn.Module) -> dict[str, str]:
     """Layers whose weight torch's fused attention, or an encoder layer's fast path, reads directly,
     past any adapter -> the class that does so."""
     kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    owners = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, kinds)}
-    paths = [n for n, _ in model.named_modules() if n]
+    owners = {n: type(m).__name__ for n, m in named_modules(model) if isinstance(m, kinds)}
+    paths = [n for n, _ in named_modules(model) if n]
     return {n: k for n in paths for o, k in owners.items() if not o or n.startswith(o + ".")}
 
 
@@ -250,7 +264,7 @@ def _fill_rest(model: nn.Module, out: Targets) -> None:
             out.tied[owner] = next(o for o in owners if o != owner)
 
 
-def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
+def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
     """What the targets and the recipe together rule out.
 
     Raises:
@@ -275,15 +289,14 @@ def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
                 " during training, which would change both; leave it out of `target_modules`"
             )
     if not delta.wraps and "r" in recipe.takes:
+        assert recipe.r is not None  # filled where it is taken
         kinds = {n: k for n, k in targets.layers.items() if k is not AbstractBase}
         stores = {n: kind(model.get_submodule(n)) for n, kind in kinds.items()}
         check_ranks(
             recipe, {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
         )
     for name in targets.layers:
-        hook: Any = vars(model.get_submodule(name)).get("_hf_hook")
-        hooks = () if hook is None else vars(hook).get("hooks", (hook,))
-        if any(vars(h).get("offload") for h in hooks):
+        if _offloaded(model.get_submodule(name)):
             raise ValueError(
                 f"the weight of {name!r} is offloaded (Accelerate brings it to the device for the"
                 " layer's own forward alone), so no update could be computed with it. Load the"
@@ -297,7 +310,16 @@ def refuse(model: nn.Module, recipe: Any, targets: Targets) -> None:
             )
 
 
-def refuse_idle(layer: Any, recipe: Any) -> None:
+def _offloaded(module: nn.Module) -> bool:
+    """Whether Accelerate keeps the module's weight elsewhere between its forwards."""
+    hook: object | None = vars(module).get("_hf_hook")
+    if hook is None:
+        return False
+    hooks: Sequence[object] = vars(hook).get("hooks", (hook,))
+    return any(vars(h).get("offload") for h in hooks)
+
+
+def refuse_idle(layer: AdaptedLinear, recipe: Recipe) -> None:
     """A layer whose frozen factor starts at zero would never learn.
 
     Raises:
@@ -312,7 +334,7 @@ def refuse_idle(layer: Any, recipe: Any) -> None:
                 )
 
 
-def check_ranks(recipe: Any, sites: Mapping[str, tuple[int, int, int]]) -> None:
+def check_ranks(recipe: Recipe, sites: Mapping[str, tuple[int, int, int]]) -> None:
     """Ranks fit their layers.
 
     Args:
@@ -322,13 +344,18 @@ def check_ranks(recipe: Any, sites: Mapping[str, tuple[int, int, int]]) -> None:
         ValueError: a rank above min(in, out), or at it where a choice needs one below.
     """
     below = [c.name for c in recipe.choices if c.below_full]
-    room = {n: min(out, wide) - bool(below) for n, (out, wide, _) in sites.items()}
-    bad = {n: f"{n} ({o} x {i})" for n, (o, i, r) in sites.items() if r > room[n]}
+    most_there = {
+        n: largest - bool(below)
+        for n, (out, wide, _) in sites.items()
+        if (largest := recipe.delta.most_r(wide, out)) is not None
+    }
+    bad = {n: f"{n} ({o} x {i})" for n, (o, i, r) in sites.items() if r > most_there.get(n, r)}
     if bad:
+        assert recipe.r is not None  # filled where it is taken
         what = f"not below (as `{below[0]}` needs)" if below else "larger than"
         some = ", ".join([*bad.values()][:4]) + (", ..." if len(bad) > 4 else "")
         # A layer's rank may be a part or a multiple of the recipe's.
-        most = max(1, min(room[n] * recipe.r // sites[n][2] for n in bad))
+        most = max(1, min(most_there[n] * recipe.r // sites[n][2] for n in bad))
         by = ", a smaller one there through `rank_pattern`" * ("rank_pattern" in recipe.takes)
         raise ValueError(
             f"`r={recipe.r}` is {what} min(in, out) of {len(bad)} layer(s): {some}. Give at most"
@@ -337,24 +364,33 @@ def check_ranks(recipe: Any, sites: Mapping[str, tuple[int, int, int]]) -> None:
 
 
 def sites_of(
-    model: nn.Module, recipe: Any, targets: Targets, dtype: torch.dtype, *, any_rank: bool
+    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, *, any_rank: bool
 ) -> dict[str, Site]:
+    """Where each adapter will be: sizes, rank and scale of every target.
+
+    Args:
+        any_rank: let ranks above the layers' pass, for a caller whose file decides.
+
+    Raises:
+        ValueError: see `check_ranks`.
+    """
+    rank, scale, delta = recipe.rank, recipe.scale, recipe.delta
+    assert rank is not None and scale is not None  # a delta that wraps meets their needs
     names = list(targets.layers)
-    given = recipe.rank.assign(names, recipe)
-    sites = {}
+    given = rank.assign(names, recipe)
+    sites: dict[str, Site] = {}
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
         r, alpha = given[name]
         wide = torch.promote_types(store.parameter.dtype, dtype)
         site = Site(
-            name, store.in_features, store.out_features, r, recipe.scale.factor(alpha, r),
+            name, store.in_features, store.out_features, r, scale.factor(alpha, r),
             store.lookup, wide if wide is torch.float64 else dtype, store.parameter.device,
             store.bias() is not None,
         )  # fmt: skip
-        delta = recipe.delta
         built = delta.built_rank(site, recipe) if isinstance(delta, BuildsOtherRank) else r
         if built != r:
-            site = dataclasses.replace(site, r=built, scale=recipe.scale.factor(alpha, built))
+            site = dataclasses.replace(site, r=built, scale=scale.factor(alpha, built))
         sites[name] = site
     if not any_rank:
         check_ranks(recipe, {n: (s.out_features, s.in_features, s.r) for n, s in sites.items()})

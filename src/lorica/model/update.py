@@ -1,32 +1,28 @@
-"""Update: the trained delta and what is carried frozen beside it.
+"""Update: the trained delta and the frozen factors beside it.
 
-*Carried* is a stack of factors under the layer's own scale: the start ΔW₀ of an anchored init
-enters with a minus, a finished link of a restarting schedule with a plus. So the base is never
-mutated by a start. Combines, norms, kernels and export take the update as a whole, of rank r + k,
-and know neither part.
+The frozen factors are a stack under the layer's own scale. A start ΔW₀ that is not zero enters with
+a minus, a finished link of a restarting schedule with a plus, so an init never changes the base.
+Combines, norms, kernels and export take the update as a whole, of rank r + k, and know neither part.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Site
+from lorica.interfaces import BaseLike, Factors, Site
 from lorica.methods.deltas.base import AbstractDelta
-from lorica.model.bases.base import AbstractBase
 from lorica.tensors import dropout
 from lorica.tensors.dtensor_ops import add_, outer_add_, zero_
-from lorica.tensors.matmul import added, no_autocast
+from lorica.tensors.matmul import added, no_autocast, norm
 
 ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
 
 
 class Update(nn.Module):
-    """delta + carried of one layer, with the dropout that falls on it. Combines, kernels and export
+    """Delta and frozen factors of one layer, with the dropout that falls on it. Combines, kernels and export
     take this."""
 
     frozen_A: nn.Parameter | None  # (k, in), frozen
@@ -52,29 +48,29 @@ class Update(nn.Module):
         """
         if isinstance(A, DTensor):
             raise ValueError(
-                "finished updates cannot be carried in a model that is sharded, for its parameters"
-                " cannot grow; put them into the base instead, with `accumulate='base'`"
+                "finished updates cannot be kept as frozen factors in a model that is sharded, since its"
+                " parameters cannot grow; put them into the base instead, with `accumulate='base'`"
             )
-        like = {"dtype": self._dtype, "device": A.device}
-        A, B = A.to(**like), B.to(**like)
+        device, dtype = A.device, self._dtype
+        right, left = A.to(device, dtype), B.to(device, dtype)
         if self.frozen_A is not None and self.frozen_B is not None:
-            A, B = torch.cat([self.frozen_A, A]), torch.cat([self.frozen_B, B], dim=1)
-        self.frozen_A = nn.Parameter(A.clone(), requires_grad=False)
-        self.frozen_B = nn.Parameter(B.clone(), requires_grad=False)
+            right = torch.cat([self.frozen_A, right])
+            left = torch.cat([self.frozen_B, left], dim=1)
+        self.frozen_A = nn.Parameter(right.clone(), requires_grad=False)
+        self.frozen_B = nn.Parameter(left.clone(), requires_grad=False)
 
     @torch.no_grad()
-    def fold_frozen_(self, base: AbstractBase) -> None:
-        """Put what is carried into the base; it is zero from then on."""
+    def fold_frozen_(self, base: BaseLike) -> None:
+        """Add the frozen factors to the base; they are zero from then on."""
         if (frozen := self.frozen_factors) is None:
             return
         if not base.parameter.is_meta:
-            how: Any = {"alpha": frozen.scale, "transposed": base.transposed}
-            outer_add_(base.parameter, frozen.B, frozen.A, **how)
+            outer_add_(base.parameter, frozen.B, frozen.A, frozen.scale, transposed=base.transposed)
         zero_(frozen.A)
         zero_(frozen.B)
 
     @torch.no_grad()
-    def accumulate_(self, base: AbstractBase, accumulate: str, share: float = 1.0) -> None:
+    def accumulate_(self, base: BaseLike, accumulate: str, share: float = 1.0) -> None:
         """Add `share` of what the delta has learnt to the base or to what is frozen.
 
         Args:
@@ -87,20 +83,22 @@ class Update(nn.Module):
         if accumulate == "factors":
             if factors is None:
                 raise ValueError(
-                    "an update without factors cannot be carried; put finished updates into the"
-                    " base instead, with `accumulate='base'`"
+                    "an update without factors cannot be kept as frozen factors; put finished updates"
+                    " into the base instead, with `accumulate='base'`"
                 )
             self.add_frozen_(factors.A, factors.B * (share * factors.scale / self.delta.scale))
         elif factors is not None:
-            how: Any = {"alpha": share * factors.scale, "transposed": base.transposed}
-            outer_add_(base.parameter, factors.B, factors.A, **how)
+            outer_add_(
+                base.parameter, factors.B, factors.A, share * factors.scale,
+                transposed=base.transposed,
+            )  # fmt: skip
         else:
             weight = self.delta.weight(base)
             assert weight is not None  # `weight` is what every caller needs of a delta
             add_(base.parameter, share * (weight.T if base.transposed else weight))
 
     def clear_frozen_(self) -> None:
-        """Carry nothing; before sharding."""
+        """Drop the frozen factors; before sharding."""
         self.frozen_A = self.frozen_B = None
 
     @property
@@ -115,7 +113,7 @@ class Update(nn.Module):
 
     @property
     def dropping(self) -> bool:
-        """Whether this call drops inputs, so that no one matrix stands for the update."""
+        """Whether this call drops inputs, so that the update is no one matrix."""
         return self.training and self.dropout > 0
 
     def factors(self) -> Factors | None:
@@ -127,7 +125,7 @@ class Update(nn.Module):
             own = Factors(own.A, own.B * (own.scale / frozen.scale), frozen.scale)
         return Factors(torch.cat([own.A, frozen.A]), torch.cat([own.B, frozen.B], 1), own.scale)
 
-    def weight(self, base: AbstractBase) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         """ΔW (out, in) of the whole update, in at least float32."""
         if (factors := self.factors()) is not None:
             return factors.weight()
@@ -138,7 +136,7 @@ class Update(nn.Module):
         return own if frozen is None else own + frozen.weight()
 
     @torch.no_grad()
-    def formed_norms(self, base: AbstractBase, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    def formed_norms(self, base: BaseLike, *, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Row norms of V = W + ΔW (out,), and V (out, in) itself, new, where it is to be kept.
 
         In at least float32, without gradients. A V that nobody keeps is formed some rows at a time.
@@ -148,22 +146,22 @@ class Update(nn.Module):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
                 v = w.to(delta.dtype) + delta
-                return torch.linalg.vector_norm(v, dim=1), v if keep else None
+                return norm(v, dim=1), v if keep else None
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             A, B = factors.A.to(wide), factors.B.to(wide)
 
             def form(w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
                 v = added(w.to(wide), B, A, factors.scale)
-                return torch.linalg.vector_norm(v, dim=1), v
+                return norm(v, dim=1), v
 
             rows = max(1, ROWS[w.device.type != "cpu"] // w.shape[1])
             if keep or rows >= w.shape[0] or torch.compiler.is_compiling():
                 norms, v = form(w, B)
                 return norms, v if keep else None
-            parts = zip(w.split(rows), B.split(rows), strict=True)
+            parts = zip(torch.split(w, rows), torch.split(B, rows), strict=True)
             return torch.cat([form(*part)[0] for part in parts]), None
 
-    def row_norms(self, base: AbstractBase) -> Tensor:
+    def row_norms(self, base: BaseLike) -> Tensor:
         """Row norms of W + ΔW (out,), in at least float32, without forming ΔW where factors exist:
 
         c² = rowsum(W²) + 2 rowsum((W Aᵀ) ∘ B) + rowsum((B A Aᵀ) ∘ B), the scale folded into B.
@@ -172,12 +170,12 @@ class Update(nn.Module):
         with no_autocast(base.parameter.device.type):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
-                return torch.linalg.vector_norm(base.weight().to(delta.dtype) + delta, dim=1)
+                return norm(base.weight().to(delta.dtype) + delta, dim=1)
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             w, A = base.weight().to(wide), factors.A.to(wide)
             B = factors.B.to(wide) * factors.scale
             cross = F.linear(w, A)  # (out, k)
-            own = torch.linalg.vector_norm(w, dim=1).square()  # without a copy of W
+            own = norm(w, dim=1).square()  # without a copy of W
             square = own + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
             # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
             return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
@@ -194,7 +192,7 @@ class Update(nn.Module):
             return x, F.dropout(mask, self.dropout)
         return dropout.drop(x, self.dropout), None
 
-    def dropped_part(self, x: Tensor, base: AbstractBase, keep: Tensor | None = None) -> Tensor:
+    def dropped_part(self, x: Tensor, base: BaseLike, keep: Tensor | None = None) -> Tensor:
         """The part that dropout falls on, of an input already dropped."""
         factors = self.factors() if self.drop_frozen else self.delta.factors()
         if factors is not None and self.delta.pair() is not None:
@@ -209,7 +207,7 @@ class Update(nn.Module):
         frozen = None if self.drop_frozen else self.frozen_factors
         return None if frozen is None else self._product(x, frozen)
 
-    def forward(self, x: Tensor, base: AbstractBase) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         """x ΔWᵀ: (..., in) -> (..., out), in x's dtype (token ids: in the base's)."""
         dropped, keep = self.drop(x)
         y = self.dropped_part(dropped, base, keep)

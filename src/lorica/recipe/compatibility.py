@@ -68,7 +68,8 @@ def check_effects(recipe: Recipe) -> None:
     _refuse_idle(recipe, rest, "`train_rest`, which trains that in place already")
     for f in dataclasses.fields(recipe):
         if f.name in _NUMERIC and f.name not in recipe.takes:
-            default = {} if f.default is dataclasses.MISSING else f.default
+            default: object = f.default
+            default = {} if default is dataclasses.MISSING else default
             _refuse_idle(recipe, {f.name: default}, _blamed(recipe, f.name))
     if recipe.rank is not None and not recipe.rank.reads_patterns:
         if recipe.rank_pattern or recipe.alpha_pattern:

@@ -134,10 +134,9 @@ class Recipe:
         own = [f.name for f in dataclasses.fields(self) if f.name not in {*_CHOICES, "filled"}]
         values: dict[str, Any] = {"method": self.text()}  # Any: a JSON file's values
         for name in own:
-            value = getattr(self, name)
-            values[name] = [*value] if isinstance(value, tuple) else value
-            if isinstance(value, Mapping):
-                values[name] = {**value}
+            value: Any = getattr(self, name)  # Any: of each field's own type
+            kind = {tuple: list, dict: dict}.get(type(value))
+            values[name] = value if kind is None else kind(value)
         return values
 
     def __post_init__(self) -> None:

@@ -1,43 +1,19 @@
-"""Train and eval modes of a model, and hooks on loading a module, with types."""
+"""Walks over a model's modules, with types that torch's own lack."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator
-from typing import TypeVar
-
 from torch import nn
 
-M = TypeVar("M", bound=nn.Module)
 
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Within, every module is in evaluation mode; afterwards each has the mode it had before.
-
-    Example:
-        >>> import torch
-        >>> from lorica.tensors.modules import evaluating
-        >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
-        >>> with evaluating(model):
-        ...     [m.training for m in model]
-        [False, False]
-        >>> [m.training for m in model]
-        [True, False]
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def call_after_loading(module: M, hook: Callable[[M, object], None]) -> None:
-    """Call `hook(module, keys)` after each `load_state_dict` that reaches the module.
+def named_modules(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> list[tuple[str, nn.Module]]:
+    """(path, module) of a model and all within it, a parent before its children.
 
     Args:
-        hook: a function of a module's top level, so that the model can still be pickled.
+        remove_duplicate: a module with several names is listed once, under the first.
     """
-    module.register_load_state_dict_post_hook(hook)  # pyright: ignore[reportUnknownMemberType]  # torch has no type for it
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):  # pyright: ignore
+        found.append((name, module))
+    return found

@@ -93,6 +93,10 @@ class DeltaChoice(Choice):
         if "pair" in cls.gives:
             cls.gives = cls.gives | {"sides"}  # a pair has both
 
+    def most_r(self, in_features: int, out_features: int) -> int | None:
+        """The largest `r` for a weight of this shape; None: r is no bound on the rank here."""
+        return min(in_features, out_features)
+
     def build(self, site: Site) -> AbstractDelta:
         raise AssertionError(f"{self.name} builds no adapter")
 

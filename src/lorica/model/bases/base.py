@@ -65,7 +65,8 @@ class AbstractBase(abc.ABC):
 
 @functools.cache
 def all_bases() -> tuple[type[AbstractBase], ...]:
-    found = []
+    """Every final class of the files of this package."""
+    found: list[type[AbstractBase]] = []
     package = __name__.rpartition(".")[0]
     names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
     for name in names:
