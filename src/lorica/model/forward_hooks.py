@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorica.model.layer import AdaptedLinear
-from lorica.tensors.matmul import norm
+from lorica.tensors.linalg import vector_norm
 
 if TYPE_CHECKING:
     from lorica.model.adapters import Adapters
@@ -106,4 +106,4 @@ class ForwardHooks:
             x = x.masked_fill(~kept[..., None], 0)
         x = x.reshape(-1, x.shape[-1])
         x = x.float() if x.dtype == torch.float64 else x
-        return norm(x, dim=0, dtype=torch.float32).square()
+        return vector_norm(x, dim=0, dtype=torch.float32).square()

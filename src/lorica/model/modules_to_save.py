@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -89,11 +89,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a model's inputs and o
     transformers' outputs; a cache stays the object that it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    kind = cast(Any, type(value))  # Any: the value is rebuilt as what it was
-    if kind in (tuple, list):
-        return kind(_cast(v, dtype) for v in value)
-    if kind is dict or issubclass(kind, ModelOutput):
-        return kind(**{k: _cast(v, dtype) for k, v in value.items()})
+    kind: Callable[..., Any] = cast(Any, type(value))  # Any: the value is rebuilt as what it was
+    if kind is tuple or kind is list:
+        return kind(_cast(v, dtype) for v in cast(Sequence[Any], value))
+    if kind is dict or isinstance(value, ModelOutput):
+        items = cast(Mapping[str, Any], value).items()
+        return kind(**{k: _cast(v, dtype) for k, v in items})
     return value
 
 

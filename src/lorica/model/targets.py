@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +38,8 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The layer that gives the logits, of a transformers model that has one."""
     if not isinstance(model, PreTrainedModel):
         return None
-    head: object = model.get_output_embeddings()  # pyright: ignore[reportUnknownMemberType]
-    return head if isinstance(head, nn.Module) else None
+    get: Callable[[], nn.Module | None] = model.get_output_embeddings
+    return get()
 
 
 def head_names(model: nn.Module) -> set[str]:

@@ -16,7 +16,8 @@ from lorica.interfaces import BaseLike, Factors, Site
 from lorica.methods.deltas.base import AbstractDelta
 from lorica.tensors import dropout
 from lorica.tensors.dtensor_ops import add_, outer_add_, zero_
-from lorica.tensors.matmul import added, no_autocast, norm
+from lorica.tensors.linalg import vector_norm
+from lorica.tensors.matmul import added, no_autocast
 
 ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
 
@@ -146,13 +147,13 @@ class Update(nn.Module):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
                 v = w.to(delta.dtype) + delta
-                return norm(v, dim=1), v if keep else None
+                return vector_norm(v, dim=1), v if keep else None
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             A, B = factors.A.to(wide), factors.B.to(wide)
 
             def form(w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
                 v = added(w.to(wide), B, A, factors.scale)
-                return norm(v, dim=1), v
+                return vector_norm(v, dim=1), v
 
             rows = max(1, ROWS[w.device.type != "cpu"] // w.shape[1])
             if keep or rows >= w.shape[0] or torch.compiler.is_compiling():
@@ -170,12 +171,12 @@ class Update(nn.Module):
         with no_autocast(base.parameter.device.type):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
-                return norm(base.weight().to(delta.dtype) + delta, dim=1)
+                return vector_norm(base.weight().to(delta.dtype) + delta, dim=1)
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             w, A = base.weight().to(wide), factors.A.to(wide)
             B = factors.B.to(wide) * factors.scale
             cross = F.linear(w, A)  # (out, k)
-            own = norm(w, dim=1).square()  # without a copy of W
+            own = vector_norm(w, dim=1).square()  # without a copy of W
             square = own + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
             # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
             return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lorica.methods.choice import AXES, Choice, source
 from lorica.methods.combine.base import CombineChoice
@@ -134,9 +134,13 @@ class Recipe:
         own = [f.name for f in dataclasses.fields(self) if f.name not in {*_CHOICES, "filled"}]
         values: dict[str, Any] = {"method": self.text()}  # Any: a JSON file's values
         for name in own:
-            value: Any = getattr(self, name)  # Any: of each field's own type
-            kind = {tuple: list, dict: dict}.get(type(value))
-            values[name] = value if kind is None else kind(value)
+            value: object = getattr(self, name)
+            if isinstance(value, tuple):
+                values[name] = [*cast(tuple[str, ...], value)]
+            elif isinstance(value, Mapping):
+                values[name] = {**cast(Mapping[str, float], value)}
+            else:
+                values[name] = value
         return values
 
     def __post_init__(self) -> None:
@@ -144,9 +148,9 @@ class Recipe:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             value: object = getattr(self, name)
             if isinstance(value, list):
-                put(self, name, tuple(value))
+                put(self, name, tuple(cast(list[str], value)))
             elif isinstance(value, set):
-                put(self, name, tuple(sorted(value)))
+                put(self, name, tuple(sorted(cast(set[str], value))))
         put(self, "modules_to_save", tuple(self.modules_to_save or ()))
         defaulted: list[str] = []
         for axis, (name, default, several) in AXES.items():

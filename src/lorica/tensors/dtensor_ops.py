@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lorica.tensors.linalg import floats
 from lorica.tensors.matmul import no_autocast
 
 P = ParamSpec("P")
@@ -198,11 +199,6 @@ def all_reduce_(
 ) -> None:
     """t ← its sum (or `op`) over the processes of `group`; torch's, which is untyped."""
     dist.all_reduce(t, op=op, group=group)  # pyright: ignore[reportUnknownMemberType]
-
-
-def floats(t: Tensor) -> list[float]:
-    """The elements of a 1-d tensor as Python numbers; waits for the device."""
-    return [float(x) for x in t.cpu()]
 
 
 def reduce_scalar(values: Sequence[Tensor]) -> list[float]:

@@ -16,11 +16,6 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def norm(t: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Euclidean norms along one dimension; torch's, which is untyped."""
-    return torch.linalg.vector_norm(t, dim=dim, dtype=dtype)  # pyright: ignore
-
-
 def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     """w + scale·b a (out, in), new, of w (out, in), b (out, k), a (k, in).
 
