@@ -221,7 +221,9 @@ def test_the_environment_names_a_table_for_the_command_line(tmp_path, monkeypatc
 def test_what_is_no_table_is_refused(tmp_path, text):
     path = tmp_path / "orders.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"is no table of orders .*python -m lorica\.methods\.kernels FILE"):
+    with pytest.raises(
+        ValueError, match=r"is no table of orders .*python -m lorica\.methods\.kernels FILE"
+    ):
         Table.read(path)
     with pytest.raises(ValueError, match="no table of orders"), measured(tmp_path / "absent"):
         pass

@@ -327,7 +327,9 @@ def test_early_layers_get_larger_gradients():
 
 def test_a_pair_it_is_not():
     for other in ("pissa", "olora", "lorarite", "riemannian", "raclora"):
-        with pytest.raises(ValueError, match=f"`{other}` cannot be combined with `reslora`.*`pair`"):
+        with pytest.raises(
+            ValueError, match=f"`{other}` cannot be combined with `reslora`.*`pair`"
+        ):
             Recipe.parse(f"reslora+{other}")
 
 

@@ -58,6 +58,7 @@ CAPABILITIES: dict[str, str] = {
     "row_state": "optimizer state with an entry for every row and column of a factor",
     "row_wise": "an optimizer that moves a row or column of a factor by its own gradient alone",
     "diagonal": "a trained diagonal between the factors",
+    "restarts": "a start that can be made again during training",
     "zero_start": "ΔW = 0 at the start without frozen factors",
     "keeps_function": "an event that leaves the model's function as it was",
     "sharded": "the same arithmetic on sharded tensors",

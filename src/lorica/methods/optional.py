@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorica.interfaces import AdaptersLike, Factors, RecipeLike, Site, UpdateLike
+from lorica.interfaces import AdaptersLike, Factors, Pair, RecipeLike, Site, UpdateLike
 
 # -- deltas ----------------------------------------------------------------------------------------
 
@@ -31,6 +31,21 @@ class LinksDeltas(abc.ABC):
 
         Args:
             deltas: {module path: what `build` made there}, in model order.
+        """
+
+
+class SharesTensors(abc.ABC):
+    """All layers of a model read the same frozen tensors. Used by `lorica.attach`, which registers
+    them with each delta (`AbstractDelta.register_shared`), and where files are written: the state
+    holds them once."""
+
+    @abc.abstractmethod
+    def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors by name, on the CPU in float32; made once for a model.
+
+        Args:
+            sites: of all the layers that will read them.
+            generator: on the CPU, seeded by the recipe's seed; the same on every process.
         """
 
 
@@ -86,6 +101,67 @@ class ReadsAsLora(abc.ABC):
         Raises:
             ValueError: a value or a tensor that is not of that type.
         """
+
+
+# -- inits and ranks -------------------------------------------------------------------------------
+
+
+Batches = Sequence[Mapping[str, Any]]  # Any: a model's inputs, labels included
+
+
+class StartsFromData(abc.ABC):
+    """An init that looks at a few batches of the data before it fills pairs. Used by
+    `lorica.attach(model, ..., data=batches)`; the command line hands it the first training batches.
+    Nothing of it is needed to load an adapter: the start is part of the file.
+
+    Such a class comes before `AbstractInit` among the bases of an init. It cannot start a layer
+    anew during training, and so declares `withdraws = {"restarts"}`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def batches(self) -> int:
+        """How many batches it reads."""
+
+    @abc.abstractmethod
+    def observe(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], sites: Mapping[str, Site],
+        data: Batches,
+    ) -> Mapping[str, Any]:  # fmt: skip  # Any: whatever `fill_from` of this init reads
+        """What the data say about each layer: {module path: what `fill_from` reads}.
+
+        The model is in evaluation mode, its parameters require no gradient except those that this
+        method asks for, and both are restored afterwards. On several processes the result must be
+        the same on each (`lorica.tensors.dtensor_ops.sum_over_processes`).
+
+        Args:
+            layers: {module path: the plain module that is about to be adapted}, in model order.
+            sites: {module path: its sizes, with the rank and scale that the recipe gives}.
+
+        Raises:
+            ValueError: a layer that no batch reaches; a model that gives no loss where one is
+                needed.
+        """
+
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
+        raise AssertionError("this start is made from data, once, before training")
+
+    @abc.abstractmethod
+    def fill_from(
+        self, seen: Any, weight: Tensor, pair: Pair, generator: torch.Generator
+    ) -> None:  # Any: this layer's entry of `observe`
+        """Write the start into a pair, as `fill` does; see `AbstractInit`."""
+
+
+class RanksFromData(abc.ABC):
+    """A choice of ranks that reads what a `StartsFromData` init observed. Used by `lorica.attach`;
+    a file's ranks are used as they are."""
+
+    @abc.abstractmethod
+    def assign_from(
+        self, seen: Mapping[str, Any], names: Sequence[str], recipe: RecipeLike
+    ) -> dict[str, tuple[int, float | None]]:  # Any: as above
+        """(rank, alpha) of every layer, by module path, in model order; see `AbstractRank`."""
 
 
 # -- combine ---------------------------------------------------------------------------------------
@@ -149,7 +225,8 @@ class ClipsItself(abc.ABC):
 
 
 class RefusesOptim(abc.ABC):
-    """A rule with a name that transformers uses for something else. Used where `--optim` is read."""
+    """A rule with a name that transformers uses for something else. Used where `--optim` is
+    read."""
 
     trainer_refusals: ClassVar[Mapping[str, str]]  # value of `--optim` -> why it is not this rule
 

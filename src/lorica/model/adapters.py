@@ -194,7 +194,7 @@ class Adapters:
         return state.hash_exactly({**own, **self.state_dict()})
 
     def hash_base(self) -> str:
-        """SHA-256 of the frozen base, independent of the dtype it is held in; see `lorica.model.state`.
+        """SHA-256 of the frozen base, independent of the dtype it is held in.
 
         Modules that train in full are left out. Computed once: with a method that writes to the
         base `attach` asks for it, before the first step.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Site
-from lorica.methods.optional import LinksDeltas
+from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, StartsFromData
 from lorica.model.adapters import HANDLE, Adapters
 from lorica.model.bases.base import AbstractBase
 from lorica.model.forward_hooks import ForwardHooks
@@ -25,11 +26,12 @@ from lorica.model.modules_to_save import (
     train_in_place,
 )
 from lorica.model.summary import Summary, fill, say
-from lorica.model.targets import find, fresh_modules, refuse, refuse_idle, sites_of
+from lorica.model.targets import Targets, find, fresh_modules, refuse, refuse_idle, sites_of
 from lorica.model.unbound import expect
 from lorica.model.update import Update
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
+from lorica.tensors.modules import evaluating
 
 logger = logging.getLogger("lorica")
 
@@ -44,6 +46,8 @@ def attach(
     keep_base: bool = False,
     verbose: bool = True,
     initialise: bool = True,
+    data: Iterable[Mapping[str, Any]] | None = None,  # Any: a model's inputs
+    ranks: Mapping[str, tuple[int, float | None]] | None = None,
     **fields: Any,  # Any: of `Recipe`
 ) -> Adapters:
     """Adapt a model in place and return the handle.
@@ -62,6 +66,10 @@ def attach(
             listens).
         initialise: False leaves the start out, for a caller that writes all of the state at once
             (a load); a rank above the layer's is then let pass, since the file decides.
+        data: batches of the training data (keyword arguments of the model, labels included), for a
+            start that is made from them; as many are read as it asks for.
+        ranks: {module path: (rank, alpha)} of every target, instead of the recipe's choice of
+            ranks; for a load, where the file decides.
         **fields: fields of `Recipe`, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Raises:
@@ -95,7 +103,15 @@ def attach(
         wraps=wraps,
     )
     refuse(model, recipe, targets)
-    sites = sites_of(model, recipe, targets, dtype, any_rank=not initialise) if wraps else {}
+    sites: dict[str, Site] = {}
+    if wraps:
+        sites = sites_of(model, recipe, targets, dtype, any_rank=not initialise, ranks=ranks)
+    seen: Mapping[str, Any] = {}  # Any: what the init observed of each layer
+    if initialise:
+        seen = observe(model, recipe, targets, sites, data)
+        if isinstance(recipe.rank, RanksFromData) and ranks is None:
+            ranks = recipe.rank.assign_from(seen, [*sites], recipe)
+            sites = sites_of(model, recipe, targets, dtype, any_rank=False, ranks=ranks)
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -107,8 +123,10 @@ def attach(
         }
         if isinstance(recipe.delta, LinksDeltas):
             recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
+        if isinstance(recipe.delta, SharesTensors):
+            share(recipe.delta, layers, seeded(f"{recipe.seed}/shared"))
         for name, layer in layers.items() if initialise else ():
-            start(layer, recipe, f"{recipe.seed}/{name}")
+            start(layer, recipe, f"{recipe.seed}/{name}", seen.get(name))
             refuse_idle(layer, recipe)
         wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
         wrapped |= bias_modules(model, recipe, targets, dtype)
@@ -124,9 +142,7 @@ def attach(
     vars(model)[HANDLE] = adapters
     if not adapters.base_unchanged:
         adapters.hash_base()
-        for (
-            layer
-        ) in adapters.layers.values():  # the base is training state: nothing frozen beside it
+        for layer in adapters.layers.values():  # the base is training state, nothing is beside it
             layer.update.fold_frozen_(layer.store)
             layer.update.clear_frozen_()
     adapters.hooks = ForwardHooks(adapters)
@@ -191,9 +207,75 @@ def merge(model: nn.Module) -> nn.Module:
     return _release(model, adapters)
 
 
-def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
+def observe(
+    model: nn.Module, recipe: Recipe, targets: Targets, sites: Mapping[str, Site],
+    data: Iterable[Mapping[str, Any]] | None,
+) -> Mapping[str, Any]:  # fmt: skip
+    """What the recipe's init reads off a few batches, {module path: ...}; nothing for most inits.
+
+    The model is in evaluation mode and frozen meanwhile, and then as it was.
+
+    Raises:
+        ValueError: the init needs data and got none, or too few batches; or it needs none.
+    """
+    init = recipe.init
+    if not isinstance(init, StartsFromData):
+        if data is not None:
+            raise ValueError(
+                f"`data` has no effect with `{recipe.text()}`, whose start needs none; leave it out"
+            )
+        return {}
+    name, wanted = recipe.text(), init.batches
+    if data is None:
+        raise ValueError(
+            f"`{name}` starts from {wanted} batches of the training data, and got none: type"
+            f" `lorica.attach(model, {name!r}, data=batches)`, each batch the keyword arguments of"
+            " the model, labels included"
+        )
+    batches = [*itertools.islice(data, wanted)]
+    if len(batches) < wanted:
+        raise ValueError(
+            f"`{name}` starts from {wanted} batches, and `data` holds {len(batches)}; give more, or"
+            " ask for fewer in the method's text"
+        )
+    layers = {n: model.get_submodule(n) for n in targets.layers}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, *_ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        with evaluating(model):
+            return init.observe(model, layers, sites, batches)
+    finally:
+        for p, requires_grad, grad in before:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+
+
+def share(
+    delta: SharesTensors, layers: Mapping[str, AdaptedLinear], generator: torch.Generator
+) -> None:
+    """Make the tensors that all layers share, once for each device and dtype in use."""
+    tensors = delta.shared([layer.site for layer in layers.values()], generator)
+    made: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
+    for layer in layers.values():
+        device, dtype = layer.site.device, layer.site.dtype
+        if (device, dtype) not in made:
+            made[device, dtype] = {
+                n: nn.Parameter(t.to(device, dtype), requires_grad=False)
+                for n, t in tensors.items()
+            }
+        layer.update.delta.register_shared(made[device, dtype])
+
+
+def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: Any = None) -> None:
     """Fill a new layer's pair, freeze the negative of a start that is not zero beside it, and let
-    the combine begin."""
+    the combine begin.
+
+    Args:
+        key: of the random draws.
+        seen: what a `StartsFromData` init observed of this layer, as that init made it.
+    """
     store, update, init = layer.store, layer.update, recipe.init
     pair, on_meta = update.delta.pair(), store.parameter.is_meta
     with torch.no_grad():
@@ -202,8 +284,11 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str) -> None:
             weight = store.weight().detach()
             weight = weight if init.reads_weight else weight.to("meta")
             if not on_meta:
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                init.fill(weight.to(wide), pair, seeded(key))
+                weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                if isinstance(init, StartsFromData):
+                    init.fill_from(seen, weight, pair, seeded(key))
+                else:
+                    init.fill(weight, pair, seeded(key))
             if "zero_start" not in init.gives:
                 update.add_frozen_(pair.right(), -pair.B)
         elif not on_meta:

@@ -95,14 +95,20 @@ class AdaptedLinear(nn.Module):
         ]
 
     def frozen(self) -> list[tuple[str, nn.Parameter]]:
-        """What the forward reads beside base and trained parameters: frozen factors, masks,
-        shares."""
-        trained = {name for name, _, _ in self.trained()}
+        """What the forward reads beside base and trained parameters, of this layer's own: frozen
+        factors, masks, shares."""
+        other = {name for name, _, _ in self.trained()}
+        other |= {f"update.delta.{name}" for name in self.update.delta.shared}
         return [
             (name, p)
             for name, p in self.named_parameters()
-            if name not in trained and not name.startswith("base.")
+            if name not in other and not name.startswith("base.")
         ]
+
+    def shared(self) -> dict[str, nn.Parameter]:
+        """{name: frozen parameter} that this layer shares with all others of the model."""
+        delta = self.update.delta
+        return {name: delta.get_parameter(name) for name in sorted(delta.shared)}
 
     @property
     def weight(self) -> nn.Parameter:

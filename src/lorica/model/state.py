@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 from lorica.tensors.dtensor_ops import copy_, read_full, reshard
 
+SHARED = "shared"  # owner, in the keys, of what all layers share
+
 
 def tensors(adapters: Adapters) -> dict[str, nn.Parameter]:
     """{path: parameter} of all that training changes or the forward reads beside the frozen
@@ -22,6 +24,8 @@ def tensors(adapters: Adapters) -> dict[str, nn.Parameter]:
     for site, layer in adapters.layers.items():
         out |= {f"{site}.{n}": p for n, p, _ in layer.trained()}
         out |= {f"{site}.{n}": p for n, p in layer.frozen()}
+        for n, p in layer.shared().items():
+            out.setdefault(f"{SHARED}.{n}", p)
         if not adapters.base_unchanged:
             out[f"{site}.base.weight"] = layer.store.parameter
     for site, module in adapters.saved.items():
@@ -80,6 +84,10 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
         )
     for name, p in own.items():
         copy_(p, saved[name])
+    for layer in adapters.layers.values():  # on a second device there is a second copy
+        for name, p in layer.shared().items():
+            if p is not own[f"{SHARED}.{name}"]:
+                copy_(p, saved[f"{SHARED}.{name}"])
     for layer in adapters.layers.values():
         layer.update.delta.loaded()
         layer.combine.loaded()
@@ -92,6 +100,7 @@ def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     """See `Adapters.base_parameters`."""
     inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
     own = {id(p) for p in tensors(adapters).values()} - inner
+    own |= {id(p) for layer in adapters.layers.values() for p in layer.shared().values()}
     saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
     out: dict[str, nn.Parameter] = {}
     for name, p in adapters.model.named_parameters():

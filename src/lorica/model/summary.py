@@ -123,6 +123,8 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     ids = {id(t.parameter) for t in trained}
     base = {n: p for n, p in model.named_parameters() if id(p) not in ids}
     frozen_factors = [p for layer in adapters.layers.values() for _, p in layer.frozen()]
+    shared = {id(p): p for layer in adapters.layers.values() for p in layer.shared().values()}
+    frozen_factors += shared.values()
     own = {id(p) for p in frozen_factors}
     for t in trained:
         _count(summary.trained, t.role if t.role != "module" else IN_FULL, t.parameter)

@@ -364,12 +364,14 @@ def check_ranks(recipe: Recipe, sites: Mapping[str, tuple[int, int, int]]) -> No
 
 
 def sites_of(
-    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, *, any_rank: bool
-) -> dict[str, Site]:
+    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, *, any_rank: bool,
+    ranks: Mapping[str, tuple[int, float | None]] | None = None,
+) -> dict[str, Site]:  # fmt: skip
     """Where each adapter will be: sizes, rank and scale of every target.
 
     Args:
         any_rank: let ranks above the layers' pass, for a caller whose file decides.
+        ranks: {module path: (rank, alpha)}; default: the recipe's choice of ranks decides.
 
     Raises:
         ValueError: see `check_ranks`.
@@ -377,7 +379,7 @@ def sites_of(
     rank, scale, delta = recipe.rank, recipe.scale, recipe.delta
     assert rank is not None and scale is not None  # a delta that wraps meets their needs
     names = list(targets.layers)
-    given = rank.assign(names, recipe)
+    given = rank.assign(names, recipe) if ranks is None else ranks
     sites: dict[str, Site] = {}
     for name in names:
         store = targets.layers[name](model.get_submodule(name))

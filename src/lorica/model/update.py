@@ -2,7 +2,7 @@
 
 The frozen factors are a stack under the layer's own scale. A start ΔW₀ that is not zero enters with
 a minus, a finished link of a restarting schedule with a plus, so an init never changes the base.
-Combines, norms, kernels and export take the update as a whole, of rank r + k, and know neither part.
+Combines, norms, kernels and export take the update as a whole, of rank r + k.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: o
 
 
 class Update(nn.Module):
-    """Delta and frozen factors of one layer, with the dropout that falls on it. Combines, kernels and export
-    take this."""
+    """Delta and frozen factors of one layer, with the dropout that falls on it: what combines,
+    kernels and export take."""
 
     frozen_A: nn.Parameter | None  # (k, in), frozen
     frozen_B: nn.Parameter | None  # (out, k), frozen; sign folded in, scale that of the delta
@@ -49,8 +49,8 @@ class Update(nn.Module):
         """
         if isinstance(A, DTensor):
             raise ValueError(
-                "finished updates cannot be kept as frozen factors in a model that is sharded, since its"
-                " parameters cannot grow; put them into the base instead, with `accumulate='base'`"
+                "finished updates cannot be kept as frozen factors in a model that is sharded,"
+                " since its parameters cannot grow; put them into the base instead, with `accumulate='base'`"
             )
         device, dtype = A.device, self._dtype
         right, left = A.to(device, dtype), B.to(device, dtype)
@@ -84,8 +84,8 @@ class Update(nn.Module):
         if accumulate == "factors":
             if factors is None:
                 raise ValueError(
-                    "an update without factors cannot be kept as frozen factors; put finished updates"
-                    " into the base instead, with `accumulate='base'`"
+                    "an update without factors cannot be kept as frozen factors; put finished"
+                    " updates into the base instead, with `accumulate='base'`"
                 )
             self.add_frozen_(factors.A, factors.B * (share * factors.scale / self.delta.scale))
         elif factors is not None:

@@ -28,6 +28,7 @@ class AbstractDelta(nn.Module, abc.ABC):
 
     roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
     scale: float = 1.0
+    shared: frozenset[str] = frozenset()  # names of parameters that all layers of the model share
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +49,12 @@ class AbstractDelta(nn.Module, abc.ABC):
     def pair(self) -> Pair | None:
         """The trained pair, or None."""
         return None
+
+    def register_shared(self, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Hold these frozen parameters, which every layer of the model holds, under their names."""
+        for name, p in tensors.items():
+            self.register_parameter(name, p)
+        self.shared = frozenset(tensors)
 
     @abc.abstractmethod
     def restart(self, link: int, generator: torch.Generator) -> None:
@@ -92,6 +99,7 @@ class DeltaChoice(Choice):
     def __init_subclass__(cls) -> None:
         if "pair" in cls.gives:
             cls.gives = cls.gives | {"sides"}  # a pair has both
+        cls.gives = cls.gives | {"restarts"}  # see `AbstractDelta.restart`
 
     def most_r(self, in_features: int, out_features: int) -> int | None:
         """The largest `r` for a weight of this shape; None: r is no bound on the rank here."""

@@ -44,7 +44,9 @@ class Restarts(AbstractSchedule):
     links: ClassVar[int]  # how many restarts a run has where `every` is left out
     warm_start: ClassVar[int] = 0  # steps before the first link, of those that have it; see `_warm`
 
-    needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight", "factors", "separate"})
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"wrapped", "weight", "factors", "separate", "restarts"}
+    )
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function"})
     edits: ClassVar[frozenset[str]] = frozenset({"base", "pair"})
 
