@@ -28,7 +28,7 @@ class AbstractDelta(nn.Module, abc.ABC):
 
     roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
     scale: float = 1.0
-    shared: frozenset[str] = frozenset()  # names of parameters that all layers of the model share
+    shared_names: frozenset[str] = frozenset()  # names of parameters that all layers of the model share
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class AbstractDelta(nn.Module, abc.ABC):
         """Hold these frozen parameters, which every layer of the model holds, under their names."""
         for name, p in tensors.items():
             self.register_parameter(name, p)
-        self.shared = frozenset(tensors)
+        self.shared_names = frozenset(tensors)
 
     @abc.abstractmethod
     def restart(self, link: int, generator: torch.Generator) -> None:
