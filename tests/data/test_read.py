@@ -181,7 +181,7 @@ FAULTS = {
     "no object": ("a.jsonl", '{"text": "a"}\n["b"]\n', r'line 2: \["b"\] is a list'),
     "bytes": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: the byte 0xe9 is not UTF"),
     "utf-16": ("a.csv", "text\nä".encode("utf-16"), "line 1: .*iconv -f UTF-16"),
-    "mixed types": ("a.jsonl", lines({"text": "a"}, {"text": 3}), "line 2: `text` is a number .3."),
+    "mixed types": ("a.jsonl", lines({"text": "a"}, {"text": [3]}), "line 2: `text` is a list"),
     "mixed shapes": ("a.jsonl", lines({"text": "a"}, {"prompt": "b"}), "line 2: .*none in common"),
     "hidden key": ("a.jsonl", lines({"__where__": "a"}), "line 1: the key `__where__`"),
     "huge number": ("a.jsonl", lines({"n": 1}, {"n": 1 << 70}), "line 2: `n` can't be stored"),
@@ -195,7 +195,8 @@ FAULTS = {
     "blank text": ("a.txt", " \n\n", "holds no rows"),
     "not packed": ("a.jsonl.gz", b"plain", "can't be read as a .gz file"),
     "torn": ("a.txt.xz", lzma.compress(b"abc" * 100)[:-20], "can't be read as a .xz file"),
-    "format": ("a.zip", b"PK", "has the suffix '.zip': readable are .*unpacked first"),
+    "format": ("a.tar", b"PK", "has the suffix '.tar': readable are .*unpacked first"),
+    "no archive": ("a.zip", b"PK", "can't be read as a .zip file"),
 }
 
 

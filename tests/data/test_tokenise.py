@@ -120,13 +120,13 @@ def test_assistants_turns_are_trained(tokenizer):
 def test_plain_template_ends_turns_with_eos(tokenizer):
     data = Dataset.from_dict({"messages": [CHAT]})
     made = prepare(data, tokenizer, max_length=512, chat_template="plain")
-    assert trained(made, tokenizer) == "hello to you</s>\n\nhello</s>\n\n"
+    assert trained(made, tokenizer) == "hello to you</s>hello</s>"
 
 
 def test_only_the_completions_messages_are_trained(tokenizer):
     data = Dataset.from_dict({"prompt": [CHAT[1:4]], "completion": [CHAT[4:]]})
     made = prepare(data, tokenizer, max_length=512, chat_template="plain")
-    assert trained(made, tokenizer) == "hello</s>\n\n"
+    assert trained(made, tokenizer) == "hello</s>"
 
 
 def test_generation_marks_are_heeded(tokenizer):
@@ -140,7 +140,7 @@ def test_generation_marks_are_heeded(tokenizer):
     assert trained(made, tokenizer).replace(" ", "") == "hellotoyouhello"
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer, tmp_path):
+def test_a_template_that_rewrites_history_gives_an_example_a_turn(tokenizer, tmp_path):
     last_only = tmp_path / "last.jinja"
     last_only.write_text(
         "{% for m in messages %}{{ m['role'] }}: "
@@ -149,8 +149,13 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer, tmp_path):
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     data = Dataset.from_dict({"messages": [CHAT]})
-    with pytest.raises(ValueError, match="row 0: the chat template .last.jinja. renders message 4"):
-        prepare(data, tokenizer, max_length=512, chat_template=str(last_only))
+    made = prepare(data, tokenizer, max_length=512, chat_template=str(last_only))
+    assert (made.report.examples, made.report.rows) == (1, 2)
+    assert [trained(made, tokenizer, i) for i in (0, 1)] == ["hello to you\n</s>", "hello\n</s>"]
+    assert "assistant: (said)\nuser: again\nassistant: hello" in whole(made, tokenizer, 1)
+    unlike = last_only.read_text().replace("%}assistant: {%", "%}assistant: <think>{%")
+    with pytest.raises(ValueError, match="row 0: the chat template .given. renders message 2"):
+        prepare(data, tokenizer, max_length=512, chat_template=unlike)
     refusing = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="row 0: .*refuses.*roles must alternate"):
         prepare(data, tokenizer, max_length=512, chat_template=refusing)
@@ -415,7 +420,9 @@ def test_real_data_is_quick(shared, story_tokenizer):
         story_tokenizer,
         max_length=512,
         packing="best_fit",
+        max_lost_text=0.05,
     )
+    assert asked.report.lost_text > 0.03  # that tokenizer has no "=", "/", "+" and "*"
     assert asked.report.examples == 1319 and asked.report.fill > 0.95
     told = prepare(
         read(shared / "tasks" / "llm-adapters" / "ARC-Easy" / "test.json.xz"),
@@ -432,6 +439,7 @@ def test_real_data_is_quick(shared, story_tokenizer):
         read(shared / "tasks" / "mbpp.jsonl.xz", columns={"prompt": "text", "completion": "code"}),
         story_tokenizer,
         max_length=512,
+        max_lost_text=0.2,
     )
     assert code.report.shape == "prompt-completion"
     assert time.perf_counter() - start < 20  # about 2 s on one core

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from lorica.data.collate import PackedCollator
 from lorica.data.labels import Labels
-from lorica.data.pack import check_isolation
+from lorica.data.pack import check_causal, check_isolation
 from lorica.data.read import hold_out, read, read_splits
 from lorica.data.shapes import Shape, detect
 from lorica.data.show import show_example
@@ -27,6 +27,7 @@ __all__ = [
     "Prepared",
     "Report",
     "Shape",
+    "check_causal",
     "check_isolation",
     "detect",
     "hold_out",

@@ -1,22 +1,30 @@
 """Chat templates: from messages to text, and which of it is trained.
 
-What belongs to a message is found by rendering the conversation up to it: the text before an
-assistant's turn (with the generation prompt, as when generating) must be the start of the text that
-has the turn, and the turn is what comes after. A template that rewrites earlier turns is refused
-instead of being masked wrongly, unless it marks the assistant's part with `{% generation %}`.
+What is trained of a turn is found by rendering the conversation up to it: the text before an
+assistant's turn (with the generation prompt, as when generating) is the start of the text that has
+the turn, and the turn is what comes after. So the model is trained on what it will be asked for.
+
+Many templates write earlier turns differently once later ones follow: they drop the reasoning, or
+an end mark. Such a conversation becomes several examples, each with the text that generation would
+see at its turns. A template that marks the assistant's part with `{% generation %}` decides by its
+marks what is trained of a turn.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache, cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.samples import ASSISTANT, DOCUMENT, Piece, Row
-from lorica.data.words import excerpt, kind_of, listing
+from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Piece
+from lorica.data.turns import READ, REASONING, ROLES
+from lorica.data.words import excerpt, listing
 from lorica.text import nearest
 
 if TYPE_CHECKING:
@@ -41,6 +49,8 @@ BUILT_IN = {
 }
 _TOOLS = "{% if tools %}{{ 'Tools: ' }}{{ tools | tojson }}{{ '\\n\\n' }}{% endif %}"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1).)*)\1\s*\)""")
+_STAND_INS = ("Qx7", "Zk9")  # contents that share no beginning and no end
 
 COMPLETION = frozenset({ASSISTANT})
 
@@ -56,18 +66,31 @@ class Template:
 
 @dataclass(frozen=True)
 class Format:
-    """How examples become pieces for one tokenizer: template, marks, and the roles trained."""
+    """How examples become pieces for one tokenizer.
+
+    Attributes:
+        tokenizer: the model's.
+        template: of conversations, or None.
+        roles: those trained; None for all.
+        start: what the tokenizer puts before every text (BOS), or nothing.
+        now: the time that templates print. Default: the clock's.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: Template | None
-    roles: frozenset[str] | None  # None: all
-    start: tuple[int, ...]  # what the tokenizer puts before every text (BOS), or nothing
+    roles: frozenset[str] | None
+    start: tuple[int, ...]
+    now: datetime | None = None
 
     def trains(self, role: str) -> bool:
         return self.roles is None or role in self.roles
 
-    def begin(self) -> Piece:
-        return Piece(False, ids=self.start)
+    # -- begin and end ---------------------------------------------------------------------------
+
+    def begin(self, text: str) -> Piece:
+        """What the tokenizer puts before every text, unless the text begins with it."""
+        mark = self._start_text
+        return Piece(False, ids=() if mark and text.startswith(mark) else self.start)
 
     def end(self, trained: bool, text: str) -> Piece:
         """EOS after `text`, unless the tokenizer has none or the text ends with it."""
@@ -76,79 +99,364 @@ class Format:
             return Piece(trained)
         return Piece(trained, ids=(eos,))
 
+    def bare(self, text: str, *, start: bool = True, end: bool = True) -> str:
+        """The text without the white space before a BOS and after an EOS of its own."""
+        mark = self._start_text
+        if start and mark and text.lstrip().startswith(mark):
+            text = text.lstrip()
+        eos = self.tokenizer.eos_token
+        if end and eos and text.rstrip().endswith(str(eos)):
+            text = text.rstrip()
+        return text
+
+    @cached_property
+    def _start_text(self) -> str:
+        return "".join(map(str, self.tokenizer.convert_ids_to_tokens(list(self.start))))
+
+    @cached_property
+    def _marks(self) -> tuple[str, ...]:
+        return tuple(map(str, self.tokenizer.all_special_tokens))
+
+    @cached_property
+    def _ends(self) -> tuple[str, str]:
+        """What the template writes before a first user's text, and after an assistant's."""
+        user, answer = _STAND_INS
+        turns = [{"role": USER, "content": user}, {"role": ASSISTANT, "content": answer}]
+        try:
+            text = self._text(turns, None, prompt=False)
+        except ValueError:  # it wants a conversation of another kind
+            return "", ""
+        return text.partition(user)[0].strip(), text.rpartition(answer)[2].strip()
+
+    def _undoubled(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages without the begin and end tokens that the template writes itself."""
+        head, tail = self._ends
+        bos = str(self.tokenizer.bos_token or "")
+        made = list(messages)
+        first = made[0]["content"].lstrip()
+        if bos and head.startswith(bos) and first.startswith(bos):
+            made[0] = {**made[0], "content": first.removeprefix(bos).lstrip()}
+        mark = next((mark for mark in self._marks if tail.startswith(mark)), "")
+        for i, message in enumerate(made):
+            said = message["content"].rstrip()
+            if mark and message["role"] == ASSISTANT and said.endswith(mark):
+                made[i] = {**message, "content": said.removesuffix(mark)}
+        return made
+
+    # -- conversations ---------------------------------------------------------------------------
+
+    def whole(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Piece]:
+        """A conversation in one piece, all of it trained."""
+        messages = self._undoubled(messages)
+        text = self._text(messages, tools, prompt=False)
+        self._check_written(messages, tools, text)
+        done = text.rstrip()
+        if not done.endswith(self._marks):
+            last = self.end(True, text) if messages[-1]["role"] == ASSISTANT else Piece(True)
+            return [Piece(True, text=text), last]
+        return [Piece(True, text=done), Piece(False, text=text[len(done) :])]
+
     def render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, trained_from: int
-    ) -> list[Piece]:
-        """The pieces of a conversation; every message before `trained_from` is a prompt."""
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        trained_from: int,
+        flags: tuple[bool | None, ...] = (),
+    ) -> list[list[Piece]]:
+        """The examples of a conversation; none where no turn of it is trained.
+
+        Args:
+            messages, tools: as templates take them.
+            trained_from: every message before it is a prompt.
+            flags: what each message says of itself; a flag outranks its role.
+
+        Raises:
+            ValueError: no template, one that refuses the messages or leaves out a part of them, or
+                one whose generation prompt doesn't fit the turn.
+        """
+        if self.roles is None and False not in flags:
+            return [self.whole(messages, tools)]
+        messages = self._undoubled(messages)
+        whole = self._text(messages, tools, prompt=False)
+        self._check_written(messages, tools, whole)
+        said = flags or (None,) * len(messages)
+        wanted = {
+            i
+            for i, (message, flag) in enumerate(zip(messages, said, strict=True))
+            if (flag if flag is not None else i >= trained_from and self.trains(message["role"]))
+        }
+        examples, done = self._chain(messages, tools, wanted)
+        if not examples:
+            return []
+        tail = whole[len(done) :] if whole.startswith(done) else ""
+        last = max(wanted) == len(messages) - 1
+        if last and not tail and not self._template.marked and not done.endswith(self._marks):
+            examples[-1].append(self.end(True, done))
+        if tail:
+            examples[-1].append(Piece(False, text=tail))
+        return examples
+
+    def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Piece]:
+        """A conversation up to the assistant's next turn, with the seams that training has."""
+        messages = self._undoubled(messages)
+        whole = self._text(messages, tools, prompt=True)
+        spoken = {i for i, message in enumerate(messages) if message["role"] == ASSISTANT}
+        try:
+            examples, done = self._chain(messages, tools, spoken)
+        except ValueError:  # an earlier turn that could not be trained can still be read
+            examples, done = [], ""
+        if not examples or not whole.startswith(done):
+            return [Piece(False, text=whole)]
+        before = [replace(piece, trained=False) for piece in examples[-1]]
+        return [*before, Piece(False, text=whole[len(done) :])]
+
+    def behind(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        """What the template writes after an assistant's turn that follows these messages."""
+        answer = _STAND_INS[1]
+        turns = [*self._undoubled(messages), {"role": ASSISTANT, "content": answer}]
+        text = self._text(turns, tools, prompt=False)
+        return text.rpartition(answer)[2] if answer in text else ""
+
+    def _chain(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, wanted: Collection[int]
+    ) -> tuple[list[list[Piece]], str]:
+        """The examples that train these messages, and the text of the last one.
+
+        A turn joins the example before it where the text that generation would see at that turn
+        begins with that example; else it begins a new one.
+        """
+        examples: list[list[Piece]] = [[]]
+        done = ""
+        for i, message in enumerate(messages):
+            if i not in wanted and message["role"] != ASSISTANT:
+                continue
+            try:
+                before, parts = self._turn(messages, tools, i)
+            except ValueError:
+                if i in wanted:
+                    raise
+                continue  # the template can't take it apart, and nothing of it is trained
+            if not before.startswith(done):
+                if not self._template.marked and not done.endswith(self._marks):
+                    examples[-1].append(self.end(examples[-1][-1].trained, done))
+                examples.append([])
+                done = ""
+            examples[-1].append(Piece(False, text=before[len(done) :]))
+            examples[-1] += [Piece(i in wanted and own, text=text) for text, own in parts]
+            done = before + "".join(text for text, _ in parts)
+        return [pieces for pieces in examples if any(piece.trained for piece in pieces)], done
+
+    def _turn(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, i: int
+    ) -> tuple[str, list[tuple[str, bool]]]:
+        """The text before a turn, and the parts of the turn with whether they are its own."""
+        after = self._text(messages[: i + 1], tools, prompt=False)
+        if messages[i]["role"] != ASSISTANT or self.roles is None:
+            before = self._text(messages[:i], tools, prompt=False)
+            if not after.startswith(before):
+                raise self._misfit(i, before, after)
+        else:
+            if self._template.marked and (marked := self._by_marks(messages, tools, i)):
+                return marked
+            before = self._before(messages, tools, i)
+            after = self._with_thinking(messages, tools, i, before, after)
+        own = after[len(before) :]
+        if own.rstrip().endswith(self._marks):  # generation ends there
+            own = own.rstrip()
+        return before, [(own, True)]
+
+    def _before(self, messages: list[dict[str, Any]], tools: list[Any] | None, i: int) -> str:
+        """The text that generation sees before an assistant's turn."""
+        if i:
+            try:
+                return self._text(messages[:i], tools, prompt=True)
+            except ValueError:  # e.g. a system message alone
+                pass
+        turns = ([*messages[:i], {"role": ASSISTANT, "content": word}] for word in _STAND_INS)
+        return commonprefix([self._text(each, tools, prompt=False) for each in turns])
+
+    def _with_thinking(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        i: int,
+        before: str,
+        after: str,
+    ) -> str:
+        """The text with the turn as generation would write it.
+
+        Some templates cut the reasoning out of a turn, and some begin it in the generation prompt.
+        The content has all of it, so the turn is what the content says behind that prompt.
+
+        Raises:
+            ValueError: the generation prompt and the turn don't fit each other, or the template
+                leaves out the turn's content.
+        """
+        content = messages[i]["content"].strip()
+        if not content:
+            if not after.startswith(before):
+                raise self._misfit(i, before, after)
+            return after
+        shared = commonprefix([before, after])
+        begun = before[len(shared) :]  # what the prompt has and the rendered turn lacks
+        shown, answer = after[len(shared) :], content.rpartition("</think>")[2].strip()
+        thought = content.partition("</think>")[0].removeprefix("<think>").strip()
+        cut_out = "</think>" in content and thought not in shown and _in(answer, shown)
+        if cut_out or (begun and content.startswith(begun.strip())):
+            rest = content.removeprefix(begun.strip()) if begun else content
+            rest = rest.removeprefix("\n") if begun.endswith("\n") else rest
+            return before + rest + self.behind(messages[:i], tools)
+        closed = begun.strip().endswith("</think>") or not begun.strip()
+        if begun and not (closed and _in(content, shown)):
+            raise self._misfit(i, before, after)
+        if not _in(content, shown) and not _in(answer, shown):
+            raise ValueError(
+                f"the chat template ({self._template.name}) leaves out the content of message {i}, "
+                f"{excerpt(content)}, and nothing of it would be trained. Use another template "
+                '(`chat_template="chatml"`), or take the content out.'
+            )
+        return before + shown
+
+    def _by_marks(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, i: int
+    ) -> tuple[str, list[tuple[str, bool]]] | None:
+        """As `_turn`, by the template's {% generation %} marks; None where it marks nothing."""
+        text, spans = self._spans(messages[: i + 1], tools)
+        earlier = self._spans(messages[:i], tools)[1] if i else []
+        spans = [span for span in spans[len(earlier) :] if span[0] < span[1]]
+        if not spans:
+            return None
+        parts: list[tuple[str, bool]] = []
+        at = spans[0][0]
+        for start, end in spans:
+            parts += [(text[at:start], False), (text[start:end], True)]
+            at = end
+        return text[: spans[0][0]], [(part, own) for part, own in parts if part]
+
+    def _spans(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text and the (start, end) of what its template marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marks: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+
+        def render() -> Any:
+            return render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self._source(tools),
+                return_assistant_tokens_mask=True,
+                **marks,
+            )
+
+        texts, spans = self._guarded(messages, render)
+        return texts[0], spans[0]
+
+    def _misfit(self, index: int, before: str, after: str) -> ValueError:
+        at = len(commonprefix([before, after]))
+        return ValueError(
+            f"the chat template ({self._template.name}) renders message {index} in a way that "
+            f"changes the text before it: {excerpt(before[at : at + 40])} becomes "
+            f"{excerpt(after[at : at + 40])}, so what is trained would not be what generation "
+            "sees. Where that is the begin of a thought, write the reasoning into the content "
+            "(`<think>...</think>`); else mark the assistant's part in the template with "
+            "{% generation %} ... {% endgeneration %}, or use another template "
+            '(`chat_template="chatml"`).'
+        )
+
+    # -- the template ------------------------------------------------------------------------------
+
+    @property
+    def _template(self) -> Template:
         if self.template is None:
             raise ValueError(
                 "messages need a chat template, and this tokenizer has none. Give "
                 f"`chat_template` as one of {listing(BUILT_IN)}, as a file with a Jinja template, "
                 "or as its text."
             )
-        if self.template.marked and self.roles == COMPLETION and not trained_from:
-            return [self._by_marks(messages, tools)]
-        pieces: list[Piece] = []
-        done = ""
-        for index in range(trained_from, len(messages)):
-            role = messages[index]["role"]
-            if not self.trains(role):
-                continue
-            before = self._text(messages[:index], tools, prompt=role == ASSISTANT)
-            after = self._text(messages[: index + 1], tools, prompt=False)
-            self._starts(before, done, index)
-            self._starts(after, before, index)
-            pieces.append(Piece(self.roles is None, text=before[len(done) :]))
-            pieces.append(Piece(True, text=after[len(before) :]))
-            done = after
-        whole = self._text(messages, tools, prompt=False)
-        self._starts(whole, done, len(messages) - 1)
-        rest = whole[len(done) :]
-        if rest:
-            pieces.append(Piece(self.roles is None, text=rest))
-        elif pieces and not done.rstrip().endswith(tuple(self.tokenizer.all_special_tokens)):
-            pieces.append(self.end(True, done))
-        return pieces
+        return self.template
 
-    def _starts(self, text: str, start: str, index: int) -> None:
-        if text.startswith(start):
-            return
-        at = next(i for i, c in enumerate(start) if text[i : i + 1] != c)
-        assert self.template is not None
-        raise ValueError(
-            f"the chat template ({self.template.name}) renders message {index} in a way that "
-            f"changes the text before it: {excerpt(start[at : at + 40])} becomes "
-            f"{excerpt(text[at : at + 40])}, so what is trained can't be told from the rest. Mark "
-            "the assistant's part in the template with {% generation %} ... {% endgeneration %}, "
-            'or use another (`chat_template="chatml"`).'
-        )
+    @property
+    def dated(self) -> bool:
+        """Whether the template prints the time."""
+        return self.template is not None and "strftime_now" in self._source(None, undated=True)
+
+    def _check_written(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str
+    ) -> None:
+        """Refuses what the template would leave out without a word: tools, calls, unknown keys."""
+        name = self._template.name
+        if tools and self._text(messages, None, prompt=False) == whole:
+            raise ValueError(
+                f"the chat template ({name}) doesn't write the `tools` of this row. Use one that "
+                'does (`chat_template="chatml"`), or drop the column.'
+            )
+        for i, message in enumerate(messages):
+            for key in message.keys() - READ:
+                if not message[key]:
+                    continue
+                gone = REASONING if key in REASONING else (key,)
+                bare = {name: value for name, value in message.items() if name not in gone}
+                others = [*messages[:i], bare, *messages[i + 1 :]]
+                if self._text(others, tools, prompt=False) != whole:
+                    continue
+                # A template may write it only until later turns follow.
+                upto = (
+                    self._text(each[: i + 1], tools, prompt=False) for each in (messages, others)
+                )
+                if len(set(upto)) == 1:
+                    raise ValueError(
+                        f"message {i} has the key `{key}` ({excerpt(message[key])}), which the "
+                        f"chat template ({name}) doesn't write, and which is no flag: it would be "
+                        "lost. Remove it from the data, or use a template that writes it."
+                    )
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
         if not messages and not prompt:
             return ""
-        return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
 
-    def _by_marks(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Piece:
-        made = self._apply(
-            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = tuple(bool(mark) for mark in made["assistant_masks"])
-        return Piece(True, ids=tuple(made["input_ids"]), mask=mask)
+        def render() -> Any:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,  # type: ignore[arg-type]
+                chat_template=self._source(tools),
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: Any) -> Any:
+        return str(self._guarded(messages, render))
+
+    def _source(self, tools: list[Any] | None, *, undated: bool = False) -> str:
+        """The template's text, with the time in it where that is fixed."""
+        text = self._template.text
+        if text is None:
+            text = str(self.tokenizer.get_chat_template(tools=tools))  # type: ignore[arg-type]
+        return text if undated or self.now is None else _at(text, self.now)
+
+    def _guarded(self, messages: list[dict[str, Any]], render: Callable[[], Any]) -> Any:
         import jinja2
 
-        assert self.template is not None
-        if self.template.text is not None:
-            how["chat_template"] = self.template.text
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
+            return render()
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise ValueError(
-                f"the chat template ({self.template.name}) refuses the messages of "
-                f"{listing(message['role'] for message in messages)}: {error}. Mend the "
+                f"the chat template ({self._template.name}) refuses the messages of "
+                f"{listing(message['role'] for message in messages)}: {error}. Correct the "
                 'conversation, or use another template (`chat_template="chatml"`).'
             ) from error
+
+
+def _in(part: str, text: str) -> bool:
+    """Whether a text has the part, white space and JSON's escapes aside."""
+    bare = "".join(text.split())
+    return any("".join(form.split()) in bare for form in (part, json.dumps(part)[1:-1]))
+
+
+@cache
+def _at(text: str, now: datetime) -> str:
+    """The template with its calls of the clock replaced by what they print at `now`."""
+    return _CLOCK.sub(lambda call: repr(now.strftime(call[2])), text)
 
 
 def template_of(
@@ -198,8 +506,8 @@ def _parse(name: str, text: str) -> None:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"The chat template ({name}), line {error.lineno}, is not valid Jinja: {error}. Mend "
-            f"it, or use a built-in one: {listing(BUILT_IN)}."
+            f"The chat template ({name}), line {error.lineno}, is not valid Jinja: {error}. "
+            f"Correct it, or use a built-in one: {listing(BUILT_IN)}."
         ) from error
 
 
@@ -221,7 +529,7 @@ def roles_of(train_on: str | Collection[str]) -> frozenset[str] | None:
             f"{nearest(str(train_on), words)} For roles type, for example, "
             '`train_on={"assistant", "tool"}`.'
         )
-    return frozenset(train_on)
+    return frozenset(ROLES.get(role, role) for role in train_on)
 
 
 def check_roles(asked: frozenset[str] | None, seen: Collection[str], where: str) -> None:
@@ -236,70 +544,12 @@ def check_roles(asked: frozenset[str] | None, seen: Collection[str], where: str)
         )
 
 
-def as_list(row: Row, column: str) -> list[dict[str, Any]]:
-    """A column that is a list of objects, or its JSON text; null entries of objects are dropped."""
-    value = row.values.get(column)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise row.error(column, f"as a text it must be JSON ({error})") from error
-    if not isinstance(value, list) or not value:
-        raise row.error(column, "it must be a list of objects, at least one")
-    for number, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise row.error(column, f"entry {number} is {kind_of(item)}, and must be an object")
-    return [_dense(item) for item in value]
-
-
-def tools_of(row: Row) -> list[dict[str, Any]] | None:
-    """The functions a conversation may call, in the form that templates take."""
-    value = row.values.get("tools")
-    return as_list(row, "tools") if value not in (None, "", [], "[]") else None
-
-
-def messages_of(row: Row, column: str) -> list[dict[str, Any]]:
-    """The column's messages, checked and in the form that templates take."""
-    return [_message(row, column, i, item) for i, item in enumerate(as_list(row, column))]
-
-
-def _message(row: Row, column: str, number: int, item: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(item.get("role"), str):
-        raise row.error(
-            column, f"message {number}, {excerpt(item)}, must have a `role` such as `user`"
+def check_spoken(asked: frozenset[str] | None, seen: Collection[str], where: str) -> None:
+    """Says which roles there are, where no turn of any row is trained."""
+    if asked is not None and not asked & set(seen):
+        found = sorted(set(seen) - {DOCUMENT})
+        raise ValueError(
+            f"No message of {where} is one of {listing(sorted(asked))}, so none is trained: the "
+            f"roles found are {listing(found)}. Name those to train on, "
+            f"`train_on={{{', '.join(map(repr, found[:1]))}}}`, or correct the roles in the data."
         )
-    made = dict(item)
-    content = item.get("content", "" if item.get("tool_calls") else None)
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = None if None in parts else "".join(str(part) for part in parts)
-    if not isinstance(content, str):
-        raise row.error(column, f"message {number}, {excerpt(item)}, must have a text as `content`")
-    made["content"] = content
-    if item.get("tool_calls"):
-        made["tool_calls"] = [_called(row, column, number, call) for call in item["tool_calls"]]
-    return made
-
-
-def _called(row: Row, column: str, number: int, call: Any) -> dict[str, Any]:
-    """A tool call whose arguments are an object (OpenAI's files hold them as JSON text)."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    arguments = function.get("arguments", {})
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError:
-        arguments = None
-    if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
-        raise row.error(
-            column,
-            f"message {number} has the tool call {excerpt(call)}, which must be like "
-            '{"function": {"name": "f", "arguments": {}}}',
-        )
-    return {**call, "function": {**function, "arguments": arguments}, "type": "function"}
-
-
-def _dense(value: Any) -> Any:
-    """Without the nulls that Arrow fills in for keys another object of the column has."""
-    if isinstance(value, dict):
-        return {key: _dense(item) for key, item in value.items() if item is not None}
-    return [_dense(item) for item in value] if isinstance(value, list) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.collate import IGNORED
@@ -65,6 +66,36 @@ class Encoder:
             verbose=False,
         )
         return made["input_ids"]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Added:
+    """The tokens that a tokenizer puts around every text, as text.
+
+    A text that has them already is handed over without, so that they are there once.
+    """
+
+    start: tuple[str, ...]
+    end: tuple[str, ...]
+
+    @classmethod
+    def by(cls, tokenizer: PreTrainedTokenizerBase) -> Added:
+        bare = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+        full = list(tokenizer("a", verbose=False)["input_ids"])
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        around = full[:at], full[at + len(bare) :]
+        start, end = (tuple(map(str, tokenizer.convert_ids_to_tokens(ids))) for ids in around)
+        return cls(start, end)
+
+    def bare(self, text: str) -> str:
+        """The text without the tokens that are going to be added, and the space beside them."""
+        for token in self.start:
+            if text.lstrip().startswith(token):
+                text = text.lstrip().removeprefix(token).lstrip()
+        for token in reversed(self.end):
+            if text.rstrip().endswith(token):
+                text = text.rstrip().removesuffix(token).rstrip()
+        return text
 
 
 Example = tuple["np.ndarray", "np.ndarray"]  # ids, labels: int32, of one length

@@ -13,13 +13,14 @@ import io
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.words import WHERE, excerpt, keep_as_json, keep_as_text, kind_of, listing
+from lorica.data.words import INDEX, WHERE, excerpt, keep_as_json, keep_as_text, kind_of, listing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +40,7 @@ class Options:
 
     header: tuple[str, ...] | None
     txt_split: str | None
+    table: bool = False  # a file of another ending is a table too: its columns were asked for
 
 
 def suffix_of(path: Path) -> tuple[str, str]:
@@ -51,31 +53,51 @@ def suffix_of(path: Path) -> tuple[str, str]:
 
 def formats() -> str:
     return (
-        f"readable are {listing(READERS)}, each also with {listing(OPENERS)} behind (other "
-        "archives, such as .zip, must be unpacked first)"
+        f"readable are {listing(READERS)}, each also with {listing(OPENERS)} behind, and a `.zip` "
+        "of them (other archives, such as .tar, must be unpacked first)"
     )
 
 
-def read_file(path: Path, options: Options) -> pa.Table:
+def read_file(path: Path, options: Options, data: bytes | None = None) -> pa.Table:
+    """The table of a file, of which `data` may hold the bytes already (those in an archive)."""
     suffix, _ = suffix_of(path)
+    if is_table(path, options):
+        data = _bytes_of(path, data)
+        delimiter = _delimiter(_text_of(path, data))
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        return _separated(delimiter, quoting)(path, data, options)
     if suffix not in READERS:
         raise ValueError(
             f"{path} has the suffix {suffix or 'of no format'!r}: {formats()}. Rename the file if "
             "it is one of these."
         )
-    return READERS[suffix](path, _bytes_of(path), options)
+    return READERS[suffix](path, _bytes_of(path, data), options)
 
 
-def _bytes_of(path: Path) -> bytes:
+def is_table(path: Path, options: Options) -> bool:
+    """Whether a file that isn't one by its ending is read as a table, because a header or columns
+    were given for it."""
+    suffix, _ = suffix_of(path)
+    asked = options.header is not None or options.table
+    return asked and options.txt_split is None and (suffix == ".txt" or suffix not in READERS)
+
+
+def _delimiter(text: str) -> str:
+    """What separates the fields of a table: what its first line has most of, tabs before all."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return "\t" if "\t" in line else max((",", ";", "|"), key=line.count)
+
+
+def _bytes_of(path: Path, data: bytes | None = None) -> bytes:
     """The file's bytes, unpacked in memory."""
     _, packed = suffix_of(path)
-    if not path.is_file():
+    if data is None and not path.is_file():
         raise ValueError(
             f"{path} is no ordinary file (a folder, a pipe, a device, or a link that leads "
             "nowhere): data is read from files. Name a file, or a folder of files."
         )
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
         most = max(PLAIN, RATIO * len(data))
         plain = OPENERS[packed](data, most + 1) if packed else data
     except (OSError, EOFError, ValueError, MemoryError, lzma.LZMAError, zlib.error) as error:
@@ -91,6 +113,39 @@ def _bytes_of(path: Path) -> bytes:
             "yourself and name the unpacked file."
         )
     return plain
+
+
+def unzipped(path: Path) -> dict[Path, bytes]:
+    """The files of a .zip, by the path of the archive and theirs in it."""
+    most = max(PLAIN, RATIO * path.stat().st_size)
+    found: dict[Path, bytes] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.is_dir():
+                    continue
+                with archive.open(member) as file:
+                    found[path / member.filename] = file.read(most + 1)
+                most -= len(found[path / member.filename])
+                if most < 0:
+                    break
+    except (OSError, RuntimeError, ValueError, NotImplementedError, EOFError) as error:
+        raise ValueError(_no_zip(path, error)) from error
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(_no_zip(path, error)) from error
+    if most < 0:
+        raise ValueError(
+            f"{path} unpacks to more than {RATIO} times its size, which no text does. If it is "
+            "what you want, unpack it yourself and name the folder."
+        )
+    return found
+
+
+def _no_zip(path: Path, error: Exception) -> str:
+    return (
+        f"{path} can't be read as a .zip file: {_first_line(error)}. It must be whole, and without "
+        "a password: copy or download it again, or unpack it and name the folder."
+    )
 
 
 def _streams(data: bytes, most: int, make: Callable[[], Any]) -> bytes:
@@ -281,6 +336,8 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
     for index, value in enumerate(values):
         if value is not None:
             seen.setdefault(families.get(type(value), type(value).__name__), index)
+    if seen.keys() == {"number", "str"}:  # each stays what it is; a shape decides what it takes
+        return pa.array([keep_as_json(value) for value in values], type=pa.string())
     if len(seen) > 1:
         one, other = list(seen.values())[:2]
         raise ValueError(
@@ -328,10 +385,11 @@ def _separated(delimiter: str, quoting: Any) -> Callable[[Path, bytes, Options],
         if options.header is not None:
             header = list(options.header)
         elif rows:
-            header = rows.pop(0)[1]
+            header = [name.strip() for name in rows.pop(0)[1]]
         else:
             header = []
-        return _field_table(path, header, rows, given=options.header is not None)
+        table = _field_table(path, header, rows, given=options.header is not None)
+        return without_index(table)
 
     return reader
 
@@ -370,6 +428,9 @@ def _field_table(
     import pyarrow as pa
 
     named = [name for name in header if name != "_"] if given else header
+    if not given and len(header) > 1 and not header[0] and "" not in header[1:]:
+        header = named = ["", *header[1:]]  # the index of a data frame
+        named = header[1:]
     bad = [name for name in named if not name.strip() or named.count(name) > 1]
     if bad:
         raise ValueError(
@@ -399,6 +460,28 @@ def _field_table(
     return pa.table([*arrays, places], names=[*(name for _, name in keep), WHERE])
 
 
+def marked_indexed(table: pa.Table) -> pa.Table:
+    """With the hidden column that tells of an index that was dropped."""
+    import pyarrow as pa
+
+    if INDEX in table.column_names:
+        return table
+    return table.append_column(INDEX, pa.nulls(table.num_rows, pa.string()))
+
+
+def without_index(table: pa.Table) -> pa.Table:
+    """Without the index of a data frame, which a hidden column then tells of.
+
+    Pandas writes an index as a column without a name, which reading and writing again turns into
+    `Unnamed: 0`, and into Parquet as `__index_level_0__`.
+    """
+    found = [name for name in table.column_names if not name or _INDEX.fullmatch(name)]
+    return marked_indexed(table.drop_columns(found)) if found else table
+
+
+_INDEX = re.compile(r"Unnamed: 0(\.\d+)?|__index_level_\d+__")
+
+
 def _parquet(path: Path, data: bytes, options: Options) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -424,13 +507,34 @@ def _parquet(path: Path, data: bytes, options: Options) -> pa.Table:
             f"does: at most {RATIO} times its size is allowed. If it is what you want, write it as "
             "JSON lines and name that file."
         )
-    check_names(f"{path}, its columns", table.column_names)
+    return _columns_of(path, table)
+
+
+def _arrow(path: Path, data: bytes, options: Options) -> pa.Table:
+    """What `datasets` saves to disk: a stream of record batches, which is never packed."""
+    import pyarrow as pa
+
+    try:
+        table = pa.ipc.open_stream(pa.BufferReader(data)).read_all()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a whole arrow file: {_first_line(error)}. Save or download it again."
+        ) from error
+    return _columns_of(path, table)
+
+
+def _columns_of(path: Path, table: pa.Table) -> pa.Table:
+    """The table with its rows' places, without an index, with the features it tells of."""
+    import pyarrow as pa
+
+    raw = (table.schema.metadata or {}).get(b"huggingface")
+    table = without_index(table)
+    check_names(f"{path}, its columns", [n for n in table.column_names if n != INDEX])
     if len(set(table.column_names)) < table.num_columns:
         raise ValueError(
             f"{path} has the columns {listing(table.column_names)}: names must differ. Write the "
             "file again with one name for each."
         )
-    raw = (table.schema.metadata or {}).get(b"huggingface")
     places = pa.array([f"{path}, row {i}" for i in range(table.num_rows)], type=pa.string())
     table = table.replace_schema_metadata(None).append_column(WHERE, places)
     return table if raw is None else _with_features(path, table, raw)
@@ -459,7 +563,9 @@ def _with_features(path: Path, table: pa.Table, raw: bytes) -> pa.Table:
 
     try:
         told = json.loads(raw)["info"]["features"]
-        told[WHERE] = {"dtype": "string", "_type": "Value"}
+        told = {name: kind for name, kind in told.items() if name in table.column_names}
+        for name in {WHERE, INDEX} & set(table.column_names):
+            told[name] = {"dtype": "string", "_type": "Value"}
         noted = json.dumps({"info": {"features": told}})
         table = table.replace_schema_metadata({"huggingface": noted})
         datasets.Dataset(table)
@@ -530,5 +636,6 @@ READERS: dict[str, Callable[[Path, bytes, Options], Any]] = {
     ".csv": _separated(",", csv.QUOTE_MINIMAL),
     ".tsv": _separated("\t", csv.QUOTE_NONE),
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".txt": _txt,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from lorica.data.words import excerpt
 from lorica.text import nearest
 
-MOST = 100_000  # classes that numbers alone may mean, however few rows there are
+MOST = 100_000  # class numbers beyond it are taken for figures unless they come again
+FEW = 20  # distinct whole numbers written with a point that are taken for classes
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ class Labels:
 
     @classmethod
     def of(cls, values: Sequence[Any], places: Sequence[str]) -> Labels:
-        """What these labels are, by their types.
+        """What these labels are, by their values; a file's types don't matter.
 
-        Texts are class names in sorted order (whole numbers as texts, the way csv files have
-        them, in numeric order); integers are classes 0 to the largest; booleans two classes;
-        floats, also as texts, a regression.
+        Whole numbers are classes named by them, in numeric order, also as texts (the way csv files
+        have them) and, where there are at most `FEW` of them, with a point (`1.0`, which pandas
+        writes once a label is missing). Other numbers are a regression; booleans are two classes;
+        other texts are class names in sorted order, without white space around them.
 
         Raises:
             ValueError: for an absent, nested or negative label, for one class only. The place is
@@ -85,33 +88,46 @@ class Labels:
         """
         for value, place in zip(values, places, strict=True):
             _check_type(value, place)
-        if isinstance(values[0], float) or _are_figures(values):
+        if _are_figures(values):
             return cls()
         for value, place in zip(values, places, strict=True):
             _check_class(value, place)
-        if isinstance(values[0], bool):
+        if all(isinstance(value, bool) for value in values):
             return cls(("false", "true"))
-        if isinstance(values[0], int):
-            if (most := max(values)) >= max(MOST, 10 * len(values)):
-                raise ValueError(
-                    f"{places[values.index(most)]}: the label is {most}, and whole numbers are "
-                    f"classes from 0 to the largest: {len(values)} rows can't teach so many. "
-                    "Number the classes from 0, write their names, or, for a regression, write "
-                    "figures with a point."
-                )
-            names = tuple(map(str, range(max(values) + 1)))
-        else:
-            distinct = set(values)
-            digits = all(_is_whole(value) for value in distinct)
-            names = tuple(
-                sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct)
+        distinct = {_name(value) for value in values}
+        digits = all(map(_is_whole, distinct))
+        most = max(map(int, distinct)) if digits else 0
+        if digits and most >= MOST and len(distinct) > len(values) // 2:
+            place = places[[_name(value) for value in values].index(str(most))]
+            raise ValueError(
+                f"{place}: the label is {most}, and whole numbers are classes: {len(values)} rows "
+                f"can't teach {len(distinct)}. Number the classes from 0, write their names, or, "
+                "for a regression, write figures with a point."
             )
+        names = tuple(sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct))
         if len(names) < 2:
             raise ValueError(
                 f"{places[0]} and every other row has the label {excerpt(values[0])}: at least two "
                 "classes are needed. Add rows of another class, or pass the model's classes."
             )
         return cls(names)
+
+    def alike(self) -> list[tuple[str, ...]]:
+        """Groups of classes whose names differ only in case, punctuation or white space.
+
+        Example:
+            >>> Labels(("No", "Yes", "no", "yes!")).alike()
+            [('No', 'no'), ('Yes', 'yes!')]
+        """
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            groups.setdefault(_folded(name), []).append(name)
+        return [tuple(group) for group in groups.values() if len(group) > 1]
+
+    def __str__(self) -> str:
+        if self.regression:
+            return "figures (a regression)"
+        return f"{len(self.names)} classes ({_shown(self.names)})"
 
     def renumbered(self, value: Any, own: Sequence[str], place: str) -> Any:
         """A label of a data set whose class numbers have the names `own`, as the number of that
@@ -161,12 +177,14 @@ class Labels:
                 )
             return figure
         _check_class(value, place)
-        if isinstance(value, str) and value in self.names:
-            return self.names.index(value)
-        number = value if isinstance(value, int) else None  # True and False are 1 and 0
-        # csv files have numbers as texts; among classes that are named by numbers it is a name.
-        if isinstance(value, str) and _is_whole(value) and not any(map(_is_whole, self.names)):
-            number = int(value)
+        name = _name(value)
+        for known in (value, name):
+            if isinstance(known, str) and known in self.names:
+                return self.names.index(known)
+        number = int(value) if isinstance(value, bool) else None
+        # Among classes that are named by numbers a number is a name, and else the class's number.
+        if _is_whole(name) and not any(map(_is_whole, self.names)):
+            number = int(name)
         if number is None or not 0 <= number < len(self.names):
             raise ValueError(
                 f"{place}: the label {excerpt(value)} is outside of the {len(self.names)} classes "
@@ -194,16 +212,30 @@ def _check_type(value: Any, place: str) -> None:
 
 
 def _check_class(value: Any, place: str) -> None:
-    if isinstance(value, float) or str(value).strip() in ("", "-1"):
+    fractional = isinstance(value, float) and not value.is_integer()  # nan and infinity too
+    if fractional or str(value).strip() in ("", "-1", "-1.0"):
         raise ValueError(
             f"{place}: the label is {excerpt(value)}, which is no class (-1 is how test sets mark "
             "rows without one): a name or a number from 0 is wanted. Use labelled rows."
         )
-    if isinstance(value, int) and value < 0:
+    if isinstance(value, int | float) and value < 0:
         raise ValueError(
             f"{place}: the label is {value}: class numbers start at 0. Renumber the classes, or "
             "write their names."
         )
+
+
+def _name(value: Any) -> str:
+    """The class's name: 1, 1.0, `1` and `1.0` are one class, and white space around it is none."""
+    text = str(value).strip()
+    whole, point, rest = text.partition(".")
+    return whole if point and _is_whole(whole) and not rest.strip("0") else text
+
+
+def _folded(name: str) -> str:
+    """What near-equal names have in common."""
+    plain = unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ")
+    return " ".join(plain.split()).strip(".,;:!?\"' ") or name
 
 
 def _is_whole(text: str) -> bool:
@@ -212,11 +244,17 @@ def _is_whole(text: str) -> bool:
 
 
 def _are_figures(values: Sequence[Any]) -> bool:
-    """Texts that are all finite numbers, at least one of them not whole."""
-
-    if not isinstance(values[0], str) or all(_is_whole(v.strip().lstrip("-")) for v in values):
+    """Finite numbers, also as texts, that are no classes: with a fraction, or many and written with
+    a point, or negative and written so."""
+    if any(isinstance(value, bool) for value in values):
         return False
     try:
-        return all(math.isfinite(float(value)) for value in values)
+        numbers = [float(value) for value in values]
     except ValueError:
         return False
+    if not all(map(math.isfinite, numbers)):
+        return False
+    if not all(map(float.is_integer, numbers)):
+        return True
+    pointed = all(isinstance(v, float) or (isinstance(v, str) and "." in v) for v in values)
+    return pointed and (len(set(numbers)) > FEW or min(numbers) < 0)

@@ -12,7 +12,7 @@ mask written out by the collator (`block_mask`) serves where positions don't (OP
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,3 +156,55 @@ def check_isolation(model: PreTrainedModel, collator: PackedCollator | None = No
             "there is a cache); if it is off, give the collator `block_mask=torch.float32` (the "
             'model\'s dtype), or prepare the data with `packing="none"`.'
         )
+
+
+def check_causal(model: PreTrainedModel, columns: Collection[str] = ()) -> None:
+    """Raises unless a position's logits are independent of the tokens after it.
+
+    Two small batches, equal but for the last token of each row, go through the model as it is
+    configured now (in evaluation mode, which is put back). An encoder sees every token, so as a
+    causal language model it would see its labels, and a loss near zero would mean nothing.
+
+    Args:
+        model: a causal language model of transformers, on any device.
+        columns: the data's column names, to say which of them look like a classification.
+
+    Raises:
+        ValueError: if a position sees a later one, with what to do about it.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    words = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportIndexIssue]
+    training = model.training
+    model.eval()
+    logits = []
+    try:
+        for shift in (0, 1):
+            ids = [*((7 * i + 3) % words for i in range(5)), (3 + shift * (words // 2)) % words]
+            row = torch.tensor([ids, ids[::-1][1:] + ids[-1:]], device=device)
+            with torch.no_grad():
+                logits.append(model(input_ids=row, use_cache=False).logits[:, :-1].float())
+    finally:
+        model.train(training)
+    difference = float((logits[0] - logits[1]).abs().max())
+    if difference <= 1e-4 * float(logits[0].abs().max()):
+        return
+    telling = [name for name in columns if name.strip().casefold() in _CLASSES]
+    raise ValueError(
+        f"{type(model).__name__} is no causal language model: changing the last token changed the "
+        f"logits before it by {difference:.2g}, so in training every label would be visible. "
+        + (
+            f"The column `{telling[0]}` looks like a classification: type "
+            '`task="sequence-classification"`'
+            if telling
+            else 'An encoder learns `task="sequence-classification"` or "token-classification"'
+        )
+        + ", or take a decoder (GPT, Llama, Qwen)."
+    )
+
+
+_CLASSES = frozenset({
+    "label", "labels", "score", "target", "class", "category", "sentiment", "rating", "stars",
+    "tags", "ner_tags",
+})  # fmt: skip

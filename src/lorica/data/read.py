@@ -14,8 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.formats import READERS, TXT_SPLITS, Options, formats, read_file, suffix_of
-from lorica.data.words import listing, visible
+from lorica.data.formats import (
+    READERS,
+    TXT_SPLITS,
+    Options,
+    formats,
+    is_table,
+    marked_indexed,
+    read_file,
+    suffix_of,
+    unzipped,
+)
+from lorica.data.words import INDEX, listing, visible
 from lorica.embedded.source import dataset as embedded
 from lorica.embedded.source import is_embedded
 from lorica.text import nearest
@@ -41,24 +51,25 @@ def read(
     max_samples: int | None = None,
     txt_split: str | None = None,
 ) -> Dataset:
-    """Reads a local file, a folder of files, or a data set of the Hugging Face hub.
+    """Reads a local file, a folder or .zip of files, or a data set of the Hugging Face hub.
 
     Formats are told by the file's suffix: `.json` (an array of objects, or an object a line),
     `.jsonl`/`.ndjson`, `.csv` (with `"` as the quote), `.tsv` (no quoting: a `"` is an ordinary
-    character), `.parquet`, `.txt`; each of them also with `.xz`, `.gz` or `.bz2` behind. Text is
-    UTF-8. A folder means its data files in the order of their names, which must be of one set of
-    columns.
+    character), `.parquet`, `.arrow`, `.txt`; each of them also with `.xz`, `.gz` or `.bz2` behind.
+    Text is UTF-8. A folder means its data files in the order of their names, which must be of one
+    set of columns; where it holds none itself, those of its folders (a downloaded data repository,
+    or what `datasets` saved with `save_to_disk`). The index of a data frame is dropped.
 
     Args:
         source: path, or a hub id (`org/name`, or `org/name:config` where it has configurations),
             or embedded tasks (`lorica:new`, see `lorica.embedded.source`).
         split: of a hub data set its split (also in the form `"train[:10%]"`); of a folder the files
-            named after it (`train.jsonl`, `train-00000-of-00002.parquet`). Default: `train` where
-            there is one, else everything.
-        header: names of the columns of a csv or tsv file that has no header line; `"_"` drops
-            a column.
+            named after it (`train.jsonl`, `train-00000-of-00002.parquet`), or in a folder so named.
+            Default: `train` where there is one, else everything.
+        header: names of the columns of a table that has no header line; `"_"` drops a column.
         columns: `{name of the shape: name in the data}`, for example `{"text": "sentence"}`. A
-            column that already had the first name is dropped.
+            column that already had the first name is dropped; `{"text": "_"}` only drops it. With
+            this or `header`, a file of any other ending (`.txt`, `.dat`) is read as a table.
         max_samples: at most so many rows, from the start. Default: all.
         txt_split: what a document of a `.txt` file is: `"paragraph"` (default: blank lines
             separate documents), `"line"`, or `"file"`.
@@ -94,7 +105,8 @@ def read(
             f"{ascii(str(source))} was given as data: a path or a hub id is of printable "
             "characters. Check the name, or rename the file."
         )
-    options = Options(tuple(header) if header is not None else None, txt_split)
+    given = tuple(header) if header is not None else None
+    options = Options(given, txt_split, table=bool(columns) and not Path(source).is_dir())
     if is_embedded(source):
         _check_options([Path(source)], options)
         dataset = embedded(str(source), split, max_samples)
@@ -224,7 +236,7 @@ def _is_local(source: str | Path) -> bool:
     text = str(source)
     looks = text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
     in_folder = len(path.parts) == 2 and Path(path.parts[0]).is_dir()
-    return looks or in_folder or suffix_of(path)[0] in READERS
+    return looks or in_folder or suffix_of(path)[0] in READERS or path.suffix.lower() == ".zip"
 
 
 def _local(source: str | Path, split: str | None, options: Options) -> Dataset:
@@ -233,8 +245,12 @@ def _local(source: str | Path, split: str | None, options: Options) -> Dataset:
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(_missing(path))
+    inside: dict[Path, bytes] = {}
     if path.is_dir():
-        files = _files_of(path, split)
+        files = _files_of(path, data_files(path), split)
+    elif path.suffix.lower() == ".zip":
+        inside = unzipped(path)
+        files = _files_of(path, _data_files(path, list(inside)), split)
     elif split is not None:
         raise ValueError(
             f"`split={split!r}` was given for the file {path}: one file has no splits. Leave it "
@@ -243,7 +259,9 @@ def _local(source: str | Path, split: str | None, options: Options) -> Dataset:
     else:
         files = [path]
     _check_options(files, options)
-    tables = [read_file(file, options) for file in files]
+    tables = [read_file(file, options, inside.get(file)) for file in files]
+    if any(INDEX in table.column_names for table in tables):
+        tables = [marked_indexed(table) for table in tables]
     for file, table in zip(files[1:], tables[1:], strict=True):
         here, first = visible(table.column_names), visible(tables[0].column_names)
         if set(here) != set(first):
@@ -287,24 +305,48 @@ def _missing(path: Path) -> str:
     )
 
 
-def _files_of(folder: Path, split: str | None) -> list[Path]:
+# What lies beside data and is none.
+_ABOUT = re.compile(
+    r"(dataset_infos?|dataset_dict|state|config|tokenizer.*|package)\.json"
+    r"|(readme|license|licence|notice|requirements)\.txt",
+    re.IGNORECASE,
+)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The data files of a folder, in order; where it holds none itself, those of its folders."""
+    return _data_files(folder, [child for child in folder.rglob("*") if child.is_file()])
+
+
+def _data_files(folder: Path, every: list[Path]) -> list[Path]:
     files = sorted(
-        child for child in folder.iterdir() if child.is_file() and suffix_of(child)[0] in READERS
+        file
+        for file in every
+        if suffix_of(file)[0] in READERS
+        and not _ABOUT.fullmatch(file.name)
+        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
     )
+    return [file for file in files if file.parent == folder] or files
+
+
+def _files_of(folder: Path, files: list[Path], split: str | None) -> list[Path]:
     if not files:
         raise ValueError(
-            f"The folder {folder} holds no data file: {formats()}. Name a file, or put one there."
+            f"{'The folder ' if folder.is_dir() else ''}{folder} holds no data file: {formats()}. "
+            "Name a file, or put one there."
         )
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file), []).append(file)
+        by_split.setdefault(_split_of(file, folder), []).append(file)
     wanted = split if split is not None else "train"
     wanted = next((key for key, words in _SPLIT_WORDS.items() if wanted in words), wanted)
-    if wanted in by_split:
-        return by_split[wanted]
     named = [key for key in by_split if key is not None]
+    if wanted in by_split:
+        return _of_one_set(folder, by_split[wanted])
     if split is None and not named:
-        return files
+        return _of_one_set(folder, files)
+    if split is None and len(by_split) == 1:  # a data set of a test split alone
+        return _of_one_set(folder, files)
     raise ValueError(
         f"The folder {folder} has no split {wanted!r}: its files are "
         f"{listing(file.name for file in files)}. "
@@ -316,18 +358,36 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     )
 
 
-def _split_of(file: Path) -> str | None:
-    word = re.split(r"[-_.]", file.name.lower())[0]
-    return next((key for key, words in _SPLIT_WORDS.items() if word in words), None)
+def _of_one_set(folder: Path, files: list[Path]) -> list[Path]:
+    """The files, which lie in one folder, or in folders named after splits."""
+    folders = {file.parent for file in files if _split_of(file.parent, folder.parent) is None}
+    if len(folders) > 1:
+        names = sorted(str(each.relative_to(folder)) for each in folders)
+        raise ValueError(
+            f"The data files of {folder} lie in several folders, {listing(names)}, which are "
+            f"different data sets. Name one, for example {folder / names[0]}."
+        )
+    return files
+
+
+def _split_of(file: Path, folder: Path) -> str | None:
+    """The split that the file's name begins with, or that of a folder it lies in."""
+    for part in reversed(file.relative_to(folder).parts):
+        word = re.split(r"[-_.]", part.lower())[0]
+        found = next((key for key, words in _SPLIT_WORDS.items() if word in words), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _check_options(files: list[Path], options: Options) -> None:
     """An option that no file has a use for was meant for something else."""
     suffixes = {suffix_of(file)[0] for file in files}
-    if options.header is not None and not suffixes & {".csv", ".tsv"}:
+    tables = any(is_table(file, options) for file in files) or suffixes & {".csv", ".tsv"}
+    if options.header is not None and not tables:
         raise ValueError(
-            f"`header` was given for {files[0]}: only .csv and .tsv files can lack a header line. "
-            "Leave it out; to rename columns use `columns`."
+            f"`header` was given for {files[0]}: only tables, such as .csv and .tsv files, can "
+            "lack a header line. Leave it out; to rename columns use `columns`."
         )
     if options.txt_split is not None and ".txt" not in suffixes:
         raise ValueError(
@@ -369,6 +429,16 @@ def _hub(name: str, split: str | None) -> Dataset:
 
 def _rename(dataset: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
     have = visible(dataset.column_names)
+    gone = [target for target, name in columns.items() if name == "_" and "_" not in have]
+    for target in gone:
+        if target not in have:
+            raise ValueError(
+                f"`columns={{{target!r}: '_'}}` drops a column that {source} lacks: it has "
+                f"{listing(have)}.{nearest(target, have)}"
+            )
+    dataset = dataset.remove_columns(gone) if gone else dataset
+    have = [name for name in have if name not in gone]
+    columns = {target: name for target, name in columns.items() if target not in gone}
     for target, name in columns.items():
         if name not in have:
             raise ValueError(

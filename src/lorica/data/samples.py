@@ -40,9 +40,18 @@ class AbstractCausalSample(ABC):
     def pieces(self, form: Format) -> list[Piece]:
         """The example from left to right; raises ValueError where `form` can't render it."""
 
+    def examples(self, form: Format) -> list[list[Piece]]:
+        """The examples to train on, each from left to right: one, but for conversations whose
+        template writes earlier turns anew; none, where nothing of it is trained."""
+        return [self.pieces(form)]
+
     @abstractmethod
     def roles(self) -> set[str]:
         """The roles that occur in it, of which the user chooses those to train on."""
+
+    def answers(self) -> list[str]:
+        """What the assistant says in it."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,9 @@ class Document(AbstractCausalSample):
     def pieces(self, form: Format) -> list[Piece]:
         if not self.text.strip():
             return []
-        texts = [Piece(True, text=part) for part in cut(self.text)]
-        return [form.begin(), *texts, form.end(True, self.text)]
+        text = form.bare(self.text)
+        texts = [Piece(True, text=part) for part in cut(text)]
+        return [form.begin(text), *texts, form.end(True, text)]
 
     def roles(self) -> set[str]:
         return {DOCUMENT}
@@ -72,8 +82,11 @@ class Exchange(AbstractCausalSample):
     templated: ClassVar[bool] = False
 
     def pieces(self, form: Format) -> list[Piece]:
-        made = [form.begin()]
-        for role, text in self.turns:
+        (opener, first), *rest = self.turns
+        first = form.bare(first, end=False)
+        made = [form.begin(first)]
+        for role, text in ((opener, first), *rest):
+            text = form.bare(text, start=False) if role == ASSISTANT else text
             made.append(Piece(form.trains(role), text=text))
             if role == ASSISTANT:
                 made.append(form.end(form.trains(role), text))
@@ -82,28 +95,42 @@ class Exchange(AbstractCausalSample):
     def roles(self) -> set[str]:
         return {role for role, _ in self.turns}
 
+    def answers(self) -> list[str]:
+        return [text for role, text in self.turns if role == ASSISTANT]
+
 
 @dataclass(frozen=True)
 class Chat(AbstractCausalSample):
     """Messages for a chat template, with plain turns for models that have none.
 
-    `trained_from` is the first message that may be trained: those before it are a prompt.
+    `trained_from` is the first message that may be trained: those before it are a prompt. `flags`
+    holds what each message says of itself: trained, not trained, or nothing (None).
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     plain: Exchange | None = None
     trained_from: int = 0
+    flags: tuple[bool | None, ...] = ()
     divisible: ClassVar[bool] = False
     templated: ClassVar[bool] = True
 
     def pieces(self, form: Format) -> list[Piece]:
         if form.template is None and self.plain is not None:
             return self.plain.pieces(form)
-        return form.render(self.messages, self.tools, self.trained_from)
+        return form.whole(self.messages, self.tools)
+
+    def examples(self, form: Format) -> list[list[Piece]]:
+        if form.template is None and self.plain is not None:
+            return self.plain.examples(form)
+        return form.render(self.messages, self.tools, self.trained_from, self.flags)
 
     def roles(self) -> set[str]:
         return {message["role"] for message in self.messages}
+
+    def answers(self) -> list[str]:
+        calls = (m for m in self.messages[self.trained_from :] if not m.get("tool_calls"))
+        return [m["content"] for m in calls if m["role"] == ASSISTANT]
 
 
 @dataclass(frozen=True)
@@ -179,15 +206,18 @@ class Row:
             f"{allowed}. Mend or remove that row."
         )
 
-    def text(self, column: str) -> str:
+    def text(self, column: str, *, numbers: bool = False) -> str:
+        """The text of a column; with `numbers`, a number counts as its text."""
         value = self.values.get(column)
+        if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
         if not isinstance(value, str):
             raise self.error(column, "it must be a text")
         return value
 
     def optional(self, column: str) -> str:
-        """The text of a column that may be absent or null, else ""."""
-        return "" if self.values.get(column) is None else self.text(column)
+        """The text (or number as text) of a column that may be absent or null, else ""."""
+        return "" if self.values.get(column) is None else self.text(column, numbers=True)
 
     def items(self, column: str, check: Callable[[Any], bool], allowed: str) -> list[Any]:
         """A list whose every element passes `check`."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lorica.data.chat import COMPLETION, Format, template_of
 from lorica.data.encode import Encoder
 from lorica.data.formats import suffix_of
-from lorica.data.read import read
+from lorica.data.read import data_files, read
 from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import Shape, detect
+from lorica.data.words import strings
 from lorica.embedded.source import TEST, TRAIN, is_embedded
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def has_txt(sources: Sequence[str]) -> bool:
 
 def _is_txt(source: str) -> bool:
     path = Path(source).expanduser()
-    files = path.iterdir() if path.is_dir() else [path]
+    files = data_files(path) if path.is_dir() else [path]
     return any(suffix_of(file)[0] == ".txt" for file in files)
 
 
@@ -210,15 +211,3 @@ def _table(data: Dataset, shape: Shape) -> Any:
     found = (shape.find(data.column_names) or {}).values()
     hidden = [name for name in data.column_names if name.startswith("__")]
     return data.select_columns([*dict.fromkeys(found), *hidden])
-
-
-def strings(value: Any) -> Iterator[str]:
-    """All texts within a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from strings(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from strings(part)

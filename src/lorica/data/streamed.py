@@ -19,8 +19,8 @@ from torch.utils.data import IterableDataset
 
 from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import detect
-from lorica.data.stream import BATCH, TASK, Ids, running_ids, strings
-from lorica.data.words import listing
+from lorica.data.stream import BATCH, TASK, Ids, running_ids
+from lorica.data.words import listing, strings
 from lorica.tensors.dtensor_ops import seeded
 from lorica.text import nearest
 

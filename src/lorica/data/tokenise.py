@@ -6,14 +6,16 @@ generating. So no token straddles the two, and what is trained is what will be a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorica.data.chat import Format, check_roles, roles_of, template_of
+from lorica.data.chat import Format, check_roles, check_spoken, roles_of, template_of
 from lorica.data.collate import (
     IGNORED,
     CausalCollator,
@@ -22,12 +24,13 @@ from lorica.data.collate import (
     Seq2SeqCollator,
     TokenClassificationCollator,
 )
-from lorica.data.encode import Encoder, Example, assembled, laid_out, spans_with_labels
+from lorica.data.encode import Added, Encoder, Example, assembled, laid_out, spans_with_labels
+from lorica.data.fidelity import LIMIT, check_ids, text_loss
 from lorica.data.labels import Labels
 from lorica.data.pack import PACKINGS
 from lorica.data.samples import AbstractCausalSample, Labelled, Piece, Row, SourceTarget, Tagged
 from lorica.data.shapes import Shape, detect
-from lorica.data.words import listing
+from lorica.data.words import INDEX, listing, revive, strings, visible
 from lorica.text import nearest
 
 if TYPE_CHECKING:
@@ -55,6 +58,10 @@ class Report:
         unused_columns: columns that were there and had no part.
         template: the chat template used, or "" for none.
         eos: whether texts end with EOS (the tokenizer may lack one).
+        labels: for the two classification tasks, the classes, or that it is a regression.
+        empty_answers: examples of which an answer is empty, so that only its end is trained.
+        lost_text: share of the characters of a sample that the tokenizer loses, 0 to 1.
+        notes: whatever else a person should know of the data, a sentence each.
     """
 
     shape: str
@@ -72,10 +79,15 @@ class Report:
     unused_columns: tuple[str, ...] = ()
     template: str = ""
     eos: bool = True
+    labels: str = ""
+    empty_answers: int = 0
+    lost_text: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "unused_columns": list(self.unused_columns)}
+        lists = {"unused_columns": list(self.unused_columns), "notes": list(self.notes)}
+        return {**asdict(self), **lists}
 
     def __str__(self) -> str:
         lines = [
@@ -90,12 +102,15 @@ class Report:
                 f"{self.dropped_tokens:,} tokens dropped"
             )
         lines += [f"{count:,} examples left out: {why}" for why, count in self.skipped.items()]
+        if self.labels:
+            lines.append(f"labels: {self.labels}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         if self.template:
             lines.append(f"chat template: {self.template}")
         if not self.eos:
             lines.append("the tokenizer has no EOS token: texts end without one")
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -110,6 +125,8 @@ class Prepared:
         labels: the classes, for the two classification tasks.
         chat_template: the Jinja text used, if it isn't the tokenizer's own: keep it with the model
             (`tokenizer.chat_template = ...`), as generating needs it.
+        now: the time that the chat template printed, if it prints one: give it again to make the
+            same rows another day.
     """
 
     dataset: Dataset
@@ -117,6 +134,7 @@ class Prepared:
     labels: Labels | None
     chat_template: str | None
     pad_token_id: int
+    now: datetime | None = None
 
     def collator(
         self, *, pad_to_multiple_of: int | None = None, block_mask: torch.dtype | None = None
@@ -144,6 +162,9 @@ def prepare(
     packing: str = "none",
     labels: Labels | None = None,
     max_target_length: int | None = None,
+    now: datetime | None = None,
+    embeddings: int | None = None,
+    max_lost_text: float = LIMIT,
 ) -> Prepared:
     """Tokenises a data set of any known shape for a task.
 
@@ -163,6 +184,9 @@ def prepare(
         labels: the classes to hold the data to (the training set's, the model's); `Labels()` asks
             for a regression. Default: found in the data.
         max_target_length: of an encoder-decoder's target. Default: `max_length`.
+        now: the time for chat templates that print one. Default: the clock's.
+        embeddings: rows of the model's embedding table, to hold token ids to. Default: unchecked.
+        max_lost_text: the share of the text's characters, 0 to 1, that the tokenizer may lose.
 
     Returns:
         the rows, their report and the classes. The first label of every example is -100, as no
@@ -170,10 +194,11 @@ def prepare(
 
     Raises:
         ValueError: for columns of no shape, values of a wrong type (with file and line), messages
-            without a template, labels outside the classes, data of which no label is left, and
-            options that the task has no use for.
+            without a template, labels outside the classes, data of which no label is left, text
+            that the tokenizer loses, token ids beyond `embeddings`, and options that the task has
+            no use for.
     """
-    chosen = detect(dataset.column_names, task=task, shape=shape)
+    chosen = detect(dataset.column_names, task=task, shape=shape, sample=sample_of(dataset))
     work = TASKS[task if task is not None else chosen.default_task]
     if max_length < 2:
         raise ValueError(
@@ -201,9 +226,36 @@ def prepare(
         )
     request = _Request(
         dataset, tokenizer, chosen, work.name, max_length, chat_template, train_on, packing,
-        labels, max_target_length,
+        labels, max_target_length, datetime.now() if now is None else now,
     )  # fmt: skip
-    return work().prepare(request)
+    if not 0 <= max_lost_text <= 1:
+        raise ValueError(f"`max_lost_text` is {max_lost_text}: it is a share, from 0 to 1.")
+    loss = text_loss(tokenizer, request.texts())
+    if loss.share > max_lost_text:
+        raise ValueError(
+            f"The tokenizer loses {loss}: the model would not see them. At most "
+            f"{max_lost_text:.0%} may be lost. Take a model whose tokenizer knows these "
+            f"characters, or allow it with `max_lost_text={math.ceil(loss.share * 100) / 100}`."
+        )
+    made = work().prepare(request)
+    notes = [*made.report.notes]
+    if loss.share:
+        notes.append(f"the tokenizer loses {loss}")
+    if INDEX in dataset.column_names:
+        notes.append("dropped: a column without a name, which is the index of a table")
+    pad = made.pad_token_id
+    if embeddings is not None:
+        check_ids(made.dataset, tokenizer, embeddings)
+        pad = pad if pad < embeddings else 0  # nothing looks at padding
+    report = replace(made.report, lost_text=loss.share, notes=tuple(notes))
+    return replace(made, report=report, pad_token_id=pad)
+
+
+def sample_of(dataset: Dataset, rows: int = 100) -> dict[str, list[Any]]:
+    """Some values of each of the user's columns, from rows all over the data."""
+    places = range(0, len(dataset), max(1, len(dataset) // rows))
+    table = dataset.select(places).select_columns(visible(dataset.column_names))[:]
+    return {name: [revive(value) for value in values] for name, values in table.items()}
 
 
 @dataclass(frozen=True)
@@ -220,6 +272,16 @@ class _Request:
     packing: str
     labels: Labels | None
     max_target_length: int | None
+    now: datetime
+
+    def texts(self) -> Iterator[str]:
+        """The texts of rows from all over the data, labels aside."""
+        found = self.shape.find(self.dataset.column_names) or {}
+        names = [name for column, name in found.items() if column != self.shape.label]
+        places = range(0, len(self.dataset), max(1, len(self.dataset) // 200))
+        table = self.dataset.select(places).select_columns(names)[:]
+        for cells in zip(*table.values(), strict=True):
+            yield from strings([revive(cell) for cell in cells])
 
     def samples(self) -> Iterator[tuple[Row, Any]]:
         """Every row with what its shape makes of it, a few at a time."""
@@ -251,6 +313,9 @@ class _Request:
 
     def pad(self) -> int:
         return pad_of(self.tokenizer)
+
+    def added(self) -> Added:
+        return Added.by(self.tokenizer)
 
     def classes(
         self, values: Sequence[Any], places: Sequence[str]
@@ -298,7 +363,7 @@ class CausalLM(AbstractTask):
         encoder = Encoder(request.tokenizer)
         template = template_of(request.tokenizer, request.chat_template, starts=bool(encoder.start))
         roles = roles_of(request.train_on)
-        form = Format(request.tokenizer, template, roles, encoder.start)
+        form = Format(request.tokenizer, template, roles, encoder.start, request.now)
         packing = PACKINGS[request.packing]
         kept = _Kept(request.max_length)
         for row, sample, example in _encoded(request, form, encoder):
@@ -308,13 +373,16 @@ class CausalLM(AbstractTask):
                     f"shape `{request.shape.name}` ({row.place}) has examples that must stay "
                     'whole. Type `packing="best_fit"`.'
                 )
-            kept.add(sample, example)
+            kept.add(row, sample, example)
         if request.chat_template is not None and not kept.templated:
             raise ValueError(
                 f"`chat_template` was given, and the shape `{request.shape.name}` has no messages "
                 "to put into one: its texts are taken as they are. Leave it out."
             )
-        check_roles(roles, kept.roles, f"the shape `{request.shape.name}`")
+        if kept.examples or not kept.templated:
+            check_roles(roles, kept.roles, f"the shape `{request.shape.name}`")
+        else:
+            check_spoken(roles, kept.roles, f"the shape `{request.shape.name}`")
         used = template if kept.templated else None
         rows = packing.plan([len(ids) for ids, _ in kept.examples], request.max_length)
         columns = laid_out(
@@ -330,9 +398,12 @@ class CausalLM(AbstractTask):
             skipped=dict(kept.skipped),
             template=used.name if used is not None else "",
             eos=isinstance(request.tokenizer.eos_token_id, int),
+            empty_answers=kept.empty,
+            notes=_empty_answers(request, kept.empty),
         )
         text = used.text if used is not None else None
-        return Prepared(_dataset(columns), report, None, text, request.pad())
+        now = request.now if used is not None and form.dated else None
+        return Prepared(_dataset(columns), report, None, text, request.pad(), now)
 
 
 @dataclass
@@ -347,13 +418,19 @@ class _Kept:
     skipped: Counter[str] = field(default_factory=Counter)
     roles: set[str] = field(default_factory=set)
     templated: bool = False
+    empty: int = 0  # rows with an empty answer
+    last: Row | None = None
 
-    def add(self, sample: AbstractCausalSample, example: Example | None) -> None:
-        self.seen += 1
-        self.roles |= sample.roles()
-        self.templated |= sample.templated
+    def add(self, row: Row, sample: AbstractCausalSample, example: Example | None) -> None:
+        if row is not self.last:  # a conversation may be several examples
+            self.last = row
+            self.seen += 1
+            self.roles |= sample.roles()
+            self.templated |= sample.templated
+            self.empty += not all(answer.strip() for answer in sample.answers())
         if example is None:
-            self.skipped["they are empty"] += 1
+            turns = sample.templated and sample.roles()
+            self.skipped["no turn of theirs is trained" if turns else "they are empty"] += 1
             return
         ids, labels = example
         if len(ids) > self.max_length and not sample.divisible:
@@ -397,6 +474,8 @@ class SequenceClassification(AbstractTask):
             truncated=truncated,
             dropped_tokens=dropped,
             skipped={},
+            labels=str(labels),
+            notes=_alike(labels),
         )
         return Prepared(_dataset(columns, scalars=numbers), report, labels, None, request.pad())
 
@@ -453,6 +532,8 @@ class TokenClassification(AbstractTask):
             truncated=truncated,
             dropped_tokens=dropped,
             skipped=dict(skipped),
+            labels=str(labels),
+            notes=_alike(labels),
         )
         return Prepared(_dataset(columns), report, labels, None, request.pad())
 
@@ -470,6 +551,7 @@ class Seq2SeqLM(AbstractTask):
         pairs: list[tuple[Row, SourceTarget]] = list(request.samples())
         columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
         truncated = dropped = 0
+        empty = sum(not sample.target.strip() for _, sample in pairs)
         for start in range(0, len(pairs), 1000):
             samples = [sample for _, sample in pairs[start : start + 1000]]
             source, long = _cut_to_fit(request, [sample.source for sample in samples], None)
@@ -489,6 +571,8 @@ class Seq2SeqLM(AbstractTask):
             truncated=truncated,
             dropped_tokens=dropped,
             skipped={},
+            empty_answers=empty,
+            notes=_empty_answers(request, empty),
         )
         return Prepared(_dataset(columns), report, None, None, request.pad())
 
@@ -506,11 +590,11 @@ def _encoded(
     size = 0
     for row, sample in request.samples():
         try:
-            pieces = sample.pieces(form)
+            examples = sample.examples(form)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
-        held.append((row, sample, pieces))
-        size += sum(len(piece.text) for piece in pieces if piece.text is not None)
+        held += [(row, sample, pieces) for pieces in examples or [[]]]
+        size += sum(len(piece.text or "") for pieces in examples for piece in pieces)
         if size >= _BATCH:
             yield from assembled(held, encoder)
             held, size = [], 0
@@ -527,6 +611,9 @@ def _cut_to_fit(
 ) -> tuple[dict[str, list[Any]], list[int]]:
     """Token ids (and types) of texts cut at `limit`, with the lengths before the cut."""
     limit = request.max_length if limit is None else limit
+    added = request.added()
+    texts = [added.bare(text) for text in texts]
+    seconds = None if seconds is None else [added.bare(text) for text in seconds]
 
     def tokens(first: list[str], second: list[str] | None, **how: Any) -> dict[str, Any]:
         texts = {"text_target": first} if target else {"text": first, "text_pair": second}
@@ -543,6 +630,21 @@ def _cut_to_fit(
             for i, cell in zip(over, cells, strict=True):
                 made[name][i] = cell
     return made, lengths
+
+
+def _empty_answers(request: _Request, count: int) -> tuple[str, ...]:
+    """The note on examples with an empty answer."""
+    if not count:
+        return ()
+    columns = request.shape.find(request.dataset.column_names) or {}
+    name = columns[list(request.shape.columns)[-1]]
+    return (f"{count:,} examples with an empty answer (`{name}`): only its end is trained",)
+
+
+def _alike(labels: Labels) -> tuple[str, ...]:
+    """The notes on classes that may be one."""
+    groups = [" and ".join(f"`{name}`" for name in group) for group in labels.alike()]
+    return tuple(f"nearly the same class: {group}, trained as different ones" for group in groups)
 
 
 def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lorica.embedded.source import WHERE as WHERE  # the column that names a row's file and line
+
+INDEX = "__index__"
+"""Hidden column that says that the data came with the index of a table, which was dropped."""
 
 # The record separator of RFC 7464 (JSON text sequences): it marks a cell that Arrow could not hold
 # unchanged (lists of unlike dictionaries) and that is therefore kept as JSON text.
@@ -62,3 +65,15 @@ def revive(value: Any) -> Any:
 def keep_as_text(value: Any) -> Any:
     """A text that could be taken for such a cell as one; any other value as it is."""
     return keep_as_json(value) if isinstance(value, str) and value.startswith(_MARK) else value
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts within a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from strings(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from strings(part)

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from lorica.data.chat import COMPLETION, Format, template_of
-from lorica.data.encode import Encoder, assembled
+from lorica.data.encode import Added, Encoder, assembled
 from lorica.data.lengths import longest
 from lorica.data.samples import (
     ASSISTANT,
@@ -39,7 +39,8 @@ from lorica.data.samples import (
     Row,
     SourceTarget,
 )
-from lorica.data.shapes import Shape, detect, shapes
+from lorica.data.shapes import Shape, best_of, detect, shapes
+from lorica.data.tokenise import sample_of
 from lorica.data.words import visible
 from lorica.tensors.modules import evaluating
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 _CONTEXT = 8  # tokens of the prompt that an answer is decoded behind, for the space between them
-_MARK = "\u2402answer\u2403"  # stands for an answer, to find what a template writes behind it
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -241,7 +241,9 @@ class Prompter:
         """
         if not any(each.find(dataset.column_names) for each in self._serving()):
             dataset = self._answerless(dataset)
-        chosen = detect(dataset.column_names, task=self.task, shape=shape)
+        chosen = detect(
+            dataset.column_names, task=self.task, shape=shape, sample=sample_of(dataset)
+        )
         reader = chosen.readers[self.task]
         return [self._prompt(row, reader(row)) for row in chosen.rows(dataset[:])]
 
@@ -251,18 +253,25 @@ class Prompter:
     def _answerless(self, dataset: Dataset) -> Dataset:
         """With an empty answer, where nothing but the answers is absent (a shape's last column)."""
         have = visible(dataset.column_names)
-        lacking = [
-            answer
+        lacking = {
+            each.name: answer
             for each in self._serving()
             if len(each.columns) > 1
             and each.find([*have, answer := list(each.columns)[-1]]) is not None
-        ]
+        }
+        fitting = {
+            best.name
+            for answer in lacking.values()
+            for best in best_of(self._serving(), [*have, answer])
+        }
+        lacking = {name: answer for name, answer in lacking.items() if name in fitting}
         if len(lacking) != 1:
             return dataset  # `detect` says what is missing
+        [answer] = lacking.values()
         message = json.dumps([{"role": ASSISTANT, "content": ""}])
         asked = dataset[0].get("prompt")
         empty = message if isinstance(asked, list) or str(asked)[:1] == "\x1e" else ""
-        return dataset.add_column(lacking[0], [empty] * len(dataset))  # type: ignore[call-arg]
+        return dataset.add_column(answer, [empty] * len(dataset))  # type: ignore[call-arg]
 
     def _prompt(self, row: Row, sample: Any) -> Prompt:
         try:
@@ -270,7 +279,8 @@ class Prompter:
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
         if isinstance(sample, SourceTarget):
-            ids = list(self.tokenizer(sample.source, verbose=False)["input_ids"])
+            source = Added.by(self.tokenizer).bare(sample.source)
+            ids = list(self.tokenizer(source, verbose=False)["input_ids"])
         else:
             made = next(assembled([(row, sample, asked.pieces)], self.encoder))[2]
             ids = [] if made is None else made[0].tolist()
@@ -343,28 +353,7 @@ def _(sample: Chat, form: Format) -> _Asked:
     if index < len(messages) and messages[index]["role"] == ASSISTANT:
         answer = messages[index]["content"]
     before = messages[:index]
-    whole = form._text([*before, {"role": ASSISTANT, "content": _MARK}], sample.tools, prompt=False)
-    behind = whole.rpartition(_MARK)[2] if _MARK in whole else ""
-    return _Asked(_rendered(form, before, sample.tools), answer, behind)
-
-
-def _rendered(form: Format, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Piece]:
-    """A conversation up to the assistant's turn, with the seams that training has."""
-    assert form.template is not None
-    whole = form._text(messages, tools, prompt=True)
-    seams: list[str] = []
-    if not form.template.marked:
-        for i, message in enumerate(messages):
-            if message["role"] == ASSISTANT:
-                seams.append(form._text(messages[:i], tools, prompt=True))
-                seams.append(form._text(messages[: i + 1], tools, prompt=False))
-    pieces, done = [], ""
-    for text in [*seams, whole]:
-        if not text.startswith(done):  # the template writes earlier turns anew each time
-            return [Piece(False, text=whole)]
-        pieces.append(Piece(False, text=text[len(done) :]))
-        done = text
-    return pieces
+    return _Asked(form.prompt(before, sample.tools), answer, form.behind(before, sample.tools))
 
 
 # -- answers ---------------------------------------------------------------------------------------

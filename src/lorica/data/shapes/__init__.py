@@ -10,7 +10,8 @@ shape, add a file: `shapes()` walks the folder. What a shape declares is held to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from lorica.data.samples import Row
-from lorica.data.words import WHERE, listing, revive, visible
+from lorica.data.words import WHERE, excerpt, listing, revive, visible
 from lorica.text import nearest
 
 
@@ -26,17 +27,19 @@ from lorica.text import nearest
 class Shape:
     """One way to lay out a data set.
 
+    Names are compared without case and without white space around them.
+
     Attributes:
         name: what `shape=` and reports call it.
         columns: the columns that must be there, each with the other names it goes by.
-        optional: columns that are used where they are.
+        optional: columns that are used where they are, each with its other names.
         readers: task -> function from a `Row` to a sample; the first task is the default.
         label: the column that holds classes or figures, if any.
     """
 
     name: str
     columns: Mapping[str, tuple[str, ...]]
-    optional: tuple[str, ...] = ()
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     readers: Mapping[str, Callable[[Row], Any]] = field(repr=False)
     label: str | None = None
 
@@ -46,20 +49,30 @@ class Shape:
 
     def find(self, columns: Iterable[str]) -> dict[str, str] | None:
         """`{column of the shape: column of the data}`, or None where a needed one is absent."""
-        have = set(columns)
+        have: dict[str, str] = {}
+        for name in columns:
+            have.setdefault(_plain(name), name)
+            if name == _plain(name):  # `text` before `Text`
+                have[name] = name
         found: dict[str, str] = {}
-        for column, aliases in self.columns.items():
-            name = next((name for name in (column, *aliases) if name in have), None)
-            if name is None:
+        for column, aliases in {**self.columns, **self.optional}.items():
+            names = (have[name] for name in (column, *aliases) if name in have)
+            name = next((name for name in names if name not in found.values()), None)
+            if name is not None:
+                found[column] = name
+            elif column in self.columns:
                 return None
-            found[column] = name
-        found.update({column: column for column in self.optional if column in have})
         return found
 
     def unused(self, columns: Iterable[str]) -> tuple[str, ...]:
         """The user's columns that this shape leaves aside."""
         used = set((self.find(columns) or {}).values())
         return tuple(name for name in visible(columns) if name not in used)
+
+    def part_of(self, name: str) -> str | None:
+        """The column of this shape that such a name means, or None."""
+        every = {**self.columns, **self.optional}
+        return next((c for c, others in every.items() if _plain(name) in (c, *others)), None)
 
     def rows(self, table: Mapping[str, list[Any]]) -> list[Row]:
         """The rows of `{column: values}` under the shape's own column names."""
@@ -81,19 +94,29 @@ def shapes() -> tuple[Shape, ...]:
     return tuple(sorted((module.shape for module in modules), key=lambda shape: shape.name))
 
 
-def detect(columns: Iterable[str], *, task: str | None = None, shape: str | None = None) -> Shape:
+def detect(
+    columns: Iterable[str],
+    *,
+    task: str | None = None,
+    shape: str | None = None,
+    sample: Mapping[str, Sequence[Any]] | None = None,
+) -> Shape:
     """The shape that these columns have.
 
-    Of several that fit, the one that uses the most columns (`text` and `label` are a labelled text,
-    not a document); a tie is an error.
+    Of several that fit, the one that needs the most columns (`text` and `label` are a labelled
+    text, not a document); of these the one that uses the most, then the one whose own names they
+    are. A tie is an error, and so is a column left over that would change what the data means.
 
     Args:
         columns: the data's column names; those that start with two underscores are hidden.
         task: only shapes that serve this task. Default: any.
-        shape: the name of a shape, to settle a tie or to insist.
+        shape: the name of a shape, to settle a tie or to insist; other columns are then ignored.
+        sample: some values of each column, to propose names by and to see what a column left over
+            holds.
 
     Raises:
-        ValueError: if none fits, or several do; it lists the shapes and the columns found.
+        ValueError: if none fits, or several do, or a column is left over that another shape uses;
+            it lists the shapes and the columns found.
 
     Example:
         >>> detect(["text", "label", "id"]).name
@@ -121,24 +144,173 @@ def detect(columns: Iterable[str], *, task: str | None = None, shape: str | None
             f"`{task}`. For `{task}` the data must have one of these shapes:\n"
             + describe(each for each in shapes() if task in each.readers)
         )
-    most = max((len(each.columns) for each in serving), default=0)
-    best = [each for each in serving if len(each.columns) == most]
-    if len(best) == 1:
-        return best[0]
-    if best:
+    best = best_of(serving, have)
+    if len(best) > 1:
         raise ValueError(
             f"The columns {listing(have)} fit several shapes of data: "
             f"{listing(each.name for each in best)}. Say which with `shape={best[0].name!r}`, or "
             "drop the columns of the others."
         )
+    if best:
+        if shape is None:
+            _check_left_over(best[0], have, task, sample or {})
+        return best[0]
     accepted = [each for each in asked if task is None or task in each.readers]
-    names = {name for each in accepted for column in each.columns.items() for name in _flat(column)}
-    close = next((hint for name in have if (hint := nearest(name, names))), "")
     raise ValueError(
         f"The columns {listing(have)} fit no shape of data{f' for `{task}`' if task else ''}. "
-        f"Rename them with `columns={{'text': {have[0] if have else 'name'!r}}}` to one of these "
-        f"shapes:{close}\n" + describe(accepted)
+        f"Rename them with `columns={propose(accepted, have, sample or {})}` to one of these "
+        f"shapes:{_close(accepted, have)}\n" + describe(accepted)
     )
+
+
+def best_of(serving: Sequence[Shape], have: Sequence[str]) -> list[Shape]:
+    """Those of these shapes that explain the columns best; several in a tie."""
+
+    def rank(each: Shape) -> tuple[int, int, int]:
+        found = each.find(have) or {}
+        own = sum(_plain(name) == column for column, name in found.items())
+        return len(each.columns), len(found), own
+
+    fitting = [each for each in serving if each.find(have) is not None]
+    top = max(map(rank, fitting), default=None)
+    return [each for each in fitting if rank(each) == top]
+
+
+def _check_left_over(
+    chosen: Shape, have: Sequence[str], task: str | None, sample: Mapping[str, Sequence[Any]]
+) -> None:
+    """Refuses a column left over that another shape gives a part, where it would change the data's
+    meaning: beside plain text any, beside another shape what modifies an example."""
+    found = chosen.find(have) or {}
+    for name in chosen.unused(have):
+        values = [value for value in sample.get(name, ()) if value not in (None, "", [], {})]
+        if name in sample and not values:
+            continue
+        generated = task in (None, *_GENERATES) and any(t in chosen.readers for t in _GENERATES)
+        if generated and _plain(name) in ("label", "labels") and set(map(_folded, values)) & _VOTES:
+            raise ValueError(
+                f"The columns {listing(have)} are a preference set: `{name}` says which answers "
+                f"are good ({excerpt(values[0])}), and the shape `{chosen.name}` would train on "
+                "all of them. Keep the good rows only and drop that column, or train on all with "
+                f"`shape={chosen.name!r}`."
+            )
+        shapes_with = [each for each in shapes() if _gives_part(each, name, found, chosen)]
+        if task is not None:  # what other tasks make of it was decided against
+            shapes_with = [each for each in shapes_with if task in each.readers]
+            shapes_with = [] if _plain(name) in _TELLING else shapes_with
+        if not shapes_with or (_are_numbers(values) and _plain(name) not in _TELLING):
+            continue
+        other = max(shapes_with, key=lambda each: each.part_of(name) == _plain(name))
+        parts = {other.part_of(each) for each in have}
+        absent = [column for column in other.columns if column not in parts]
+        remedy = f"To train without it, type `shape={chosen.name!r}`"
+        if len(absent) == 1:
+            renamed = {absent[0]: next(iter(found.values()))}
+            remedy += f"; to train on both, `columns={renamed}`"
+        raise ValueError(
+            f"The columns {listing(have)} fit the shape `{chosen.name}`, which has no use for "
+            f"`{name}`; in the shape `{other.name}` it is the `{other.part_of(name)}`. {remedy}."
+        )
+
+
+_IDS = frozenset({"id", "idx", "index", "uuid", "guid"})
+_GENERATES = ("causal-lm", "seq2seq-lm")
+_VOTES = frozenset({"true", "false"})
+_TELLING = frozenset({"label", "labels"})  # meant as labels even where they are figures
+
+
+def _gives_part(other: Shape, name: str, found: Mapping[str, str], chosen: Shape) -> bool:
+    """Whether another shape has a use for the column that the chosen one has not filled already."""
+    part = other.part_of(name)
+    if other is chosen or part is None or chosen.part_of(name) in found:
+        return False
+    if part in found and part != other.label:  # the same part under a second name
+        return False
+    if chosen.name == "text":
+        return True
+    return part in other.optional or (part == other.label and _plain(name) in _TELLING)
+
+
+def propose(
+    accepted: Sequence[Shape], have: Sequence[str], sample: Mapping[str, Sequence[Any]]
+) -> dict[str, str]:
+    """`{column of a shape: column of the data}` that is likely meant, by names and by contents."""
+    # By name: the shape of which most columns are there or nearly there.
+    best: tuple[int, dict[str, str]] = (0, {})
+    for each in accepted:
+        made: dict[str, str] = {}
+        for column, aliases in each.columns.items():
+            near = {_plain(name): name for name in have if name not in made.values()}
+            close = next((near[n] for n in (column, *aliases) if n in near), None)
+            if close is None:
+                hints = (nearest(n, near) for n in (column, *aliases))
+                hint = next((hint for hint in hints if hint), "")
+                close = near.get(hint.rpartition("`")[0].rpartition("`")[2]) if hint else None
+            if close is not None:
+                made[column] = close
+        if len(made) == len(each.columns) and len(made) > best[0]:
+            best = len(made), made
+    if best[1]:
+        return {column: name for column, name in best[1].items() if column != name} or best[1]
+    serves = {task for each in accepted for task in each.readers}
+    turns = [name for name in have if _is_turns(sample.get(name, ()))]
+    if turns and "causal-lm" in serves:
+        return {"messages": turns[0]}
+    rest = [name for name in have if _plain(name) not in _IDS]
+    texts = [name for name in rest if _is_text(sample.get(name, ()))]
+    texts.sort(key=lambda name: -_mean(sample[name]))
+    few = [n for n in rest if n not in texts[:1] and _is_label(sample.get(n, ()))]
+    if texts and few and serves & {"sequence-classification"}:
+        return {"text": texts[0], "label": few[0]}
+    if len(texts) > 1 and serves & set(_GENERATES):
+        first, second = sorted(texts[:2], key=list(have).index)
+        return {"prompt": first, "completion": second}
+    return {"text": texts[0] if texts else (have[0] if have else "name")}
+
+
+def _close(accepted: Sequence[Shape], have: Sequence[str]) -> str:
+    names = {name for each in accepted for column in each.columns.items() for name in _flat(column)}
+    return next((hint for name in have if (hint := nearest(name, names))), "")
+
+
+def _is_turns(values: Sequence[Any]) -> bool:
+    lists = [revive(value) for value in values if value is not None]
+    return bool(lists) and all(
+        isinstance(value, list) and value and isinstance(value[0], dict) for value in lists
+    )
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    texts = [value for value in values if value is not None]
+    return bool(texts) and all(isinstance(t, str) for t in texts) and _mean(texts) > 0
+
+
+def _is_label(values: Sequence[Any]) -> bool:
+    cells = [value for value in values if value is not None]
+    short = all(isinstance(v, int | float) or (isinstance(v, str) and len(v) < 30) for v in cells)
+    return len(cells) > 2 and short and len(set(map(str, cells))) <= max(2, len(cells) // 2)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Ids and figures, also as texts."""
+    return bool(values) and all(
+        (isinstance(v, int | float) and not isinstance(v, bool))
+        or (isinstance(v, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?", v.strip()) is not None)
+        for v in values
+    )
+
+
+def _mean(values: Sequence[Any]) -> float:
+    lengths = [len(value) for value in values if isinstance(value, str)]
+    return sum(lengths) / max(len(lengths), 1)
+
+
+def _folded(value: Any) -> str:
+    return str(value).strip().casefold()
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
 
 
 def describe(which: Iterable[Shape]) -> str:

@@ -20,8 +20,8 @@ def chat(row: Row) -> Chat:
     messages = [{"role": "system", "content": system}] if system else []
     plain: list[tuple[str, str]] = []
     opening = f"{system or PREFACE}\n\n"
-    turns = [(task, "", answer) for task, answer in _history(row)]
-    for task, given, answer in [*turns, (*_request(row), row.text("output"))]:
+    turns = [(task, "", answer) for task, answer in history(row)]
+    for task, given, answer in [*turns, (*_request(row), row.text("output", numbers=True))]:
         messages.append({"role": USER, "content": f"{task}\n{given}" if given else task})
         messages.append({"role": ASSISTANT, "content": answer})
         plain.append((USER, opening + _plain(task, given)))
@@ -32,17 +32,19 @@ def chat(row: Row) -> Chat:
 
 def source_target(row: Row) -> SourceTarget:
     parts = [row.optional("system")]
-    parts += [text for pair in _history(row) for text in pair]
+    parts += [text for pair in history(row) for text in pair]
     return SourceTarget(
-        "\n".join(part for part in [*parts, *_request(row)] if part), row.text("output")
+        "\n".join(part for part in [*parts, *_request(row)] if part),
+        row.text("output", numbers=True),
     )
 
 
 def _request(row: Row) -> tuple[str, str]:
-    return row.text("instruction"), row.optional("input")
+    return row.text("instruction", numbers=True), row.optional("input")
 
 
-def _history(row: Row) -> list[tuple[str, str]]:
+def history(row: Row) -> list[tuple[str, str]]:
+    """Earlier exchanges of a row: its `history`, a list of pairs of texts."""
     if not row.values.get("history"):
         return []
 
@@ -59,7 +61,7 @@ def _plain(task: str, given: str) -> str:
 
 shape = Shape(
     name="alpaca",
-    columns={"instruction": (), "output": ()},
-    optional=("input", "system", "history"),
+    columns={"instruction": (), "output": ("response", "completion", "answer")},
+    optional={"input": ("context",), "system": ("system_prompt",), "history": ()},
     readers={"causal-lm": chat, "seq2seq-lm": source_target},
 )

@@ -1,16 +1,23 @@
-"""Conversations as lists of messages with `role` and `content` (and `tool_calls`)."""
+"""Conversations as lists of messages with `role` and `content` (and `tool_calls`).
+
+The turns of `conversations` (`from` and `value`, `human` and `gpt`) are read here too.
+"""
 
 from __future__ import annotations
 
-from lorica.data.chat import messages_of, tools_of
 from lorica.data.samples import Chat, Row
 from lorica.data.shapes import Shape
+from lorica.data.turns import tools_of, turns_of, with_system
 
 
 def chat(row: Row) -> Chat:
-    return Chat(messages_of(row, "messages"), tools_of(row))
+    messages, flags = with_system(row, turns_of(row, "messages"))
+    return Chat(messages, tools_of(row), flags=flags)
 
 
 shape = Shape(
-    name="messages", columns={"messages": ()}, optional=("tools",), readers={"causal-lm": chat}
+    name="messages",
+    columns={"messages": ("chat", "dialog", "dialogue")},
+    optional={"system": ("system_prompt",), "tools": ("functions",)},
+    readers={"causal-lm": chat},
 )

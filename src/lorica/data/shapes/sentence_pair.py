@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorica.data.samples import Labelled, Row
 from lorica.data.shapes import Shape
+from lorica.data.shapes.text_label import LABELS
 
 
 def labelled(row: Row) -> Labelled:
@@ -15,7 +16,7 @@ shape = Shape(
     columns={
         "sentence1": ("premise", "question1", "question"),
         "sentence2": ("hypothesis", "question2", "sentence"),
-        "label": (),
+        "label": LABELS,
     },
     readers={"sequence-classification": labelled},
     label="label",

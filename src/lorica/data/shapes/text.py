@@ -10,4 +10,4 @@ def document(row: Row) -> Document:
     return Document(row.text("text"))
 
 
-shape = Shape(name="text", columns={"text": ()}, readers={"causal-lm": document})
+shape = Shape(name="text", columns={"text": ("content",)}, readers={"causal-lm": document})

@@ -10,9 +10,11 @@ def labelled(row: Row) -> Labelled:
     return Labelled(row.text("text"), None, row.values["label"])
 
 
+LABELS = ("labels", "score", "target", "class", "category", "sentiment", "rating", "stars")
+
 shape = Shape(
     name="text-label",
-    columns={"text": ("sentence",), "label": ()},
+    columns={"text": ("sentence", "content", "review"), "label": LABELS},
     readers={"sequence-classification": labelled},
     label="label",
 )

@@ -34,6 +34,6 @@ def encoded(row: Row) -> Encoded:
 shape = Shape(
     name="tokenised",
     columns={"input_ids": ()},
-    optional=("labels",),
+    optional={"labels": ()},
     readers={"causal-lm": encoded},
 )

@@ -18,7 +18,7 @@ def tagged(row: Row) -> Tagged:
 
 shape = Shape(
     name="tokens-tags",
-    columns={"tokens": (), "tags": ("ner_tags",)},
+    columns={"tokens": ("words",), "tags": ("ner_tags", "labels")},
     readers={"token-classification": tagged},
     label="tags",
 )

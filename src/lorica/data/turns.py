@@ -1,0 +1,253 @@
+"""From the turns of a file to messages for a chat template: roles, contents, calls and flags.
+
+Files name the same things differently: `role` or `from`, `content` or `value`, `assistant` or
+`gpt`. All of these are read under any column that holds a conversation. A turn may also say whether
+it is trained; `FLAGS` lists the keys in use for that. A key that is none of these stays in the
+message, and `Format` refuses it unless the chat template writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorica.data.samples import ASSISTANT, USER, Row
+from lorica.data.words import excerpt, kind_of, listing
+from lorica.text import nearest
+
+ROLES = {
+    "user": USER,
+    "human": USER,
+    "assistant": ASSISTANT,
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "model": ASSISTANT,
+    "bot": ASSISTANT,
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "ipython",
+    "function_call": ASSISTANT,
+    "tool_call": ASSISTANT,
+}
+"""What files call a role -> what templates call it."""
+
+FLAGS = {
+    "weight": True,  # OpenAI, Mistral, Together, Fireworks: 0 or 1
+    "loss": True,  # ms-swift, XTuner
+    "loss_scale": True,  # ms-swift
+    "train": True,  # Axolotl (its `message_field_training` names the key)
+    "training": True,  # Axolotl
+    "trainable": True,
+    "learn": True,
+    "masked": False,  # torchtune: true leaves the message out of the loss
+}
+"""Keys of a turn that say whether it is trained -> whether a true value means that it is."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing to transformers
+READ = frozenset(
+    {"role", "content", "name", "tool_call_id"}
+)  # needed, or ids that may go unwritten
+_CALLS = ("function_call", "tool_call")  # roles whose content is a call as JSON
+_PARTIAL = ("train_detail",)  # flags for parts of a turn
+_YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
+
+Turns = tuple[list[dict[str, Any]], tuple[bool | None, ...]]
+"""Messages, and for each what its flag says (None: it has none); no flags at all where none has."""
+
+
+def turns_of(row: Row, column: str) -> Turns:
+    """The column's turns as messages for a template, and their flags.
+
+    Raises:
+        ValueError: a turn without a role or a text, two names for one thing, an unknown flag value,
+            a role that looks mistyped. The row's place and the turn are named.
+    """
+    messages: list[dict[str, Any]] = []
+    flags: list[bool | None] = []
+    for number, item in enumerate(as_list(row, column)):
+        for turn in _pairs(row, column, number, item):
+            flags.append(_flag(row, column, number, turn))
+            messages.append(_message(row, column, number, turn))
+    return messages, tuple(flags) if any(flag is not None for flag in flags) else ()
+
+
+def as_list(row: Row, column: str) -> list[dict[str, Any]]:
+    """A column that is a list of objects, or its JSON text; null entries of objects are dropped."""
+    value = row.values.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise row.error(column, f"as a text it must be JSON ({error})") from error
+    if not isinstance(value, list) or not value:
+        raise row.error(column, "it must be a list of objects, at least one")
+    for number, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise row.error(column, f"entry {number} is {kind_of(item)}, and must be an object")
+    return [_dense(item) for item in value]
+
+
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """The functions a conversation may call, in the form that templates take."""
+    value = row.values.get("tools")
+    return as_list(row, "tools") if value not in (None, "", [], "[]") else None
+
+
+def with_system(row: Row, turns: Turns) -> Turns:
+    """The turns, led by the text of the column `system` where there is one.
+
+    Raises:
+        ValueError: the turns begin with another system message.
+    """
+    messages, flags = turns
+    if not (system := row.optional("system")):
+        return turns
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            raise row.error(
+                "system",
+                "the turns begin with another system message, "
+                f"{excerpt(messages[0]['content'])}: keep one of the two",
+            )
+        return turns
+    return [{"role": "system", "content": system}, *messages], (None, *flags) if flags else ()
+
+
+def _pairs(row: Row, column: str, number: int, item: dict[str, Any]) -> list[dict[str, Any]]:
+    """An entry as its turns: an entry of `human` and `assistant` texts is two."""
+    if "human" not in item:
+        return [item]
+    sides = [item.get("human"), item.get("assistant")]
+    if not all(isinstance(side, str) for side in sides):
+        raise row.error(column, f"turn {number} must have texts as `human` and `assistant`")
+    if extra := sorted(item.keys() - {"human", "assistant"}):
+        raise row.error(column, f"turn {number} has the key `{extra[0]}`, which has no use there")
+    return [{"role": USER, "content": sides[0]}, {"role": ASSISTANT, "content": sides[1]}]
+
+
+def _message(row: Row, column: str, number: int, item: dict[str, Any]) -> dict[str, Any]:
+    made = {key: value for key, value in item.items() if key not in FLAGS}
+    spoken = _one(row, column, number, made, "role", "from")
+    said = _one(row, column, number, made, "content", "value")
+    if not isinstance(spoken, str) or not spoken.strip():
+        raise row.error(
+            column, f"message {number}, {excerpt(item)}, must have a `role` such as `user`"
+        )
+    role = ROLES.get(spoken.strip().lower())
+    if role is None and (close := nearest(spoken, ROLES)):
+        raise row.error(
+            column,
+            f"message {number}, {excerpt(item)}: the role `{spoken}` is none of {listing(ROLES)}."
+            + close.rstrip("?"),
+        )
+    called = made.pop("function_call", None)
+    if called is not None and "tool_calls" not in made:
+        made["tool_calls"] = [called]
+    if spoken in _CALLS:
+        made["tool_calls"], said = _written_calls(row, column, number, said), ""
+    if said is None and made.get("tool_calls"):
+        said = ""
+    text = _text(said)
+    if text is None:
+        key = "value" if "from" in item else "content"
+        what = "turn" if "from" in item else "message"
+        raise row.error(column, f"{what} {number}, {excerpt(item)}, must have a text as `{key}`")
+    if made.get("tool_calls"):
+        if not isinstance(made["tool_calls"], list):
+            raise row.error(column, f"message {number}: `tool_calls` must be a list of calls")
+        made["tool_calls"] = [_called(row, column, number, call) for call in made["tool_calls"]]
+    return {"role": role or spoken, "content": text, **made}
+
+
+def _one(row: Row, column: str, number: int, made: dict[str, Any], name: str, other: str) -> Any:
+    """The value under either name, taken out of `made`."""
+    values = [made.pop(key) for key in (name, other) if key in made]
+    if len(values) > 1 and values[0] != values[1]:
+        raise row.error(
+            column, f"message {number} has both `{name}` and `{other}`, which differ: keep one"
+        )
+    return values[0] if values else None
+
+
+def _text(value: Any) -> str | None:
+    """A content as text: a text, a number, or a list of text parts; None for anything else."""
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in value]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "".join(texts) if len(texts) == len(parts) else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _flag(row: Row, column: str, number: int, item: dict[str, Any]) -> bool | None:
+    """Whether the turn says that it is trained, or None where it says nothing."""
+    if partial := next((key for key in _PARTIAL if key in item), None):
+        raise row.error(
+            column,
+            f"message {number} has `{partial}`, a mask for parts of a turn, and turns are trained "
+            "whole or not at all: split the turn, or drop the key and use "
+            f"`train`: true or false",
+        )
+    found: dict[str, bool] = {}
+    for key, means in FLAGS.items():
+        if key not in item:
+            continue
+        value = str(item[key]).strip().lower()
+        if value not in (*_YES, *_NO):
+            raise row.error(
+                column,
+                f"message {number}: `{key}` is {excerpt(item[key])}; allowed are true and false, "
+                "or 1 and 0 (a turn is trained or it isn't)",
+            )
+        found[key] = (value in _YES) == means
+    if len(set(found.values())) > 1:
+        raise row.error(
+            column, f"message {number}: {listing(found)} disagree on whether it is trained"
+        )
+    return next(iter(found.values()), None)
+
+
+def _written_calls(row: Row, column: str, number: int, value: Any) -> list[Any]:
+    """The calls of a turn whose content is one call, or a list of them, as JSON."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+        calls = calls if isinstance(calls, list) else [calls]
+        assert calls and all({"name", "arguments"} <= call.keys() for call in calls)
+    except (json.JSONDecodeError, AttributeError, AssertionError) as error:
+        raise row.error(
+            column,
+            f"turn {number} is a function_call, so its value must be JSON like "
+            f'{{"name": "f", "arguments": {{}}}}, not {excerpt(value)}',
+        ) from error
+    return calls
+
+
+def _called(row: Row, column: str, number: int, call: Any) -> dict[str, Any]:
+    """A tool call whose arguments are an object (OpenAI's files hold them as JSON text)."""
+    outer = call if isinstance(call, dict) else {}
+    function = outer.get("function", outer)
+    kept = {key: value for key, value in outer.items() if function is not outer}
+    arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+    try:
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
+        raise row.error(
+            column,
+            f"message {number} has the tool call {excerpt(call)}, which must be like "
+            '{"function": {"name": "f", "arguments": {}}}',
+        )
+    return {**kept, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _dense(value: Any) -> Any:
+    """Without the nulls that Arrow fills in for keys another object of the column has."""
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    return [_dense(item) for item in value] if isinstance(value, list) else value
