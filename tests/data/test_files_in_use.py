@@ -129,7 +129,7 @@ def test_system_and_context_are_read(tokenizer):
 @pytest.mark.parametrize(
     "columns, proposed",
     [
-        ({"id": list(range(8)), "review_body": ["good film, I liked it"] * 8}, "'text': 'review_body'"),
+        ({"id": list(range(8)), "reviews_": ["good film, I like it"] * 8}, "'text': 'reviews_'"),
         ({"id": list("abcdefgh"), "body": ["a long text of many words"] * 8}, "'text': 'body'"),
         (
             {"body": ["a long text of many words"] * 8, "kind": ["pos", "neg"] * 4},

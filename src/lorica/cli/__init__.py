@@ -11,6 +11,7 @@ and nothing else (`{"error": ...}` after a failure); progress and logs go to sta
 
 from __future__ import annotations
 
+import ast
 import codecs
 import contextlib
 import importlib
@@ -20,6 +21,8 @@ import json
 import logging
 import os
 import pkgutil
+import re
+import shlex
 import signal
 import sys
 import traceback
@@ -151,13 +154,43 @@ def _failed(message: str, status: int, wants_json: bool) -> int:
     return status
 
 
+def as_flags(message: str) -> str:
+    """A message of the library with its arguments as they are typed on the command line.
+
+    Example:
+        >>> as_flags("Type `shape='text'` or `columns={'text': 'review', 'label': 'stars'}`.")
+        'Type `--shape text` or `--columns text=review label=stars`.'
+    """
+    return _ARGUMENT.sub(_as_flag, message)
+
+
+_ARGUMENT = re.compile(
+    r"`(chat_template|columns|header|max_lost_text|packing|shape|task|train_on|txt_split)=([^`]+)`"
+)
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    try:
+        value = ast.literal_eval(found[2])
+    except (ValueError, SyntaxError):  # not an argument that can be typed
+        return found[0]
+    if isinstance(value, dict):
+        words = [f"{key}={name}" for key, name in value.items()]
+    elif isinstance(value, (list, tuple, set)):
+        words = [str(part) for part in (sorted(value) if isinstance(value, set) else value)]
+    else:
+        words = [str(value)]
+    name = "documents" if found[1] == "txt_split" else found[1]
+    return f"`--{name.replace('_', '-')} {shlex.join(words)}`"
+
+
 def _message(error: Exception, smaller: str) -> str:
     """One message for people: our own errors as they are, others with their kind."""
     if smaller and no_memory(error):
         why = (str(error) or type(error).__name__).splitlines()[0]
         return f"memory ran out: {why}. Free some, or {smaller} (LORICA_DEBUG=1 shows where)"
     if isinstance(error, (ValueError, OSError)) and str(error):
-        return str(error)
+        return as_flags(str(error))
     return f"{type(error).__name__}: {error} (LORICA_DEBUG=1 shows where)"
 
 

@@ -197,12 +197,13 @@ class _Work:
     @cached_property
     def task(self) -> str:
         from lorica.data import detect
+        from lorica.data.tokenise import sample_of
         from lorica.inference.generate import language_task
 
         asked = self.options.task
         if asked is not None:
             return asked
-        shape = detect(self.dataset.column_names)
+        shape = detect(self.dataset.column_names, sample=sample_of(self.dataset))
         speaks = language_task(self.source.config)
         # Data that serves both is measured as the model speaks.
         return speaks if {speaks, "causal-lm"} <= set(shape.readers) else shape.default_task
@@ -229,6 +230,8 @@ class _Work:
             source.tokenizer,
             max_length=options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH),
             task=self.task,
+            embeddings=getattr(source.config.get_text_config(), "vocab_size", None),
+            max_lost_text=1.0,  # the summary says what is lost; nothing is trained
             **how,
         )
 

@@ -217,7 +217,8 @@ class _Work:
 
         options = self.options
         file, split = chosen_data(options.file, None)
-        lines = suffix_of(Path(file))[0] == ".txt"
+        named = options.columns is not None or options.header is not None
+        lines = suffix_of(Path(file))[0] == ".txt" and not named
         dataset = read(
             file,
             split=split,

@@ -251,6 +251,15 @@ def prepare(
     return replace(made, report=report, pad_token_id=pad)
 
 
+def _unnamed(value: Any) -> Any:
+    """A conversation without the names of its roles, which the template spells its own way."""
+    if isinstance(value, list):
+        return [_unnamed(part) for part in value]
+    if isinstance(value, dict):
+        return {key: part for key, part in value.items() if key not in ("role", "from")}
+    return value
+
+
 def sample_of(dataset: Dataset, rows: int = 100) -> dict[str, list[Any]]:
     """Some values of each of the user's columns, from rows all over the data."""
     places = range(0, len(dataset), max(1, len(dataset) // rows))
@@ -281,7 +290,7 @@ class _Request:
         places = range(0, len(self.dataset), max(1, len(self.dataset) // 200))
         table = self.dataset.select(places).select_columns(names)[:]
         for cells in zip(*table.values(), strict=True):
-            yield from strings([revive(cell) for cell in cells])
+            yield from strings([_unnamed(revive(cell)) for cell in cells])
 
     def samples(self) -> Iterator[tuple[Row, Any]]:
         """Every row with what its shape makes of it, a few at a time."""

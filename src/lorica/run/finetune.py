@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,6 +56,7 @@ class FineTuningData(RunData):
         held: rows to evaluate on, if any.
         scores: the task's figures.
         name: the data, for result.json.
+        columns: the names in the data.
     """
 
     base: str
@@ -64,6 +66,7 @@ class FineTuningData(RunData):
     held: Prepared | None
     scores: Scores
     name: str
+    columns: tuple[str, ...]
 
 
 class FineTuning(RunPlan[TrainOptions, FineTuningData]):
@@ -116,6 +119,7 @@ def read_data(plan: FineTuning) -> None:
     """
     from lorica.data import detect, prepare
     from lorica.data.lengths import longest
+    from lorica.data.tokenise import sample_of
     from lorica.inference.metrics import Scores
     from lorica.run.load_model import base_name, load_tokenizer, own_labels, read_config
 
@@ -123,7 +127,12 @@ def read_data(plan: FineTuning) -> None:
     base = base_name(options.model, options.adapter)
     config = read_config(base)
     source, train_rows, held_rows = _rows(options)
-    shape = detect(train_rows.column_names, task=options.task)
+    shape = detect(
+        train_rows.column_names,
+        task=options.task,
+        shape=options.shape,
+        sample=sample_of(train_rows),
+    )
     task = options.task or shape.default_task
     tokenizer = load_tokenizer(base)
     limit = longest(config, tokenizer)
@@ -132,7 +141,15 @@ def read_data(plan: FineTuning) -> None:
         limit is not None and max_length > limit,
         f"`--max-length {max_length}`: `{base}` ends at {limit} tokens; give at most that",
     )
-    how: dict[str, Any] = {"max_length": max_length, "task": task}
+    how: dict[str, Any] = {
+        "max_length": max_length,
+        "task": task,
+        "shape": options.shape,
+        "now": None if options.now is None else datetime.fromisoformat(options.now),
+        "embeddings": getattr(config.get_text_config(), "vocab_size", None),
+    }
+    if options.max_lost_text is not None:
+        how["max_lost_text"] = options.max_lost_text
     if options.packing != "none":
         how["packing"] = options.packing
     how |= masking(options.chat_template, options.train_on)
@@ -140,6 +157,7 @@ def read_data(plan: FineTuning) -> None:
     data = prepare(train_rows, tokenizer, **how, **_labelled(labels))
     held = None
     if held_rows is not None:
+        how["now"] = how["now"] or data.now  # one day for both
         held = prepare(held_rows, tokenizer, **how, **_labelled(data.labels))
     if data.chat_template is not None:
         tokenizer.chat_template = data.chat_template
@@ -147,12 +165,15 @@ def read_data(plan: FineTuning) -> None:
     if held is not None:
         facts["eval_data_sha256"] = hash_rows(held.dataset)
     facts["processes"] = plan.processes
+    settled = {"data": absolute(source), "max_length": max_length, "task": task}
+    if data.now is not None:  # a resumed run prints the same date
+        settled["now"] = data.now.isoformat()
     plan.data = FineTuningData(
         source=source,
         tokenizer=tokenizer,
         max_length=max_length,
         facts=facts,
-        settled={"data": absolute(source), "max_length": max_length, "task": task},
+        settled=settled,
         evaluates=held is not None,
         base=base,
         config=config,
@@ -161,6 +182,7 @@ def read_data(plan: FineTuning) -> None:
         held=held,
         scores=Scores(task, 0 if data.labels is None else len(data.labels.names)),
         name=absolute(source),
+        columns=tuple(train_rows.column_names),
     )
 
 
@@ -181,6 +203,7 @@ def _rows(options: TrainOptions) -> tuple[str, Dataset, Dataset | None]:
         header=options.header,
         columns=options.columns,
         max_samples=options.max_samples,
+        txt_split=options.documents,
     )
     return source, train_rows, held_rows
 
@@ -214,9 +237,16 @@ def plan_steps(plan: FineTuning) -> None:
         UsageError: options that contradict the data or each other.
     """
     options, recipe = plan.options, plan.recipe
-    batches = math.ceil(
-        len(plan.data.train.dataset) / (options.per_device_train_batch_size * plan.processes)
+    rows = len(plan.data.train.dataset)
+    at_once = options.per_device_train_batch_size * plan.processes
+    drops = bool(options.further.get("dataloader_drop_last"))
+    refuse(
+        drops and rows < at_once,
+        f"`--dataloader-drop-last` leaves out the last batch, and the only one has {rows:,} of"
+        f" {at_once:,} examples: nothing would be trained. Leave it out, or give a smaller"
+        f" `--per-device-train-batch-size`, at most {max(1, rows // plan.processes)}",
     )
+    batches = rows // at_once if drops else math.ceil(rows / at_once)
     epoch_steps = max(1, math.ceil(batches / options.gradient_accumulation_steps))
     epochs = options.num_train_epochs or EPOCHS
     steps = options.max_steps or math.ceil(epochs * epoch_steps)
@@ -290,7 +320,7 @@ def load_model(plan: FineTuning) -> None:
         ValueError: the model or the adapter cannot be loaded, or they do not fit.
     """
     import lorica
-    from lorica.data import check_isolation
+    from lorica.data import check_causal, check_isolation
     from lorica.run import load_model as loading
 
     options, data = plan.options, plan.data
@@ -309,6 +339,8 @@ def load_model(plan: FineTuning) -> None:
     collator: Any = data.train.collator()
     if data.task == "seq2seq-lm" and plan.arguments.training.label_smoothing_factor:
         collator = dataclasses.replace(collator, shift=_shift(plan, model))
+    if data.task == "causal-lm":
+        check_causal(model, data.columns)
     if options.packing != "none":
         model.config.use_cache = False
         check_isolation(model, collator)

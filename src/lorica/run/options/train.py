@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, ClassVar
 
 from lorica.embedded.source import is_embedded
 from lorica.run.options.checks import UsageError, check_whole, flag, refuse
-from lorica.run.options.kinds import DTYPE, HINT, NAMES, PATH, TASKS, TEXT, WHOLE, choice
+from lorica.run.options.kinds import DTYPE, HINT, NAMES, NUMBER, PATH, TASKS, TEXT, WHOLE, choice
 from lorica.run.options.run import RunOptions
 
 
@@ -53,13 +54,21 @@ class TrainOptions(RunOptions, _Tuned):
         max_samples: train on at most this many examples.
         max_length: maximum tokens per sequence. Default: 1024, or the model's limit if that is
             lower.
-        header: column names for a csv or tsv file without a header line; `_` drops a column.
+        header: column names for a table without a header line; `_` drops a column.
+        shape: what the columns are, where they leave a choice: the name of a shape, e.g.
+            `messages`. Default: decided by the columns.
+        documents: what an example of a .txt file is: `paragraph`, `line` or `file`. Default:
+            paragraph.
+        max_lost_text: the share of the text's characters, 0 to 1, that the tokenizer may lose.
+            Default: 0.02.
         task: causal-lm, sequence-classification, token-classification or seq2seq-lm. Default:
             decided by the columns of the data.
         packing: `none`, `best_fit` (several whole examples per sequence) or `wrapped` (plain
             text cut so that every sequence is full). Tokens never attend to another example.
         chat_template: `plain`, `chatml`, a file, Jinja text, or `none`. Default: the
             tokenizer's template.
+        now: the time for chat templates that print one, e.g. `2025-01-31T12:00`. Default: when the
+            run starts; a resumed run uses the time of the first start.
         train_on: `completion` (answers), `all`, or roles, e.g. `assistant`.
         early_stopping_patience: stop after this many evaluations without an improvement.
     """
@@ -73,9 +82,13 @@ class TrainOptions(RunOptions, _Tuned):
     eval_split: Annotated[str | None, TEXT, HINT] = None
     max_samples: Annotated[int | None, WHOLE, HINT] = None
     header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    shape: Annotated[str | None, TEXT, HINT] = None
+    documents: Annotated[str | None, choice("paragraph", "line", "file"), HINT] = None
+    max_lost_text: Annotated[float | None, NUMBER, HINT] = None
     task: Annotated[str | None, choice(*TASKS), HINT] = None
     packing: Annotated[str, choice("none", "best_fit", "wrapped"), HINT] = "none"
     chat_template: Annotated[str | None, TEXT, HINT] = None
+    now: Annotated[str | None, TEXT, HINT] = None
     train_on: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
     early_stopping_patience: Annotated[int | None, WHOLE, HINT] = None
 
@@ -100,6 +113,13 @@ class TrainOptions(RunOptions, _Tuned):
         """
         self.check_run()
         check_whole("max_samples", self.max_samples)
+        if self.now is not None:
+            try:
+                datetime.fromisoformat(self.now)
+            except ValueError as error:
+                raise UsageError(
+                    f"`--now {self.now}` is no time; type one like `2025-01-31T12:00`"
+                ) from error
         check_whole("early_stopping_patience", self.early_stopping_patience)
         self.check_one_evaluation_source(self.eval_data, self.eval_split)
         fresh = self.resume is None  # else the run's own config.yaml tells what was changed

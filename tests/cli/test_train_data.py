@@ -1,0 +1,91 @@
+"""Data through the verbs: what columns mean, what is refused, and how messages say what to type."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from lorica.cli import as_flags
+
+
+def put(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog"}]
+
+
+def test_an_encoder_is_refused_as_a_causal_model(lorica, bert, tmp_path):
+    data = put(tmp_path / "a.jsonl", *[{"text": "the cat", "labels": n % 2} for n in range(8)])
+    for words in (["--task", "causal-lm"], ["--shape", "text"]):
+        ran = lorica(
+            "train", "--model", bert, "--data", data, *words, "--output-dir", tmp_path / "a",
+            "--max-steps", 1,
+        )  # fmt: skip
+        assert ran.status == 1 and "no causal language model" in ran.err
+        assert "`labels` looks like a classification: type" in ran.err
+        assert "`--task sequence-classification`" in ran.err
+    ran = lorica(
+        "train", "--model", bert, "--data", data, "--output-dir", tmp_path / "b", "--max-steps", 1,
+        "--json",
+    )  # fmt: skip
+    assert ran.status == 0 and ran.json["task"] == "sequence-classification"
+    assert "labels: 2 classes (0, 1)" in ran.err
+
+
+def test_messages_beside_text(train, lorica, tmp_path):
+    data = put(tmp_path / "a.jsonl", *[{"text": "left", "messages": CHAT}] * 4)
+    ran = train("--chat-template", "plain", data=data, out="a")
+    assert ran.status == 1 and "`--shape messages`" in ran.err
+    more = ("--chat-template", "plain", "--max-lost-text", 1)
+    for number, words in enumerate((["--shape", "messages"], ["--columns", "text=_"])):
+        ran = train(*more, *words, data=data, out=f"b{number}", steps=1)
+        assert ran.status == 0, ran.err
+        assert ran.json["data"]["shape"] == "messages"
+
+
+def test_proposals_are_flags(train, tmp_path):
+    rows = [{"id": n, "story": "the cat sees the dog and the bird"} for n in range(4)]
+    ran = train(data=put(tmp_path / "a.jsonl", *rows))
+    assert ran.status == 1 and "`--columns text=story`" in ran.err
+    assert "columns={" not in ran.err
+    lost = train(data=put(tmp_path / "b.jsonl", *[{"text": "unseen words"}] * 4), out="lost")
+    assert lost.status == 1 and "`--max-lost-text 1.0`" in lost.err
+
+
+@pytest.mark.parametrize("documents, count", [("paragraph", 2), ("line", 3), ("file", 1)])
+def test_documents_of_a_text(documents, count, train, tmp_path):
+    data = tmp_path / "a.txt"
+    data.write_text("the cat\nsees\n\nthe dog\n")
+    ran = train("--documents", documents, data=data, steps=1)
+    assert ran.status == 0, ran.err
+    assert ran.json["data"]["examples"] == count
+
+
+def test_the_day_of_the_first_start_is_used_again(train, lorica, tmp_path):
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    data = put(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 8)
+    more = ("--chat-template", template, "--save-steps", 2, "--max-lost-text", 1)
+    ran = train(*more, "--now", "2024-07-26T10:00", data=data, steps=4)
+    assert ran.status == 0, ran.err
+    kept = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert kept["now"].startswith("2024-07-26T10:00")
+    again = lorica(
+        "train", tmp_path / "out" / "config.yaml", "--resume", tmp_path / "out" / "checkpoint-2",
+        "--json",
+    )  # fmt: skip
+    assert again.status == 0, again.err
+    assert again.json["data"]["sha256"] == ran.json["data"]["sha256"]
+    wrong = train(*more, "--now", "yesterday", data=data, out="b")
+    assert wrong.status == 2 and "is no time; type one like" in wrong.err
+
+
+def test_arguments_are_flags_in_messages():
+    said = as_flags("`train_on={'tool'}` or (`chat_template=\"chatml\"`), `shape=3 x`, `x=1`")
+    assert said == "`--train-on tool` or (`--chat-template chatml`), `shape=3 x`, `x=1`"
