@@ -89,3 +89,27 @@ def test_the_day_of_the_first_start_is_used_again(train, lorica, tmp_path):
 def test_arguments_are_flags_in_messages():
     said = as_flags("`train_on={'tool'}` or (`chat_template=\"chatml\"`), `shape=3 x`, `x=1`")
     assert said == "`--train-on tool` or (`--chat-template chatml`), `shape=3 x`, `x=1`"
+
+
+def test_a_run_that_trains_nothing_is_an_error(train, text, tmp_path):
+    few = put(
+        tmp_path / "a.jsonl", *[json.loads(line) for line in text.read_text().split("\n")[:3]]
+    )
+    for steps, more in [(4, ()), (None, ("--num-train-epochs", 1))]:
+        ran = train("--dataloader-drop-last", *more, data=few, steps=steps, out=f"a{steps}")
+        assert ran.status == 2, ran.err
+        assert "`--dataloader-drop-last` leaves out the last batch" in ran.err
+        assert "has 3 of 4 examples" in ran.err and "at most 3" in ran.err
+        assert not (tmp_path / f"a{steps}" / "adapter").exists()
+    ran = train("--dataloader-drop-last", steps=None, out="b")  # 48 examples
+    assert ran.status == 0 and ran.json["steps"] == 36
+
+
+def test_a_warm_up_of_one_step_is_none(train, tmp_path):
+    for number, more in enumerate([(), ("--warmup-ratio", 0.1), ("--warmup-ratio", 0.01)]):
+        ran = train(*more, out=f"a{number}")
+        lines = (tmp_path / f"a{number}" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[0])["learning_rate"] > 0, ran.err
+    train("--warmup-ratio", 0.5, out="b")
+    lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["learning_rate"] == 0

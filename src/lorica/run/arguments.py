@@ -102,8 +102,11 @@ def training_arguments(
         " `--max-steps`, or fewer tokens or passes",
     )
     warmup = warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
-    if options.warmup_ratio is None and math.ceil(warmup * steps) >= steps:
-        warmup = 0.0  # the first step of a warm-up has rate 0: a run of one would move nothing
+    warming = math.ceil(warmup * steps)
+    # The first step of a warm-up has rate 0: a warm-up of one step would only waste it, and a run
+    # that is all warm-up would move nothing.
+    if warming <= 1 or (options.warmup_ratio is None and warming >= steps):
+        warmup = 0.0
     kept = dict(values)
     fixed = {
         "output_dir": str(plan.folder.path),

@@ -59,6 +59,11 @@ def take_steps(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> Non
     if plan.checkpoint is not None:
         plan.arguments.training.eval_on_start = False  # it was done, and is in the log
     trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
+    if not trainer.state.global_step:
+        raise ValueError(
+            "no optimizer step was taken, so nothing was trained and nothing is written; give more"
+            " data, or a smaller `--per-device-train-batch-size`"
+        )
 
 
 def _restore_finished(
