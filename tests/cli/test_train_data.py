@@ -113,3 +113,42 @@ def test_a_warm_up_of_one_step_is_none(train, tmp_path):
     train("--warmup-ratio", 0.5, out="b")
     lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["learning_rate"] == 0
+
+
+def test_figures_that_a_task_lacks_are_refused_before_the_first_step(train, lorica, bert, classes,
+                                                                     tmp_path):  # fmt: skip
+    more = ("--eval-fraction", 0.2, "--metric-for-best-model")
+    ran = train(*more, "accuracy")
+    assert ran.status == 2 and "figures of `causal-lm` are loss, perplexity" in ran.err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    words = ("train", "--model", bert, "--data", classes, "--max-steps", 4, "--eval-steps", 2,
+             "--save-steps", 2, "--json", *more)  # fmt: skip
+    ran = lorica(*words, "mathews", "--output-dir", tmp_path / "a")
+    assert ran.status == 2 and "Did you mean `matthews`?" in ran.err
+    ran = lorica(*words, "matthews", "--output-dir", tmp_path / "b")
+    assert ran.status == 0, ran.err
+    assert "the checkpoint with the highest matthews is kept" in ran.err
+
+
+def test_a_figure_that_should_fall_is_lowered(train, tmp_path):
+    ran = train("--eval-fraction", 0.2, "--metric-for-best-model", "perplexity", "--eval-steps", 2,
+                "--save-steps", 2, "--learning-rate", 0.05)  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert "the checkpoint with the lowest perplexity is kept" in ran.err
+    told = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "metrics.jsonl").read_text().split("\n")
+        if line
+    ]
+    seen = {line["step"]: line["eval_perplexity"] for line in told if "eval_perplexity" in line}
+    assert ran.json["best_step"] == min(seen, key=seen.__getitem__)
+
+
+def test_half_precision_without_a_gpu_is_refused(train):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for word in ("--fp16", "--fp16-full-eval"):
+        ran = train(word)
+        assert ran.status == 2 and f"`{word}` has no effect on a CPU" in ran.err

@@ -112,19 +112,26 @@ class Scores:
 
     Attributes:
         best: the figure that the best checkpoint is chosen by, and whether more of it is better.
+        names: the figures there are, the loss among them.
     """
+
+    falling = frozenset({"loss", "perplexity", "mse"})  # less of these is better
 
     def __init__(self, task: str, classes: int) -> None:
         self.classes = classes
         self.measure: Callable[[Numbers, Numbers, int], dict[str, float]] | None = None
         self.best: tuple[str, bool] = ("loss", False)
         self.argmax = classes > 0
+        self.names: tuple[str, ...] = ("loss", "perplexity")
         if task == "token-classification":
             self.measure, self.best = _tags, ("f1", True)
+            self.names = ("f1", "accuracy", "loss")
         elif task == "sequence-classification" and classes:
             self.measure, self.best = _classification, ("accuracy", True)
+            self.names = ("accuracy", "f1", "matthews", "loss")
         elif task == "sequence-classification":
             self.measure, self.best = _regression, ("pearson", True)
+            self.names = ("pearson", "spearman", "mse", "loss")
 
     def reduce(self, logits: Any, labels: Any) -> Any:
         """Logits -> what is kept of them between batches: class numbers, or the figures."""

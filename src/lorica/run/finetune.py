@@ -26,6 +26,7 @@ from lorica.run.options.checks import refuse
 from lorica.run.plan import RunData, RunPlan
 from lorica.run.recipe import check_optim, recipe_of
 from lorica.run.start import started
+from lorica.text import nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -272,7 +273,8 @@ def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
     """Keep the best weights, unless the user says otherwise, where that is possible."""
     if not plan.data.evaluates or values["eval_strategy"] == "no":
         return
-    best, more = plan.data.scores.best
+    scores = plan.data.scores
+    best, _ = scores.best
     matches = values["eval_strategy"] == values["save_strategy"]
     saves, evals = values.get("save_steps"), values.get("eval_steps")
     if values["eval_strategy"] == "steps" and matches and saves and evals:
@@ -280,7 +282,20 @@ def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
     values.setdefault("load_best_model_at_end", matches and not ending)
     values.setdefault("metric_for_best_model", best)
     name = values["metric_for_best_model"].removeprefix("eval_")
-    values.setdefault("greater_is_better", more if name == best else None)
+    refuse(
+        name not in scores.names,
+        f"`--metric-for-best-model {name}`: the figures of `{plan.data.task}` are"
+        f" {', '.join(scores.names)}; type one of these.{nearest(name, scores.names)}",
+    )
+    # Not transformers' guess, which takes everything but a loss for something to be raised.
+    values.setdefault("greater_is_better", name not in scores.falling)
+    if values["load_best_model_at_end"]:
+        wanted = "highest" if values["greater_is_better"] else "lowest"
+        others = ", ".join(other for other in scores.names if other != name)
+        logger.info(
+            f"the checkpoint with the {wanted} {name} is kept; `--metric-for-best-model` also takes"
+            f" {others}"
+        )
 
 
 def _ending(plan: FineTuning, steps: int) -> str:
