@@ -45,19 +45,19 @@ def serve() -> None:
     """Fork a child for each line of standard input, and tell its number and how it ended."""
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
     import datasets  # noqa: F401
-    import lorica.io.merged
-    import lorica.train.pretrain
-    import lorica.train.run
-    import lorica.train.signals
-    import lorica.train.trainer  # noqa: F401
     import torch
 
     import lorica.cli
+    import lorica.formats.merge
+    import lorica.run.finetune
+    import lorica.run.loop
+    import lorica.run.pretrain
+    import lorica.run.signals
     from lorica.recipe import registry
 
-    for room in registry.AXES:
-        for word in registry.names(room):
-            registry.find(word)
+    for axis in registry.AXES:
+        for name in registry.names(axis):
+            registry.find(name)
     torch.set_num_threads(1)
     codecs.lookup("latin1")  # a child that is nobody may not read Python's own files
     print("ready", flush=True)
