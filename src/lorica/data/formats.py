@@ -511,15 +511,29 @@ def _parquet(path: Path, data: bytes, options: Options) -> pa.Table:
 
 
 def _arrow(path: Path, data: bytes, options: Options) -> pa.Table:
-    """What `datasets` saves to disk: a stream of record batches, which is never packed."""
+    """What `datasets` saves to disk: a stream of record batches."""
     import pyarrow as pa
 
+    most = max(PLAIN, RATIO * len(data))
     try:
-        table = pa.ipc.open_stream(pa.BufferReader(data)).read_all()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        reader = pa.ipc.open_stream(pa.BufferReader(data))
+        batches, size = [], 0
+        for batch in reader:
+            batches.append(batch)
+            size += sum(map(_plain_bytes, batch.columns)) + batch.num_rows * len(f"{path}, row 0")
+            if size > most:
+                break
+        table = pa.Table.from_batches(batches, schema=reader.schema)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(
             f"{path} is not a whole arrow file: {_first_line(error)}. Save or download it again."
         ) from error
+    if size > most:
+        raise ValueError(
+            f"{path} has {len(data):,} bytes and unpacks to more than {most:,}, which no text "
+            f"does: at most {RATIO} times its size is allowed. If it is what you want, write it as "
+            "JSON lines and name that file."
+        )
     return _columns_of(path, table)
 
 
