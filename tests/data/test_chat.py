@@ -215,6 +215,8 @@ def test_flags_hold_in_every_shape_of_messages(tmp_path, tokenizer):
         tmp_path, tokenizer, chatless, {"messages": [user("a"), bot("b")]}, chat_template="plain"
     )
     assert made.report.skipped == {"no turn of theirs is trained": 1}
+    with pytest.raises(ValueError, match="No turn of the 1 examples .*`weight` 0"):
+        prepared(tmp_path, tokenizer, chatless, chat_template="plain")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_usual_names_of_columns(columns, shape, task):
         ({"prompt": "a", "completion": "b", "label": "True"}, "are a preference set"),
         ({"messages": [{"role": "user", "content": "a"}], "label": True}, "are a preference set"),
         ({"instruction": "a", "output": "b", "label": "good"}, "no use for `label`"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "no use for `label`"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference set.*'completion': 'chosen'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+_UNTRAINED = "no turn of theirs is trained"
 _BATCH = 1_000_000  # characters tokenised at a time: the backend's records take 100 bytes a token
 
 
@@ -303,6 +304,12 @@ class _Request:
 
     def report(self, **numbers: Any) -> Report:
         if not numbers["rows"]:
+            if set(numbers["skipped"]) == {_UNTRAINED}:
+                raise ValueError(
+                    f"No turn of the {numbers['examples']:,} examples ({self.shape.name}) is "
+                    "trained: the flags in the data, such as `weight` 0 or `train` false, leave "
+                    "out all of them. Set those to be trained to 1, or remove the flags."
+                )
             reasons = "; ".join(f"{why}: {n:,}" for why, n in numbers["skipped"].items())
             raise ValueError(
                 f"None of the {numbers['examples']:,} examples ({self.shape.name}) has a label "
@@ -439,7 +446,7 @@ class _Kept:
             self.empty += not all(answer.strip() for answer in sample.answers())
         if example is None:
             turns = sample.templated and sample.roles()
-            self.skipped["no turn of theirs is trained" if turns else "they are empty"] += 1
+            self.skipped[_UNTRAINED if turns else "they are empty"] += 1
             return
         ids, labels = example
         if len(ids) > self.max_length and not sample.divisible:

@@ -155,6 +155,12 @@ def detect(
         if shape is None:
             _check_left_over(best[0], have, task, sample or {})
         return best[0]
+    if {"chosen", "rejected"} <= set(map(_plain, have)):
+        raise ValueError(
+            f"The columns {listing(have)} are a preference set, and no task of Lorica compares "
+            "answers. To train on the good ones alone, type `columns={'completion': 'chosen'}` "
+            "(`columns={'messages': 'chosen'}` where they hold whole conversations)."
+        )
     accepted = [each for each in asked if task is None or task in each.readers]
     raise ValueError(
         f"The columns {listing(have)} fit no shape of data{f' for `{task}`' if task else ''}. "
