@@ -77,8 +77,8 @@ class Labels:
     def of(cls, values: Sequence[Any], places: Sequence[str]) -> Labels:
         """What these labels are, by their values; a file's types don't matter.
 
-        Whole numbers are classes named by them, in numeric order, also as texts (the way csv files
-        have them) and, where there are at most `FEW` of them, with a point (`1.0`, which pandas
+        Whole numbers are classes named by them, in numeric order (with those that don't occur, where
+        they begin at 0 and at least half do), also as texts (the way csv files have them) and, where there are at most `FEW` of them, with a point (`1.0`, which pandas
         writes once a label is missing). Other numbers are a regression; booleans are two classes;
         other texts are class names in sorted order, without white space around them.
 
@@ -104,6 +104,8 @@ class Labels:
                 f"can't teach {len(distinct)}. Number the classes from 0, write their names, or, "
                 "for a regression, write figures with a point."
             )
+        if "0" in distinct and digits and 2 * len(distinct) > most:
+            distinct |= set(map(str, range(most)))  # class numbers, of which some don't occur here
         names = tuple(sorted(distinct, key=lambda v: (int(v), v)) if digits else sorted(distinct))
         if len(names) < 2:
             raise ValueError(
