@@ -359,11 +359,8 @@ def test_targets_and_experts_that_cannot_be_adapted_are_errors_and_what_is_left_
 
 def test_schedules_that_no_optimizer_carries_stop_its_first_step():
     """AdaLoRA under a plain optimizer would train as LoRA for ever."""
-    from lorica.training.checks import expect
-
     model = llama()
     adapters = lorica.attach(model, "adalora", r=2, verbose=False)
-    expect(adapters)
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     plain = torch.optim.AdamW([t.parameter for t in adapters.trained()], lr=1e-3)
     ids = torch.tensor(rows(2)["input_ids"])
@@ -373,12 +370,44 @@ def test_schedules_that_no_optimizer_carries_stop_its_first_step():
     with pytest.raises(ValueError) as caught:
         plain.step()
     text = str(caught.value)
-    assert "this AdamW trains adapters of" in text and "`adalora` does not ride on it" in text
+    assert "this AdamW trains adapters of" in text and "`adalora` would not act with it" in text
     assert "lorica.optimizer(adapters" in text and "TrainerMixin" in text
     assert adapters.fingerprint() == before
     lorica.training.bind.bind(plain, adapters, total_steps=20)
     plain.step()
     assert plain.param_groups[0]["lorica"]["step"] == 1
+
+
+@pytest.mark.parametrize("method", [
+    "lorarite", "riemannian", "vectoradamw", "loraplus", "lora+sgd", "galore", "dora+loraplus",
+])  # fmt: skip
+def test_rules_and_rates_that_a_plain_optimizer_does_not_know_stop_its_first_step(method):
+    """Under AdamW they would train as AdamW, and be saved under their own names."""
+    model = llama()
+    adapters = lorica.attach(model, method, r=2, verbose=False)
+    plain = torch.optim.AdamW([t.parameter for t in adapters.trained()], lr=1e-3)
+    ids = torch.tensor(rows(2)["input_ids"])
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = adapters.fingerprint()
+    name = method.split("+")[-1]
+    with pytest.raises(ValueError, match=f"`{name}` would not act with it.*lorica.optimizer"):
+        plain.step()
+    assert adapters.fingerprint() == before
+    if "loraplus" not in method:
+        with pytest.raises(ValueError, match=f"does not move parameters by `{name}`"):
+            lorica.training.bind.bind(plain, adapters, total_steps=20)
+    lorica.optimizer(adapters, lr=1e-3, total_steps=20).step()
+    assert adapters.fingerprint() != before
+
+
+def test_a_plain_optimizer_does_where_the_method_asks_for_nothing_else():
+    for method in ("lora", "dora+olora", "lora+lorafa"):
+        model = llama()
+        adapters = lorica.attach(model, method, r=2, verbose=False)
+        plain = torch.optim.AdamW([t.parameter for t in adapters.trained()], lr=1e-3)
+        ids = torch.tensor(rows(2)["input_ids"])
+        model(input_ids=ids, labels=ids).loss.backward()
+        plain.step()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Refuses an optimizer that trains adapters without the schedules of their recipe.
+"""Refuses an optimizer that trains adapters without the schedules, rule and rates of their recipe.
 
 `lorica.attach` announces adapters whose recipe needs more than a plain optimizer; binding them to
 one takes them off the list. While the list is not empty, every optimizer's step looks at it.
@@ -13,6 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorica.model.adapters import Adapters
+from lorica.recipe.recipe import Recipe
 
 _unbound: weakref.WeakSet[Adapters] = weakref.WeakSet()
 _watching = False
@@ -20,9 +21,9 @@ _watching = False
 
 def expect(adapters: Adapters) -> None:
     """From now on an optimizer that holds parameters of these adapters must be bound to them if
-    the recipe has schedules: its step is an error until then."""
+    the recipe needs it: its step is an error until then."""
     global _watching
-    if adapters.recipe.schedules:
+    if _in_need(adapters.recipe):
         if not _watching:
             register_optimizer_step_pre_hook(_refuse)
             _watching = True
@@ -34,16 +35,23 @@ def discard(adapters: Adapters) -> None:
     _unbound.discard(adapters)
 
 
+def _in_need(recipe: Recipe) -> list[str]:
+    """The parts of a method that act through an optimizer of Lorica's making alone."""
+    needing = [schedule.name for schedule in recipe.schedules]
+    needing += [] if recipe.rule.any_optimizer else [recipe.rule.name]
+    return needing + [group.name for group in recipe.groups if group.sets_options()]
+
+
 def _refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:  # Any: the step's own arguments
     if not _unbound:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(_unbound):
         if any(id(t.parameter) in held for t in adapters.trained()):
-            names = ", ".join(f"`{schedule.name}`" for schedule in adapters.recipe.schedules)
+            names = ", ".join(f"`{name}`" for name in _in_need(adapters.recipe))
             raise ValueError(
                 f"this {type(optimizer).__name__} trains adapters of `{adapters.recipe.text()}`,"
-                f" but {names} does not run on it and would never act: make the optimizer with"
+                f" but {names} would not act with it: make the optimizer with"
                 " `lorica.optimizer(adapters, ...)`, train with `lorica.run.Trainer` (or"
                 " `TrainerMixin` before a Trainer of your own), or hand it to"
                 " `lorica.training.bind.bind`"

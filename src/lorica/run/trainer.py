@@ -156,7 +156,7 @@ class TrainerMixin(Guarded):
             groups = self.adapters.param_groups(
                 self.args.learning_rate, self.args.weight_decay, self.modules_learning_rate
             )
-            self.optimizer = rule.build(groups, rule.options_from(self.args))
+            self.optimizer = rule.make(groups, rule.options_from(self.args))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

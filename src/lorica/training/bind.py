@@ -171,10 +171,20 @@ def bind(
         the first step.
         total_steps: the horizon, in optimizer steps, where a schedule needs it.
         seed: of the schedules' random draws.
+
+    Raises:
+        ValueError: the optimizer is bound already, or moves parameters by another rule than the
+            recipe's; what a schedule refuses of the horizon.
     """
     recipe = adapters.recipe
     if KEY in optimizer.param_groups[0]:
         raise ValueError("this optimizer is bound already; make a new one with `lorica.optimizer`")
+    if not recipe.rule.made(optimizer):
+        raise ValueError(
+            f"this {type(optimizer).__name__} does not move parameters by `{recipe.rule.name}`, the"
+            f" rule of `{recipe.text()}`: make the optimizer with `lorica.optimizer(adapters, ...)`,"
+            " or leave the rule out of the method"
+        )
     schedules = [s.fit(total_steps) for s in recipe.schedules]
     sites = {t.site for t in adapters.trained()}
     optimizer.param_groups[0][KEY] = {
@@ -230,5 +240,5 @@ def optimizer(
         if default is None:
             raise ValueError(f"`{adapters.recipe.text()}` has no default rate; give `lr`")
         lr = float(default[0])
-    made = adapters.recipe.rule.build(adapters.param_groups(lr, weight_decay, modules_lr), options)
+    made = adapters.recipe.rule.make(adapters.param_groups(lr, weight_decay, modules_lr), options)
     return bind(made, adapters, total_steps=total_steps, seed=seed)

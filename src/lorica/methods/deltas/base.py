@@ -28,7 +28,9 @@ class AbstractDelta(nn.Module, abc.ABC):
 
     roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
     scale: float = 1.0
-    shared_names: frozenset[str] = frozenset()  # names of parameters that all layers of the model share
+    shared_names: frozenset[str] = (
+        frozenset()
+    )  # names of parameters that all layers of the model share
 
     def __init__(self) -> None:
         super().__init__()

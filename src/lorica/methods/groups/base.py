@@ -28,6 +28,11 @@ class AbstractGroup(Choice, abc.ABC):
         are."""
         return options
 
+    def sets_options(self) -> bool:
+        """Whether it acts through an optimizer's groups, which must then be made from the recipe;
+        freezing alone does not."""
+        return type(self).adjust is not AbstractGroup.adjust
+
 
 def options_of(
     trained: Trained, choices: Sequence[AbstractGroup], lr: float, weight_decay: float

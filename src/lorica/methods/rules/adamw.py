@@ -35,6 +35,7 @@ class AdamW(AbstractRule):
     """
 
     trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
+    any_optimizer: ClassVar[bool] = True
     state_per_element: ClassVar[int] = 2
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
 

@@ -24,15 +24,34 @@ from lorica.methods.choice import Choice
 from lorica.methods.groups.base import grouped
 
 
+_MARK = "_lorica_rule"  # the attribute of an optimizer that names the rule it was made by
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbstractRule(Choice, abc.ABC):
     axis: ClassVar[str] = "rules"
+    # Whether any torch optimizer over the trained parameters is as good: the method asks for none.
+    any_optimizer: ClassVar[bool] = False
     trainer_names: ClassVar[frozenset[str]] = frozenset()  # values of `--optim` that mean this rule
     state_per_element: ClassVar[int] = 0  # float32 state elements per trained element, about
 
     def groups(self, adapters: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of all that trains."""
         return grouped(adapters.trained(), adapters.recipe.groups, lr, weight_decay)
+
+    def make(
+        self,
+        groups: list[dict[str, Any]],  # Any: options of torch's optimizers
+        options: Mapping[str, Any],  # Any: as above
+    ) -> torch.optim.Optimizer:
+        """The optimizer that `build` gives, marked as this rule's."""
+        optimizer = self.build(groups, options)
+        vars(optimizer)[_MARK] = self.text()
+        return optimizer
+
+    def made(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this optimizer moves parameters by this rule."""
+        return self.any_optimizer or vars(optimizer).get(_MARK) == self.text()
 
     @abc.abstractmethod
     def build(
