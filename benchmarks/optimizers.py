@@ -88,7 +88,7 @@ def step_alone(rule: str, width: int, layers: int) -> Callable[[], float]:
     for _, pair in adapters.pairs():
         for p in (pair.A, pair.B):
             nn.init.normal_(p, std=0.02, generator=generator)
-    made = adapters.recipe.rule.build(adapters.param_groups(1e-4), {})  # type: ignore[union-attr]
+    made = adapters.recipe.rule.make(adapters.param_groups(1e-4), {})  # type: ignore[union-attr]
     for t in adapters.trained():
         t.parameter.grad = 1e-3 * torch.randn(t.parameter.shape, generator=generator)
 

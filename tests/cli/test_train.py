@@ -281,7 +281,9 @@ def test_the_embedded_data_and_model_stand_in(lorica, llama, tmp_path, monkeypat
     words = ("train", "--output-dir", tmp_path / "out", "--max-samples", 20, "--max-steps", 2,
              "--r", 2, "--json")  # fmt: skip
     ran = lorica(*words)
-    assert ran.status == 1 and "The tokenizer loses 100.00%" in ran.err, "it knows none of the words"
+    assert ran.status == 1 and "The tokenizer loses 100.00%" in ran.err, (
+        "it knows none of the words"
+    )
     ran = lorica(*words, "--max-lost-text", 1)
     assert ran.status == 0, ran.err
     assert ran.json["data"]["name"] == "lorica:new" and ran.json["evaluation"]["eval_loss"] > 0

@@ -247,7 +247,7 @@ def method_name(method):
 def test_the_optimizer_can_be_copied_and_pickled(method):
     adapters = stacked(method=method)
     rule = adapters.recipe.rule
-    optimizer = rule.build(adapters.param_groups(1e-2), {})
+    optimizer = rule.make(adapters.param_groups(1e-2), {})
     steps(adapters, optimizer, 2)
     both = copy.deepcopy((adapters.model, optimizer))
     other = lorica.Adapters.of(both[0])
@@ -298,7 +298,7 @@ def test_a_gradient_scaler_sees_nothing_unusual():
 
 def test_a_closure_is_called_with_gradients():
     adapters = stacked(method="lorarite")
-    optimizer = adapters.recipe.rule.build(adapters.param_groups(1e-2), {})
+    optimizer = adapters.recipe.rule.make(adapters.param_groups(1e-2), {})
 
     def closure():
         optimizer.zero_grad()
@@ -402,7 +402,7 @@ def test_singular_factors(method, case):
         "diagonal": None, "lr": 1e-2, "weight_decay": 0.1,
     }  # fmt: skip
     group = group if method_name(method) in PAIR_RULES else {**group, "pair": False}
-    optimizer = rule.build([group], {})
+    optimizer = rule.make([group], {})
     target = torch.randn(5, size)
     first = None
     for _ in range(60):
@@ -432,7 +432,7 @@ def test_a_diagonal_between_the_factors_counts_into_the_partner():
             if E is not None:
                 E = nn.Parameter(E.clone())
                 groups.append({"params": [E], "lr": 1e-2, "weight_decay": 0.0, "pair": False})
-            optimizer = rule.build(groups, {})
+            optimizer = rule.make(groups, {})
             A.grad, B.grad = gA.clone(), gB.clone()
             optimizer.step()
             return A.detach(), B.detach()
@@ -559,7 +559,7 @@ def test_a_count_that_is_read_at_every_step_is_loaded_to_where_it_was_made(word)
              "diagonal": None, "lr": 0.1, "weight_decay": 0.0},
             {"params": plain, "lr": 0.1, "weight_decay": 0.0},
         ]  # fmt: skip
-        return Recipe.parse(word).rule.build(groups, {}), pair[0], plain[0]
+        return Recipe.parse(word).rule.make(groups, {}), pair[0], plain[0]
 
     optimizer, pair, plain = made("cpu")
     for p in (p for g in optimizer.param_groups for p in g["params"]):

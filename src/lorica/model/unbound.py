@@ -35,11 +35,12 @@ def discard(adapters: Adapters) -> None:
     _unbound.discard(adapters)
 
 
-def _in_need(recipe: Recipe) -> list[str]:
-    """The parts of a method that act through an optimizer of Lorica's making alone."""
-    needing = [schedule.name for schedule in recipe.schedules]
-    needing += [] if recipe.rule.any_optimizer else [recipe.rule.name]
-    return needing + [group.name for group in recipe.groups if group.sets_options()]
+def _in_need(recipe: Recipe, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
+    """The parts of a method that would not act with this optimizer, or with any plain one."""
+    names = [schedule.name for schedule in recipe.schedules]
+    plain = recipe.rule.any_optimizer if optimizer is None else recipe.rule.made(optimizer)
+    names += [] if plain else [recipe.rule.name]
+    return names + [group.name for group in recipe.groups if group.sets_options()]
 
 
 def _refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:  # Any: the step's own arguments
@@ -47,8 +48,9 @@ def _refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:  # Any: the step
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(_unbound):
-        if any(id(t.parameter) in held for t in adapters.trained()):
-            names = ", ".join(f"`{name}`" for name in _in_need(adapters.recipe))
+        needing = _in_need(adapters.recipe, optimizer)
+        if needing and any(id(t.parameter) in held for t in adapters.trained()):
+            names = ", ".join(f"`{name}`" for name in needing)
             raise ValueError(
                 f"this {type(optimizer).__name__} trains adapters of `{adapters.recipe.text()}`,"
                 f" but {names} would not act with it: make the optimizer with"

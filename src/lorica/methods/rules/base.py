@@ -23,8 +23,8 @@ import torch
 from lorica.methods.choice import Choice
 from lorica.methods.groups.base import grouped
 
-
-_MARK = "_lorica_rule"  # the attribute of an optimizer that names the rule it was made by
+# Key in an optimizer's `defaults`, which its copies keep and its checkpoints do not hold.
+_MARK = "lorica_rule"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class AbstractRule(Choice, abc.ABC):
     ) -> torch.optim.Optimizer:
         """The optimizer that `build` gives, marked as this rule's."""
         optimizer = self.build(groups, options)
-        vars(optimizer)[_MARK] = self.text()
+        optimizer.defaults[_MARK] = self.text()
         return optimizer
 
     def made(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer moves parameters by this rule."""
-        return self.any_optimizer or vars(optimizer).get(_MARK) == self.text()
+        return self.any_optimizer or optimizer.defaults.get(_MARK) == self.text()
 
     @abc.abstractmethod
     def build(
