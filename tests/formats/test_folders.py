@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import lorica
 import models
-from lorica.formats import native, restore
+from lorica.formats import restore
 from lorica.formats.atomic_folder import writing
+from lorica.formats.lorica_json import READER
 from lorica.formats.safe_files import read_json, read_tensors
 from models import logits, perturb
 
@@ -87,7 +88,7 @@ def test_a_write_that_fails_leaves_what_was_there(own, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(native, "write_tensors", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         lorica.save(adapted("dora"), own, overwrite=True)
     assert {f.name: f.read_bytes() for f in own.iterdir()} == before
@@ -148,7 +149,7 @@ def test_another_model(folder):
 
 
 def test_a_newer_format(own):
-    edit(own / "lorica.json", reader=native.READER + 1, lorica="9.9")
+    edit(own / "lorica.json", reader=READER + 1, lorica="9.9")
     refused(own, "Lorica 9.9", "pip install -U lorica")
 
 

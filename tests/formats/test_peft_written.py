@@ -13,7 +13,8 @@ from files import close, peft_logits
 
 import lorica
 import models
-from lorica.formats import peft
+from lorica.formats.peft.names import shadows, shortest
+from lorica.formats.peft.write import config, exceptions
 from models import logits, perturb
 
 HEADS = {"llama": "lm_head", "gpt2": "lm_head", "t5": "lm_head", "qwen2": "lm_head"}
@@ -172,7 +173,7 @@ def test_patterns_are_full_paths_that_match_once(tmp_path):
 def test_patterns_of_nested_paths():
     """One path that ends in another: the shorter pattern is anchored."""
     values = {"a.q": 1, "b.a.q": 2, "c+d": 3, "c.d": 9}
-    patterns = peft._exceptions(values, 9)
+    patterns = exceptions(values, 9)
     from peft.utils.other import get_pattern_key
 
     for name, value in values.items():
@@ -190,8 +191,8 @@ def test_targets_match_exactly_the_adapted(family, tmp_path):
     for fields in ({}, {"layers_to_transform": [0]}, {"exclude_modules": [QUERY[family]]}):
         model = models.MODELS[family]()
         adapters = lorica.attach(model, "lora", r=2, verbose=False, **fields)
-        config = LoraConfig(target_modules=peft.config(adapters)["target_modules"])
-        found = {n for n in names if check_target_module_exists(config, n)}
+        theirs = LoraConfig(target_modules=config(adapters)["target_modules"])
+        found = {n for n in names if check_target_module_exists(theirs, n)}
         assert found == set(adapters.layers)
 
 
@@ -297,6 +298,6 @@ def test_buffers_of_saved_modules(tmp_path):
 
 
 def test_names_are_regular_expressions_for_peft():
-    assert peft.shadows("classifier", ["a.classifier.dense"])
-    assert not peft.shadows("classifier", ["a.subclassifier.dense"])
-    assert re.fullmatch(peft.shortest(["q"], ["q", "b.q"]), "q")
+    assert shadows("classifier", ["a.classifier.dense"])
+    assert not shadows("classifier", ["a.subclassifier.dense"])
+    assert re.fullmatch(shortest(["q"], ["q", "b.q"]), "q")

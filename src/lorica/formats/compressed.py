@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 import lorica
 from lorica.formats.atomic_folder import check_free, first, together, writing
+from lorica.formats.fields import Field, check_fields, check_given
 from lorica.formats.merge import Change, make_sample, outputs
-from lorica.formats.native import write_tensors
-from lorica.formats.safe_files import check_items, check_types, read_json, read_tensors, sha256
+from lorica.formats.safe_files import read_json, read_tensors, sha256, write_tensors
 from lorica.methods.optional import OutlivesBase
 from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
@@ -29,12 +29,13 @@ from lorica.text import shorten
 PACKED_CONFIG, PACKED_TENSORS = "compressed.json", "compressed.safetensors"
 PACKED_MARKS = (PACKED_CONFIG,)
 READER = 1  # raised when an older reader would misread what is written
-_TYPES: dict[str, tuple[type, ...]] = {
-    "lorica": (str,), "reader": (int,), "class": (str,), "method": (str,),
-    "ranks": (dict,), "parameters_before": (int,), "parameters": (int,), "bytes_before": (int,),
-    "bytes": (int,), "tied": (dict,), "computed": (list,), "files": (dict,),
+_TEXT, _COUNT = Field(types=(str,)), Field(types=(int,))
+_FIELDS = {
+    "lorica": _TEXT, "reader": _COUNT, "class": _TEXT, "method": _TEXT,
+    "ranks": Field(types=(dict,), items=(int,)), "parameters_before": _COUNT, "parameters": _COUNT,
+    "bytes_before": _COUNT, "bytes": _COUNT, "tied": Field(types=(dict,), items=(str,)),
+    "computed": Field(types=(list,), items=(str,)), "files": Field(types=(dict,), items=(str,)),
 }  # fmt: skip
-_ITEMS: dict[str, type] = {"ranks": int, "tied": str, "computed": str, "files": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +216,8 @@ def pack(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"this {type(model).__name__} is no transformers model, so no folder says how to build"
-            " it; allowed are transformers' models. Type `lorica.formats.compressed.compress(model)` and"
-            " save its `state_dict()`"
+            " it; allowed are transformers' models. Type"
+            " `lorica.formats.compressed.compress(model)` and save its `state_dict()`"
         )
     if first():
         check_free(out, overwrite=overwrite, marks=PACKED_MARKS)
@@ -253,7 +254,7 @@ def _write(model: PreTrainedModel, folder: Path, method: str, done: Compressed) 
         key = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
         alias[name] = one.setdefault(key, name)
     kept = {name: state[name] for name in dict.fromkeys(alias.values())}
-    write_tensors(kept, folder / PACKED_TENSORS, {"format": "pt"})
+    write_tensors(kept, folder / PACKED_TENSORS)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
@@ -291,13 +292,8 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             " that `lorica export --to compressed` wrote"
         )
     info = read_json(folder / PACKED_CONFIG)
-    check_types(info, _TYPES, folder / PACKED_CONFIG)
-    check_items(info, _ITEMS, folder / PACKED_CONFIG)
-    if missing := sorted(k for k in _TYPES if info.get(k) is None):
-        raise ValueError(
-            f"{folder / PACKED_CONFIG}: {missing} must be given; the file was cut. Copy the folder"
-            " again"
-        )
+    check_fields(info, _FIELDS, folder / PACKED_CONFIG)
+    check_given(info, _FIELDS, folder / PACKED_CONFIG, "the file was cut. Copy the folder again")
     if info["reader"] > READER:
         raise ValueError(
             f"{folder / PACKED_CONFIG} was written by Lorica {info['lorica']} and needs a reader of"
@@ -388,8 +384,8 @@ def _misfit(file: Path, error: Exception, builds: str = "", config: Any = None) 
         else "is no configuration of how answers are made"
     )
     return (
-        f"{file} {what} ({', '.join([*bad[:4], shorten(reason, 300)[1:-1]])}). Copy the whole folder"
-        " again from where it came"
+        f"{file} {what} ({', '.join([*bad[:4], shorten(reason, 300)[1:-1]])}). Copy the whole"
+        " folder again from where it came"
     )
 
 

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.formats import native, peft
 from lorica.formats.atomic_folder import ADAPTER_MARKS, check_free, first, together, writing
 from lorica.formats.compressed import PACKED_MARKS, Packed, pack
+from lorica.formats.load import load
 from lorica.formats.merge import MARKS, Change, Merged, make_sample, merge_to, outputs, stand_in
-from lorica.formats.safe_files import PEFT_TENSORS
+from lorica.formats.peft.places import PREFIX, factor_keys, written
+from lorica.formats.peft.write import config as peft_config
+from lorica.formats.peft.write import file_tensors, obstacle, write_config
+from lorica.formats.safe_files import PEFT_TENSORS, write_tensors
+from lorica.formats.save import check_state
+from lorica.formats.stored_state import full_state
 from lorica.model.adapters import Adapters
 from lorica.model.attach import detach
 from lorica.model.layer import AdaptedLinear
@@ -149,7 +154,7 @@ def export(
         raise ValueError(
             f"{str(source)!r} is a folder and holds no base; load the base and give it as `model`"
         )
-    adapters = native.load(model, source, check_base=check_base, trainable=False)
+    adapters = load(model, source, check_base=check_base, trainable=False)
     if whole is not None:
         return whole(adapters, out, sample=sample, overwrite=overwrite, **merge_options)
     try:
@@ -167,13 +172,13 @@ def _export(
     sample: Mapping[str, Tensor] | None,
     overwrite: bool,
 ) -> Exported:
-    state = native.full_state(adapters)
-    native.check_values(adapters, state)
+    state = full_state(adapters)
+    check_state(adapters, state)
     most = max((min(x.in_features, x.out_features) for _, x in adapters), default=None)
     if r is not None and most is not None and r > most:
         raise ValueError(
-            f"`r={shorten(r)}` (`--r`) is above {most}, which is min(in, out) of the largest layer and"
-            f" so the most that any ΔW needs; give at most `r={most}`"
+            f"`r={shorten(r)}` (`--r`) is above {most}, which is min(in, out) of the largest layer"
+            f" and so the most that any ΔW needs; give at most `r={most}`"
         )
     lost: dict[str, Any] = {}
     if r is not None:
@@ -185,13 +190,13 @@ def _export(
         config, tensors, _ = _portable(adapters, r)
         error = 0.0
     else:
-        if (obstacle := peft.obstacle(adapters)) is not None:
+        if (why := obstacle(adapters)) is not None:
             raise ValueError(
-                f"{obstacle}, so there is no PEFT adapter of it. Write merged weights instead"
+                f"{why}, so there is no PEFT adapter of it. Write merged weights instead"
                 " (`--to merged`, in Python `to='merged'`), or cut it to a plain LoRA of some rank"
                 " with `r=...`"
             )
-        config, tensors, error = peft.config(adapters), peft.file_tensors(adapters, state), 0.0
+        config, tensors, error = peft_config(adapters), file_tensors(adapters, state), 0.0
     if dtype is not None:
         rounded = {n: t.to(_DTYPES[dtype]) for n, t in tensors.items() if t.is_floating_point()}
         unit = torch.finfo(_DTYPES[dtype]).eps
@@ -203,8 +208,8 @@ def _export(
         lost["logits"] = _change(adapters, tensors, sample)
     if first():
         with writing(out, overwrite=overwrite) as folder:
-            native.write_tensors(tensors, folder / PEFT_TENSORS, {"format": "pt"})
-            peft.write_config(config, folder)
+            write_tensors(tensors, folder / PEFT_TENSORS)
+            write_config(config, folder)
     together()
     return Exported(path=out, r=config["r"], error=error, **lost)
 
@@ -217,7 +222,7 @@ def _sample(
     Raises:
         ValueError: there is nothing, and the update cannot do without.
     """
-    recipe: Any = adapters.recipe
+    recipe = adapters.recipe
     try:
         return sample or make_sample(adapters.model), None
     except ValueError as error:
@@ -235,7 +240,7 @@ def _change(
     hooks = []
     try:
         for name, layer in adapters:
-            keys = peft.factor_keys(f"{peft.PREFIX}{name}", layer.site.lookup)
+            keys = factor_keys(f"{PREFIX}{name}", layer.site.lookup)
             A, B = (tensors[key].to(layer.store.parameter.device) for key in keys)
             hooks.append(layer.register_forward_hook(partial(_beside, A, B)))
             layer.disabled = True
@@ -261,7 +266,7 @@ def _portable(
     adapters: Adapters, r: int | None
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
     """One rank, alpha = rank, s in B; cut to rank `r` where given. Each layer's error with it."""
-    recipe: Any = adapters.recipe
+    recipe = adapters.recipe
     in_full = [n for n, m in adapters.saved.items()]
     flags = None if adapters.direct else recipe.combine.peft_flags
     if adapters.direct or not adapters.base_unchanged:
@@ -284,10 +289,10 @@ def _portable(
     for name, layer in adapters:
         a, b, _ = pairs[name]
         spare = rank - a.shape[0]
-        key_a, key_b = peft.factor_keys(f"{peft.PREFIX}{name}", layer.site.lookup)
+        key_a, key_b = factor_keys(f"{PREFIX}{name}", layer.site.lookup)
         tensors[key_a] = F.pad(a, (0, 0, 0, spare)).contiguous()
         tensors[key_b] = F.pad(b, (0, spare)).contiguous()
-    config = peft.config(adapters, {n: rank for n in pairs}, {n: 1.0 for n in pairs})
+    config = peft_config(adapters, {n: rank for n in pairs}, {n: 1.0 for n in pairs})
     config |= dict.fromkeys(flags, False)  # what they say of W is in the factors
     return config, tensors, {name: error for name, (_, _, error) in pairs.items()}
 
@@ -298,7 +303,7 @@ def _pair(layer: AdaptedLinear, r: int | None, *, plain: bool) -> tuple[Tensor, 
     Args:
         plain: the layer is W + ΔW; else what is cut is its effective weight less W.
     """
-    factors = peft.written(layer) if plain else None
+    factors = written(layer) if plain else None
     if factors is not None:
         a, b = read_full(factors.A).cpu(), read_full(factors.B).cpu() * factors.scale
         if r is None or a.shape[0] <= r:

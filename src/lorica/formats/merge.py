@@ -140,7 +140,7 @@ def merge_to(
         )
     if first():
         check_free(out, overwrite=overwrite, marks=MARKS)
-    recipe: Any = adapters.recipe
+    recipe = adapters.recipe
     if approximate and "weight" in recipe.given():
         raise ValueError(
             f"`approximate` has no effect: `{recipe.text()}` has a ΔW in every layer, so merging is"
@@ -214,7 +214,7 @@ def stand_in(
 ) -> contextlib.AbstractContextManager[dict[str, float]]:
     """Within, updates that are no matrix have one that nearly computes them on the sample; what is
     lost by that, {module path: part of its update's output}. Others need no sample."""
-    recipe: Any = adapters.recipe
+    recipe = adapters.recipe
     if "weight" in recipe.given():
         return contextlib.nullcontext({})
     assert sample is not None

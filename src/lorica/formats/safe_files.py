@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,45 +118,6 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"`{name}` is no JSON number")
 
 
-def check_types(data: dict[str, Any], types: dict[str, tuple[type, ...]], path: Path) -> None:
-    """Every key of `types` that is present has one of its types (`None` in place of any).
-
-    Raises:
-        ValueError: naming all that don't.
-    """
-    bad = [
-        f"{key!r} is {shorten(data[key])}, not {' or '.join(t.__name__ for t in allowed)}"
-        for key, allowed in types.items()
-        if data.get(key) is not None
-        and not (
-            isinstance(data[key], allowed) and (bool in allowed or not isinstance(data[key], bool))
-        )
-    ]
-    if bad:
-        raise ValueError(
-            f"{path}: {'; '.join(bad)}. Correct the file, or copy it again from where it came"
-        )
-
-
-def check_items(data: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
-    """The elements of the lists and the values of the objects under these keys are of one type
-    (what is neither is `check_types`' affair); `float` takes whole numbers too.
-
-    Raises:
-        ValueError: naming the first that isn't.
-    """
-    for key, kind in kinds.items():
-        held = data.get(key)
-        items = list(held.values()) if isinstance(held, dict) else held
-        for item in items if isinstance(items, list) else ():
-            allowed = (int, float) if kind is float else kind
-            if not isinstance(item, allowed) or isinstance(item, bool):
-                raise ValueError(
-                    f"{path}: {key!r} holds {shorten(item)}, not {kind.__name__}. Correct the file, or"
-                    " copy it again from where it came"
-                )
-
-
 # Every way in which a pattern of an adapter is matched here, on every name.
 _TRY = """
 import json, re, sys
@@ -222,8 +183,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is no complete safetensors file ({shorten(str(error), 300)}); it was truncated or"
-            " changed. Copy it again from where it came, or save the adapter again"
+            f"{path} is no complete safetensors file ({shorten(str(error), 300)}); it was truncated"
+            " or changed. Copy it again from where it came, or save the adapter again"
         ) from None
     for name, tensor in tensors.items():
         check_name(name, path)
@@ -234,6 +195,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 " again in one of these"
             )
     return tensors
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file of contiguous copies on the CPU: the format knows no shared
+    memory."""
+    from safetensors.torch import save_file  # looked up late, like `safe_open` above
+
+    whole = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
+    save_file(whole, path, metadata={"format": "pt"})
 
 
 def sha256(path: Path) -> str:

@@ -237,9 +237,10 @@ def _trainer(plan: Pretraining, log: RunLog) -> RunTrainer:
 def save(plan: Pretraining) -> Path:
     """Write `model/`: an ordinary model of transformers, with its tokenizer."""
     from lorica import formats
-    from lorica.formats.native import check_values, full_state
+    from lorica.formats.save import check_state
+    from lorica.formats.stored_state import full_state
 
-    check_values(plan.adapters, full_state(plan.adapters))
+    check_state(plan.adapters, full_state(plan.adapters))
     out = plan.folder / "model"
     config: Any = plan.model.config
     config.use_cache, config.pad_token_id = True, plan.pad_token_id  # before the Trainer set them

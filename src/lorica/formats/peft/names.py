@@ -1,5 +1,4 @@
-"""Module paths of the plain model, and the shortest names that PEFT resolves to exactly some of
-them."""
+"""Names for modules in PEFT's files: the shortest ones that PEFT resolves to exactly these."""
 
 from __future__ import annotations
 

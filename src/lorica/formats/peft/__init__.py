@@ -1,0 +1,1 @@
+"""PEFT's files: written where PEFT's formula is exact, read whoever wrote them."""

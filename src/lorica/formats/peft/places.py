@@ -1,0 +1,118 @@
+"""Where each tensor of the adapters is in PEFT's file.
+
+    ΔW = s·B'A',  A' = [A; A₀] (r + k, in),  B' = [B, B₀] (out, r + k)
+
+The frozen factors of a layer are stacked under the ones that train, which makes one plain LoRA,
+however training started. Keys are `base_model.model.` + module path + suffix; s is written as
+alpha = s·(r + k).
+
+A delta may declare a type of PEFT's own (`PeftForm`). It is used where it holds everything: one
+rank, plain linear layers, no frozen factors, a plain sum W + ΔW. Elsewhere the delta's factors make
+a LORA, if it has any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorica.interfaces import Factors
+from lorica.methods.deltas.base import PeftForm
+from lorica.model.adapters import Adapters
+from lorica.model.layer import AdaptedLinear
+from lorica.tensors.dtensor_ops import read_full
+
+PREFIX = "base_model.model."
+LORA = "LORA"
+
+
+@dataclass(frozen=True)
+class Place:
+    """`length` rows (axis 0) or columns (axis 1) of the tensor `key`, from `start` on; axis None is
+    all of it."""
+
+    key: str
+    axis: int | None = None
+    start: int = 0
+    length: int = 0
+
+    def cut(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        whole = tensors[self.key]
+        return whole if self.axis is None else whole.narrow(self.axis, self.start, self.length)
+
+
+def own_form(adapters: Adapters, frozen: Mapping[str, int]) -> PeftForm | None:
+    """The type of PEFT's own that holds all of this; None: it is LORA, if PEFT has any form of it.
+
+    Args:
+        frozen: {module path: rank of its frozen factors}.
+    """
+    recipe = adapters.recipe
+    form: PeftForm | None = recipe.delta.peft_form()
+    if form is None or any(frozen.values()) or recipe.combine.peft_flags != {}:
+        return None
+    layers = [layer for _, layer in adapters]
+    plain = not any(layer.store.transposed or layer.store.lookup for layer in layers)
+    one = len({layer.site.r for layer in layers}) == 1
+    return form if plain and one and all(recipe.delta.peft_serves(x.site) for x in layers) else None
+
+
+def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
+    """{name in `adapters.state_dict()`, or of a buffer of a module trained in full: its place}.
+
+    What is not in it is not in PEFT's file as such (a delta whose factors are computed).
+    """
+    combine = adapters.recipe.combine
+    form = own_form(adapters, frozen)
+    out: dict[str, Place] = {}
+    for site, layer in adapters:
+        key = f"{PREFIX}{site}"
+        a, b = factor_keys(key, layer.site.lookup)
+        names = {id(p): n for n, p in layer.named_parameters()}
+        pair = layer.update.delta.pair()
+        if form is not None:
+            for name, suffix in form.tensors.items():
+                out[f"{site}.update.delta.{name}"] = Place(f"{key}.{suffix}")
+        elif pair is not None and _is_own(layer):
+            r, k = pair.A.shape[0], frozen[site]
+            out[f"{site}.{names[id(pair.A)]}"] = Place(a, 0, 0, r)
+            out[f"{site}.{names[id(pair.B)]}"] = Place(b, 1, 0, r)
+            if k:
+                out[f"{site}.update.frozen_A"] = Place(a, 0, r, k)
+                out[f"{site}.update.frozen_B"] = Place(b, 1, r, k)
+        for name, suffix in combine.peft_tensors.items():
+            out[f"{site}.combine.{name}"] = Place(f"{key}.{suffix}")
+        for name, _ in layer.own.named_parameters():
+            out[f"{site}.own.{name}"] = Place(f"{key}.base_layer.{name}")
+    for site, module in adapters.saved.items():
+        for name in module.copy.state_dict() if module.only is None else sorted(module.only):
+            out[f"{site}.copy.{name}"] = Place(f"{PREFIX}{site}.{name}")
+    return out
+
+
+def _is_own(layer: AdaptedLinear) -> bool:
+    """Whether the delta's factors are the trained pair itself, not computed from it."""
+    pair, own = layer.update.delta.pair(), layer.update.delta.factors()
+    return pair is not None and own is not None and own.A is pair.A and own.B is pair.B
+
+
+@torch.no_grad()
+def written(layer: AdaptedLinear) -> Factors | None:
+    """The update's factors as a LORA file holds them: of computed ones, ranks that are nothing (a
+    row of A or a column of B of zeros) are left out, all but one."""
+    factors = layer.update.factors()
+    if factors is None or _is_own(layer):
+        return factors
+    A, B = read_full(factors.A), read_full(factors.B)
+    keep = A.any(1) & B.any(0)
+    keep[0] |= ~keep.any()
+    return Factors(A[keep], B[:, keep], factors.scale)
+
+
+def factor_keys(key: str, lookup: bool) -> tuple[str, str]:
+    if lookup:
+        return f"{key}.lora_embedding_A", f"{key}.lora_embedding_B"
+    return f"{key}.lora_A.weight", f"{key}.lora_B.weight"

@@ -1,0 +1,205 @@
+"""Resolves a PEFT adapter on a model: its modules, its recipe, and the copies its file holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorica.formats.peft.config import (
+    CONVERT,
+    Config,
+    build_recipe,
+    method_of,
+    patterns_of,
+)
+from lorica.formats.peft.names import plain_modules, shadows, shortest
+from lorica.formats.peft.places import PREFIX
+from lorica.formats.safe_files import check_patterns
+from lorica.methods.ranks.base import first_match
+from lorica.model.adapters import Adapters
+from lorica.model.bases.base import base_for
+from lorica.model.targets import matches
+from lorica.recipe.recipe import Recipe
+from lorica.tensors.dtensor_ops import read_full
+from lorica.text import shorten
+
+T = TypeVar("T")
+
+
+def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool]:
+    """The recipe that computes on this model what PEFT computes with a checked configuration.
+
+    Returns:
+        The recipe, and whether its start has to be computed from the base and frozen beside it, as
+        PEFT would take it out of the base.
+
+    Raises:
+        ValueError: it means no module of the model, or PEFT's own start can't be relied on there.
+    """
+    method = method_of(data, file)
+    modules = dict(model.named_modules())
+    modules.pop("", None)
+    layers = _targets(model, modules, data, file)
+    transposed = [
+        n for n in layers if (b := base_for(modules[n])) and b.transposed and not b.lookup
+    ]
+    if method.frozen_start and transposed:
+        raise ValueError(
+            f"{file}: `init_lora_weights={data['init_lora_weights']!r}` on the transposed layer"
+            f" {transposed[0]!r}: PEFT's correction of such a base can't be relied on; {CONVERT}"
+        )
+    patterns = {
+        key: _used(method.fields[key], layers)
+        for key in ("rank_pattern", "alpha_pattern")
+        if key in method.fields
+    }
+    recipe = build_recipe(
+        data,
+        method,
+        file,
+        target_modules=shortest(layers, modules),
+        modules_to_save=_exact(_saved(modules, data), modules),
+        **patterns,
+    )
+    return recipe, method.frozen_start
+
+
+def _saved(modules: Iterable[str], data: Config) -> list[str]:
+    """The modules that PEFT would train in full, by its own rules."""
+    patterns = data.get("modules_to_save") or []
+    saved = [n for n in modules if any(n.endswith(p) for p in patterns)]
+    return [n for n in saved if not any(n != o and n.startswith(o + ".") for o in saved)]
+
+
+def _lookup(module: nn.Module) -> bool:
+    base = base_for(module)
+    return base is not None and base.lookup
+
+
+def _exact(wanted: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    names = shortest(wanted, modules)
+    return tuple(wanted) if isinstance(names, str) else names
+
+
+def _used(patterns: Mapping[str, T], layers: Sequence[str]) -> dict[str, T]:
+    """Patterns that match something: PEFT overlooks the others, a recipe does not."""
+    return {p: v for p, v in patterns.items() if any(first_match({p: 0}, n) for n in layers)}
+
+
+def _targets(
+    model: nn.Module, modules: Mapping[str, nn.Module], data: Config, file: Path
+) -> list[str]:
+    """The modules PEFT would adapt, by its own rules."""
+    spec = data["target_modules"]
+    check_patterns(patterns_of(data), modules, file)
+    try:
+        if isinstance(spec, str) and spec.lower() == "all-linear":
+            found = _all_linear(model, modules, data.get("task_type"))
+        elif isinstance(spec, str):
+            found = [n for n in modules if re.fullmatch(spec, n)]
+        else:
+            found = [n for n in modules if any(matches(str(p), n) for p in spec)]
+            found = [n for n in found if _in_layers(n, data)]
+        excluded = data.get("exclude_modules")
+        if isinstance(excluded, str):
+            found = [n for n in found if not re.fullmatch(excluded, n)]
+        elif excluded:
+            found = [n for n in found if not any(matches(str(p), n) for p in excluded)]
+        found = [
+            n for n in found if not any(shadows(p, [n]) for p in data.get("modules_to_save") or [])
+        ]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {shorten(spec)}, or another of its patterns, is no regular expression"
+            f" ({error}). Correct the file, or copy it again from where it came"
+        ) from None
+    if not found:
+        endings = sorted({n.rsplit(".", 1)[-1] for n in modules} - {str(i) for i in range(1000)})
+        raise ValueError(
+            f"{file}: `target_modules={shorten(spec)}` means no module of this"
+            f" {type(model).__name__}, whose modules end in {', '.join(endings)}. The adapter is"
+            f" for {shorten(data.get('base_model_name_or_path'))}; load that model"
+        )
+    return found
+
+
+def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], task: str | None) -> list[str]:
+    """Every linear layer but the output embeddings, or but the first head of a classifier."""
+    found = [n for n, m in modules.items() if base_for(m) is not None and not _lookup(m)]
+    if not isinstance(model, PreTrainedModel):
+        return found
+    head = model.get_output_embeddings()
+    if head is None and task == "SEQ_CLS":
+        head = next((modules[h] for h in ("score", "classifier") if h in modules), None)
+    return [n for n in found if modules[n] is not head]
+
+
+def _in_layers(name: str, data: Config) -> bool:
+    """PEFT's `layers_to_transform`: the first number in a path, or the one after a container's
+    name."""
+    wanted = data.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    containers = data.get("layers_pattern") or []
+    containers = [containers] if isinstance(containers, str) else containers
+    match = None if containers else re.match(r".*?\.[^.]*\.(?P<i>\d+)\.", name)
+    for container in containers:
+        match = match or re.match(rf"(?:^|.*?\.){container}\.(?P<i>\d+)\.", name)
+    return match is not None and int(match["i"]) in (
+        [wanted] if isinstance(wanted, int) else wanted
+    )
+
+
+@torch.no_grad()
+def spare(adapters: Adapters, tensors: Mapping[str, Tensor], used: set[str]) -> list[str]:
+    """Problems with the tensors of PEFT's file that nothing here reads.
+
+    PEFT stores copies of frozen things too (an adapted embedding's table, a frozen head's bias);
+    they are compared with the base, and whatever else is left over is reported.
+    """
+    modules = plain_modules(adapters.model)
+    problems = []
+    for key in sorted(set(tensors) - used):
+        path = key.removeprefix(PREFIX)
+        owner, _, leaf = path.rpartition(".")
+        owner, _, wrapper = owner.rpartition(".")
+        module = modules.get(owner)
+        if wrapper == "modules_to_save" and f"{PREFIX}{owner}.{leaf}" in tensors:
+            if not torch.equal(tensors[key], tensors[f"{PREFIX}{owner}.{leaf}"]):
+                problems.append(f"{key} differs from {PREFIX}{owner}.{leaf}")
+            continue
+        if wrapper == "original_module" and owner in adapters.saved:
+            continue  # what the trained copy stands in for
+        frozen = dict(module.named_parameters(recurse=False)) if module is not None else {}
+        if wrapper != "base_layer" or leaf not in frozen:
+            problems.append(f"{key} belongs to nothing in this model")
+        elif not _same(tensors[key], adapters, owner, leaf, frozen[leaf]):
+            problems.append(
+                f"{key} {tuple(tensors[key].shape)} is not the base's own {owner}.{leaf}"
+                f" {tuple(frozen[leaf].shape)}: the adapter was trained on another base, or on one"
+                " with a resized vocabulary"
+            )
+    return problems
+
+
+def _same(stored: Tensor, adapters: Adapters, owner: str, leaf: str, base: Tensor) -> bool:
+    base = read_full(base).cpu()
+    if stored.shape != base.shape:
+        return False
+    layer = adapters.layers.get(owner)
+    if (
+        layer is not None
+        and leaf == "weight"
+        and (carried := layer.update.frozen_factors) is not None
+    ):
+        # PEFT stores the table from which it has taken the start.
+        delta = carried.weight().cpu()
+        base = base.float() + (delta.T if layer.store.transposed else delta)
+        return torch.allclose(stored.float(), base, rtol=1e-2, atol=1e-3 * float(base.abs().max()))
+    return torch.equal(stored.to(base.dtype), base) or torch.equal(stored, base.to(stored.dtype))

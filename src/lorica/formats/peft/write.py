@@ -1,0 +1,219 @@
+"""Writes an adapter in PEFT's form, wherever PEFT computes the same from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from lorica.formats.lorica_json import frozen_ranks
+from lorica.formats.peft.names import plain_modules, shadows, shortest, trained_names
+from lorica.formats.peft.places import (
+    LORA,
+    PREFIX,
+    Place,
+    factor_keys,
+    own_form,
+    places,
+    written,
+)
+from lorica.formats.safe_files import PEFT_CONFIG
+from lorica.methods.ranks.base import first_match
+from lorica.model.adapters import Adapters
+from lorica.tensors.dtensor_ops import read_full
+
+T = TypeVar("T")
+
+
+def obstacle(adapters: Adapters) -> str | None:
+    """Why PEFT can't compute what these adapters compute, or None where it can."""
+    recipe = adapters.recipe
+    if adapters.direct or not adapters.base_unchanged:
+        return f"`{recipe.text()}` trains the base itself"
+    if recipe.combine.peft_flags is None:
+        return f"PEFT has no form of `{recipe.combine.name}`"
+    form = own_form(adapters, frozen_ranks(adapters))
+    for site, layer in adapters:
+        if form is None and layer.update.delta.factors() is None:
+            return f"`{recipe.delta.name}` is no product of two factors ({site!r})"
+        unknown = {n for n, _ in layer.combine.named_parameters()} - set(
+            recipe.combine.peft_tensors
+        )
+        if unknown:
+            return f"PEFT has no place for {sorted(unknown)} of `{recipe.combine.name}` ({site!r})"
+    if _saved_names(adapters) is None:
+        return (
+            "PEFT's `modules_to_save` matches by the end of a path and cannot single out"
+            f" {', '.join(_in_full(adapters))}"
+        )
+    return None
+
+
+def _in_full(adapters: Adapters) -> list[str]:
+    return [name for name, module in adapters.saved.items() if module.only is None]
+
+
+def _saved_names(adapters: Adapters) -> tuple[str, ...] | None:
+    modules = plain_modules(adapters.model)
+    return trained_names(_in_full(adapters), modules, adapters.layers)
+
+
+@torch.no_grad()
+def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's tensors, on the CPU, in the dtype they train in; `state`: all of the adapters'."""
+    ranks = frozen_ranks(adapters)
+    parts: dict[str, list[tuple[Place, Tensor]]] = {}
+    for name, place in places(adapters, ranks).items():
+        parts.setdefault(place.key, []).append((place, state[name]))
+    out: dict[str, Tensor] = {}
+    for key, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece[0].start)
+        axis = pieces[0][0].axis
+        tensors = [t.cpu() for _, t in pieces]
+        out[key] = tensors[0] if axis is None else torch.cat(tensors, axis)
+    for site, layer in adapters if own_form(adapters, ranks) is None else ():
+        a, b = factor_keys(f"{PREFIX}{site}", layer.site.lookup)
+        if a not in out:
+            factors = written(layer)
+            assert factors is not None
+            out[a], out[b] = read_full(factors.A).cpu(), read_full(factors.B).cpu()
+    # A copy each: the format knows no shared memory, and some are views.
+    return {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in out.items()}
+
+
+def config(
+    adapters: Adapters,
+    ranks: Mapping[str, int] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """`adapter_config.json`: what PEFT needs to compute the same, no more.
+
+    The user's r, alpha and `use_rslora` stay where they are true of the file; where something is
+    frozen, or s differs between layers, alpha = s·rank is written for each layer. `ranks` and
+    `scales` (of every layer) stand for the adapters' own where the factors were written otherwise.
+    """
+    recipe = adapters.recipe
+    if ranks is not None and scales is not None:
+        alphas, rooted = {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
+    elif (form := own_form(adapters, frozen_ranks(adapters))) is not None:
+        bias = form.bias if recipe.bias == "lora_only" else recipe.bias
+        own = {"r": next(layer.site.r for _, layer in adapters), form.dropout: recipe.lora_dropout}
+        return {**_about(adapters, form.peft_type), **own, **form.fields, "bias": bias}
+    else:
+        ranks, alphas, rooted = _numbers(adapters)
+    r, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        **_about(adapters, LORA),
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": rooted,
+        # The start is in the factors; any other value would make PEFT change the base.
+        "init_lora_weights": True,
+        "bias": recipe.bias,
+        "fan_in_fan_out": any(
+            layer.store.transposed and not layer.store.lookup for _, layer in adapters
+        ),
+        "rank_pattern": exceptions(ranks, r),
+        "alpha_pattern": exceptions(alphas, alpha),
+        **recipe.combine.peft_flags,
+    }
+
+
+def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
+    """What every type says: of which model the adapter is, and which modules it means."""
+    modules = plain_modules(adapters.model)
+    base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
+    targets = shortest(adapters.layers, modules)
+    return {
+        "peft_type": peft_type,
+        "auto_mapping": None,
+        "base_model_name_or_path": (base.name_or_path or None) if base is not None else None,
+        "revision": None,
+        "task_type": _task(adapters, modules),
+        "inference_mode": True,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(_saved_names(adapters) or ()) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool]:
+    """Rank and alpha of every layer as written, and `use_rslora`."""
+    recipe = adapters.recipe
+    factors = {name: written(layer) for name, layer in adapters}
+    ranks = {name: f.A.shape[0] for name, f in factors.items() if f is not None}
+    scales = {name: f.scale for name, f in factors.items() if f is not None}
+    given = recipe.rank.assign(list(adapters.layers), recipe)
+    rooted: bool | None = recipe.scale.peft_rslora
+    true = len(set(scales.values())) == 1 and all(
+        given[n][0] == ranks[n] and recipe.scale.factor(given[n][1], given[n][0]) == scales[n]
+        for n in ranks
+    )
+    if rooted is not None and true:
+        return ranks, {n: _whole(alpha) for n, (_, alpha) in given.items()}, rooted
+    return ranks, {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
+
+
+def _whole(alpha: float) -> float:
+    """An integer where it is one up to rounding: some consumers of the file parse nothing else."""
+    near = round(alpha)
+    return near if near and abs(alpha - near) <= 1e-12 * near else alpha
+
+
+def _commonest(values: Mapping[str, T]) -> T:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def exceptions(values: Mapping[str, T], usual: T) -> dict[str, T]:
+    """Patterns that match one module each, so that their order means nothing (PEFT sorts them)."""
+    out = {}
+    for name in sorted(n for n, v in values.items() if v != usual):
+        alone = [n for n in values if first_match({name: 0}, n)] == [name]
+        out[name if alone else f"^{re.escape(name)}"] = values[name]
+    return out
+
+
+_TASKS: dict[str, Mapping[Any, Any]] = {
+    "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": auto.MODEL_MAPPING_NAMES,
+}
+# What PEFT trains in full by itself under a task, whatever `modules_to_save` says.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _task(adapters: Adapters, modules: Mapping[str, nn.Module]) -> str | None:
+    """PEFT's task, from transformers' own tables; None where PEFT would then look for a head that
+    the file doesn't hold."""
+    name = type(adapters.model).__name__
+    for task, table in _TASKS.items():
+        classes = {c for v in table.values() for c in ((v,) if isinstance(v, str) else v)}
+        if name not in classes:
+            continue
+        heads = _HEADS.get(task, ())
+        found = {m for m in modules if any(m.endswith(h) for h in heads)}
+        held = found <= set(_in_full(adapters))
+        return task if held and not any(shadows(h, adapters.layers) for h in heads) else None
+    return None
+
+
+def write_config(data: Mapping[str, Any], folder: Path) -> None:
+    text = json.dumps(data, indent=2, sort_keys=True)
+    (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
