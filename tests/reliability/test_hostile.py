@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import struct
 import time
 from pathlib import Path
@@ -174,8 +175,11 @@ def refused(folder: Path, match: str, *, inspected: bool = True) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     if inspected:
-        with pytest.raises(ValueError, match=match):
-            formats.inspect(folder)
+        try:
+            seen = " ".join(formats.inspect(folder)["problems"])
+        except ValueError as error:
+            seen = str(error)
+        assert re.search(match, seen), seen
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -204,11 +208,11 @@ def test_a_link_to_a_file_is_a_file(adapter):
 @pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}])
 def test_a_rank_beyond_everything_makes_nothing(adapter, tmp_path, changes):
     edit(adapter / "adapter_config.json", **changes)
-    refused(adapter, "the rank 1000000000 is larger", inspected=False)
+    refused(adapter, "the rank 1000000000 is larger")
     own = native(tmp_path / "own")
     recipe = json.loads((own / "lorica.json").read_text())["recipe"]
     edit(own / "lorica.json", recipe={**recipe, **changes})
-    refused(own, "the rank 1000000000 is larger", inspected=False)
+    refused(own, "the rank 1000000000 is larger")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_a_path_out_of_the_folder_is_no_file_of_it(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"elsewhere")
     for name in ("../adapter_model.safetensors", str(tmp_path / "adapter_model.safetensors")):
         edit(own / "lorica.json", files={name: "0" * 64})
-        refused(own, "lacks", inspected=False)
+        refused(own, "lacks")
         assert "lacks" in formats.inspect(own)["problems"][0]
 
 
@@ -281,6 +285,7 @@ def test_tensors_of_another_kind(adapter):
         refused(adapter, match)
     save_file({**tensors, first: torch.ones(shape, dtype=torch.int64)}, file)
     refused(adapter, "of torch.int64, of torch.float32 expected", inspected=False)
+    refused(adapter, f"{re.escape(first)} is of torch.int64, ")
     save_file({**tensors, "\x1b[2J": torch.ones(1)}, file)
     refused(adapter, "is no name")
     save_file({**tensors, first: tensors[first][None]}, file)

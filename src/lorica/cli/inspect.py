@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions
 from lorica.run.options import HINT, PATH
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class Options(VerbOptions):
 
 
 def run(options: Options) -> Outcome:
+    # Here, as below: torch and transformers would slow `--help`.
     from lorica import formats
     from lorica.formats.atomic_folder import home
     from lorica.formats.compressed import is_packed, read_info
@@ -37,7 +41,7 @@ def run(options: Options) -> Outcome:
     return Outcome(data, (*_head(data), _table(data), *_problems(data)))
 
 
-def _head(data: dict[str, Any]) -> list[str]:
+def _head(data: dict[str, Any]) -> list[str]:  # Any: what `formats.inspect` returns
     from lorica.model.summary import human
 
     base, versions = data["base"], data["versions"]
@@ -57,8 +61,8 @@ def _head(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(data: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _table(data: dict[str, Any]) -> Table:
+    from rich.table import Table  # its import would slow the start of every verb
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("layer", "out x in", "r", "scale", "norm of ΔW"):
@@ -83,8 +87,8 @@ def _small(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _ranks(ranks: dict[str, int]) -> Any:
-    from rich.table import Table
+def _ranks(ranks: dict[str, int]) -> Table:
+    from rich.table import Table  # as above
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", overflow="fold")

@@ -292,8 +292,8 @@ class AdapterFile:
         found = [*self._obstacles(), *self._pairs[1]]
         integers = [
             f"{name} is of {t.dtype}, a floating-point tensor expected"
-            for name, t in (self.tensors.items() if self.form != "model" else ())
-            if not t.is_floating_point() and name not in self._in_full
+            for name, t in self.tensors.items()  # a method's own tensors, in our form, may be some
+            if name.startswith(PREFIX) and not (t.is_floating_point() or name in self._in_full)
         ]
         return found + integers
 
@@ -310,7 +310,7 @@ class AdapterFile:
             raise ValueError(problem)
 
     def _obstacles(self) -> list[str]:
-        found = [self.damage, self._recipe[1]]
+        found = [self.damage, self._recipe[1], self._rank_problem()]
         bad = not_finite(self.tensors, self._in_full)
         if bad:
             found.append(
@@ -319,6 +319,23 @@ class AdapterFile:
                 " the file was changed. Use an earlier checkpoint"
             )
         return [problem for problem in found if problem is not None]
+
+    def _rank_problem(self) -> str | None:
+        """A rank that is larger than all there is, for which nothing must be made; None: it is
+        not."""
+        if (recipe := self.recipe) is None:
+            return None
+        sizes = [size for t in self.tensors.values() for size in t.shape]
+        for layer in self.own.layers.values() if self.own is not None else ():
+            sizes += [layer.in_features, layer.out_features]
+        rank, most = max([recipe.r or 0, *recipe.rank_pattern.values()]), max(sizes, default=0)
+        if rank <= most or self.form == "model":
+            return None
+        return (
+            f"{self.config_file}: the rank {rank} is larger than every dimension of the file's"
+            f" tensors and layers, {most} at most; the file was changed. Copy the folder again from"
+            " where it came"
+        )
 
     @cached_property
     def _in_full(self) -> set[str]:

@@ -16,7 +16,7 @@ from lorica.formats.atomic_folder import ADAPTER_MARKS, check_free, first, toget
 from lorica.formats.compressed import PACKED_MARKS, Packed, pack
 from lorica.formats.load import load
 from lorica.formats.merge import MARKS, Change, Merged, make_sample, merge_to, outputs, stand_in
-from lorica.formats.peft.places import PREFIX, factor_keys, written
+from lorica.formats.peft.places import PREFIX, combine_of, factor_keys, written
 from lorica.formats.peft.write import config as peft_config
 from lorica.formats.peft.write import file_tensors, obstacle, write_config
 from lorica.formats.safe_files import PEFT_TENSORS, write_tensors
@@ -268,11 +268,12 @@ def _portable(
     """One rank, alpha = rank, s in B; cut to rank `r` where given. Each layer's error with it."""
     recipe = adapters.recipe
     in_full = [n for n, m in adapters.saved.items()]
-    flags = None if adapters.direct else recipe.combine.peft_flags
-    if adapters.direct or not adapters.base_unchanged:
+    combine = None if adapters.direct else combine_of(adapters)
+    flags = None if combine is None else combine.peft_flags
+    if combine is None or not adapters.base_unchanged:
         why = f"`{recipe.text()}` trains the base itself"
     elif flags is None or (flags and r is None):
-        why = f"`{recipe.combine.name}` is no plain sum W + ΔW"
+        why = f"`{combine.name}` is no plain sum W + ΔW"
     elif in_full or any(n for _, layer in adapters for n, _ in layer.own.named_parameters()):
         why = f"{', '.join(in_full) or 'biases'} trained in full"
     else:

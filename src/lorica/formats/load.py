@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorica.formats.adapter_file import AdapterFile, AttachAs
+from lorica.formats.adapter_file import AdapterFile
 from lorica.formats.lorica_json import Base, base_dtypes
 from lorica.formats.stored_state import write_state
 from lorica.model.adapters import Adapters
@@ -109,7 +109,6 @@ def restore(adapters: Adapters, path: str | Path, *, check_base: bool = True) ->
 def _attach(model: nn.Module, file: AdapterFile, *, verbose: bool) -> Adapters:
     """Adapt the model as the file wants it; its state is not written yet."""
     wanted = file.attach_as(model)
-    _check_rank(wanted, model, file)
     try:
         return attach(
             model,
@@ -139,23 +138,6 @@ def _refuse_model(file: AdapterFile) -> None:
         raise ValueError(
             f"{file.folder} is a whole model ({file.base.cls}), trained by `{file.own.method}`, and"
             f" no adapter; load it with `{file.base.cls}.from_pretrained({str(file.folder)!r})`"
-        )
-
-
-def _check_rank(wanted: AttachAs, model: nn.Module, file: AdapterFile) -> None:
-    """A rank is no larger than all that the file and the model have: nothing of that size is made.
-
-    Raises:
-        ValueError: one is.
-    """
-    shapes = [t.shape for t in (*file.tensors.values(), *model.parameters())]
-    most = max((size for shape in shapes for size in shape), default=0)
-    rank = max([wanted.recipe.r or 0, *wanted.recipe.rank_pattern.values()])
-    if rank > most:
-        raise ValueError(
-            f"{file.config_file}: the rank {rank} is larger than every dimension of the file's"
-            f" tensors and of this {type(model).__name__}, {most} at most; the file was changed."
-            " Copy the folder again from where it came"
         )
 
 

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 import lorica
 from lorica.formats.fields import NUMBER, Field, check_fields, check_given
-from lorica.formats.safe_files import OWN_CONFIG, read_json, sha256
+from lorica.formats.safe_files import (
+    OWN_CONFIG,
+    OWN_TENSORS,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    read_json,
+    sha256,
+)
 from lorica.model.adapters import Adapters
 from lorica.recipe.recipe import Recipe
 from lorica.text import cut, shorten
@@ -29,6 +36,9 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
+_WRITTEN: dict[Form, set[str]] = {  # what a folder always holds
+    "peft": {PEFT_CONFIG, PEFT_TENSORS}, "lorica": {OWN_TENSORS}, "model": set(),
+}  # fmt: skip
 _CUT = "the file was cut. Copy the folder again"
 _TEXT, _TEXTS = Field(types=(str,)), Field(types=(list,), items=(str,))
 _FIELDS = {
@@ -267,6 +277,11 @@ class LoricaJson:
                     " changed since it was saved. Copy the folder again from where it came."
                     f"{remedy}"
                 )
+        if missing := sorted(_WRITTEN[self.form] - set(self.files)):
+            return (
+                f"{folder / OWN_CONFIG}: `files` does not list {', '.join(missing)}, which belongs"
+                " to the adapter; the file was changed. Copy the whole folder again"
+            )
         return None
 
     def parse_recipe(self, folder: Path) -> Recipe:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorica.interfaces import Factors
+from lorica.methods.combine.base import CombineChoice
 from lorica.methods.deltas.base import PeftForm
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
@@ -44,6 +45,13 @@ class Place:
         return whole if self.axis is None else whole.narrow(self.axis, self.start, self.length)
 
 
+def combine_of(adapters: Adapters) -> CombineChoice:
+    """The combine of adapters that have layers."""
+    combine = adapters.recipe.combine
+    assert combine is not None, "a recipe that wraps layers has a combine"
+    return combine
+
+
 def own_form(adapters: Adapters, frozen: Mapping[str, int]) -> PeftForm | None:
     """The type of PEFT's own that holds all of this; None: it is LORA, if PEFT has any form of it.
 
@@ -51,8 +59,8 @@ def own_form(adapters: Adapters, frozen: Mapping[str, int]) -> PeftForm | None:
         frozen: {module path: rank of its frozen factors}.
     """
     recipe = adapters.recipe
-    form: PeftForm | None = recipe.delta.peft_form()
-    if form is None or any(frozen.values()) or recipe.combine.peft_flags != {}:
+    form = recipe.delta.peft_form()
+    if form is None or any(frozen.values()) or combine_of(adapters).peft_flags != {}:
         return None
     layers = [layer for _, layer in adapters]
     plain = not any(layer.store.transposed or layer.store.lookup for layer in layers)
@@ -65,7 +73,6 @@ def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
 
     What is not in it is not in PEFT's file as such (a delta whose factors are computed).
     """
-    combine = adapters.recipe.combine
     form = own_form(adapters, frozen)
     out: dict[str, Place] = {}
     for site, layer in adapters:
@@ -83,7 +90,7 @@ def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
             if k:
                 out[f"{site}.update.frozen_A"] = Place(a, 0, r, k)
                 out[f"{site}.update.frozen_B"] = Place(b, 1, r, k)
-        for name, suffix in combine.peft_tensors.items():
+        for name, suffix in combine_of(adapters).peft_tensors.items():
             out[f"{site}.combine.{name}"] = Place(f"{key}.{suffix}")
         for name, _ in layer.own.named_parameters():
             out[f"{site}.own.{name}"] = Place(f"{key}.base_layer.{name}")

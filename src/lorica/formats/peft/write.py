@@ -20,6 +20,7 @@ from lorica.formats.peft.places import (
     LORA,
     PREFIX,
     Place,
+    combine_of,
     factor_keys,
     own_form,
     places,
@@ -38,17 +39,16 @@ def obstacle(adapters: Adapters) -> str | None:
     recipe = adapters.recipe
     if adapters.direct or not adapters.base_unchanged:
         return f"`{recipe.text()}` trains the base itself"
-    if recipe.combine.peft_flags is None:
-        return f"PEFT has no form of `{recipe.combine.name}`"
+    combine = combine_of(adapters)
+    if combine.peft_flags is None:
+        return f"PEFT has no form of `{combine.name}`"
     form = own_form(adapters, frozen_ranks(adapters))
     for site, layer in adapters:
         if form is None and layer.update.delta.factors() is None:
             return f"`{recipe.delta.name}` is no product of two factors ({site!r})"
-        unknown = {n for n, _ in layer.combine.named_parameters()} - set(
-            recipe.combine.peft_tensors
-        )
+        unknown = {n for n, _ in layer.combine.named_parameters()} - set(combine.peft_tensors)
         if unknown:
-            return f"PEFT has no place for {sorted(unknown)} of `{recipe.combine.name}` ({site!r})"
+            return f"PEFT has no place for {sorted(unknown)} of `{combine.name}` ({site!r})"
     if _saved_names(adapters) is None:
         return (
             "PEFT's `modules_to_save` matches by the end of a path and cannot single out"
@@ -124,7 +124,7 @@ def config(
         ),
         "rank_pattern": exceptions(ranks, r),
         "alpha_pattern": exceptions(alphas, alpha),
-        **recipe.combine.peft_flags,
+        **(combine_of(adapters).peft_flags or {}),
     }
 
 
@@ -150,17 +150,20 @@ def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
 def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool]:
     """Rank and alpha of every layer as written, and `use_rslora`."""
     recipe = adapters.recipe
+    rank, scale = recipe.rank, recipe.scale
+    assert rank is not None and scale is not None, "a LORA has both"
     factors = {name: written(layer) for name, layer in adapters}
     ranks = {name: f.A.shape[0] for name, f in factors.items() if f is not None}
     scales = {name: f.scale for name, f in factors.items() if f is not None}
-    given = recipe.rank.assign(list(adapters.layers), recipe)
-    rooted: bool | None = recipe.scale.peft_rslora
+    given = rank.assign(list(adapters.layers), recipe)
+    alphas = {n: _whole(alpha) for n, (_, alpha) in given.items() if alpha is not None}
+    rooted = scale.peft_rslora
     true = len(set(scales.values())) == 1 and all(
-        given[n][0] == ranks[n] and recipe.scale.factor(given[n][1], given[n][0]) == scales[n]
+        given[n][0] == ranks[n] and scale.factor(given[n][1], given[n][0]) == scales[n]
         for n in ranks
     )
-    if rooted is not None and true:
-        return ranks, {n: _whole(alpha) for n, (_, alpha) in given.items()}, rooted
+    if rooted is not None and true and len(alphas) == len(ranks):
+        return ranks, alphas, rooted
     return ranks, {n: _whole(scales[n] * ranks[n]) for n in ranks}, False
 
 
