@@ -214,7 +214,7 @@ class AdapterFile:
         return tuple(self.config.get("modules_to_save") or ())
 
     @property
-    def is_lora(self) -> bool:
+    def has_pairs(self) -> bool:
         """Whether the tensors are pairs of factors, with ranks and alphas in the configuration."""
         return self.form == "peft" and self.plain[0].get("peft_type") == LORA
 
@@ -223,7 +223,7 @@ class AdapterFile:
         """{module path: factors} of a LORA file, and what is wrong with them."""
         found: dict[str, dict[str, tuple[str, Tensor]]] = {}
         config, tensors = self.plain
-        for key, tensor in tensors.items() if self.is_lora else ():
+        for key, tensor in tensors.items() if self.has_pairs else ():
             for suffix, side in _SUFFIXES.items():
                 if key.endswith(suffix):
                     path = key.removesuffix(suffix).removeprefix(PREFIX)
@@ -273,7 +273,7 @@ class AdapterFile:
                 expression, or that takes for ever.
         """
         config, tensors = self.plain
-        if self.is_lora:
+        if self.has_pairs:
             check_patterns(patterns_of(config), tensors, self.folder / PEFT_CONFIG)
             check_given(config, ("r", "lora_alpha"), self.folder / PEFT_CONFIG, _ALWAYS)
         if self.own is not None:

@@ -80,7 +80,7 @@ def _versions(file: AdapterFile) -> dict[str, str]:
 
 
 def _layers(file: AdapterFile) -> Mapping[str, dict[str, Any]]:  # Any: JSON values
-    if file.is_lora:
+    if file.has_pairs:
         return {
             path: {
                 "shape": [f.B.shape[0], f.A.shape[1]],

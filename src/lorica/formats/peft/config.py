@@ -42,7 +42,7 @@ FIELDS = {  # of every type of PEFT's that is read
     "layers_to_transform": Field(types=(list, int), items=(int,)), "layers_pattern": _NAMES,
     "bias": _TEXT, "task_type": _TEXT, "peft_version": _TEXT, "base_model_name_or_path": _TEXT,
 }  # fmt: skip
-_LORA_FIELDS = {
+_PAIR_FIELDS = {
     "lora_alpha": _ALPHA, "lora_dropout": _DROPOUT,
     "use_rslora": Field(types=(bool,)), "init_lora_weights": Field(types=(bool, str)),
     "rank_pattern": replace(_RANK, types=(dict,), items=(int,)),
@@ -60,7 +60,7 @@ _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
 }  # fmt: skip
 # They belong to a start that `init_lora_weights` names.
-_LORA_IGNORED = {
+_PAIR_IGNORED = {
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 _DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
@@ -103,7 +103,7 @@ def check_values(data: Config, file: Path) -> None:
     """
     check_fields(data, {**FIELDS, **dict.fromkeys(flags(), Field(types=(bool,)))}, file)
     if data.get("peft_type") == LORA:
-        check_fields(data, {**_LORA_FIELDS, "bias": one_of("none", "all", "lora_only")}, file)
+        check_fields(data, {**_PAIR_FIELDS, "bias": one_of("none", "all", "lora_only")}, file)
     elif (form := _forms().get(str(data.get("peft_type")))) is not None:
         biases = one_of("none", "all", "lora_only", form.bias)
         check_fields(data, {form.dropout: _DROPOUT, "bias": biases}, file)
@@ -161,7 +161,7 @@ def method_of(data: Config, file: Path) -> Method:
             " again here"
         )
     _complete(data, {"r", "lora_alpha", "target_modules"}, file)
-    known = {*FIELDS, *_LORA_FIELDS, *_IGNORED, *_LORA_IGNORED, *flags()}
+    known = {*FIELDS, *_PAIR_FIELDS, *_IGNORED, *_PAIR_IGNORED, *flags()}
     _refuse_others(data, known, file)
     start = _frozen_start(data, file)
     wanted = {key: data[key] for key in flags() if data.get(key)}
