@@ -124,7 +124,7 @@ def test_an_embeddings_factors_have_their_own_rate():
 
 @pytest.mark.parametrize("argument", ["loraplus_lr_ratio=0", "loraplus_lr_embedding=-1"])
 def test_a_rate_must_be_positive(argument):
-    with pytest.raises(ValueError, match=f"`loraplus.{argument}.` must be positive"):
+    with pytest.raises(ValueError, match=f"`loraplus.{argument}.`: a (number|rate) above 0"):
         lorica.Recipe.parse(f"loraplus({argument})")
 
 

@@ -456,8 +456,8 @@ def test_a_diagonal_between_the_factors_counts_into_the_partner():
         ("lorarite", {"momentum": 0.9}, "`momentum=0.9` has no effect"),
         ("lorarite", {"eps": 1e-4}, "`eps=0.0001`.*write `lorarite"),
         ("riemannian", {"betas": (0.9, 1.0)}, r"two numbers in \[0, 1\)"),
-        ("vectoradamw", {"eps": 0.0}, "must be positive"),
-        ("riemannian(inner='sgd')", {"momentum": 1.5}, "is in"),
+        ("vectoradamw", {"eps": 0.0}, "a number above 0, e.g. 1e-8"),
+        ("riemannian(inner='sgd')", {"momentum": 1.5}, r"a number in \[0, 1\), e.g. 0.9"),
     ],
 )
 def test_an_option_without_effect_or_out_of_range_is_refused(method, options, text):
@@ -468,11 +468,11 @@ def test_an_option_without_effect_or_out_of_range_is_refused(method, options, te
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        ("riemannian(delta=-1)", "must not be negative, e.g."),
+        ("riemannian(delta=-1)", "a number, at least 0, e.g. 1e-2"),
         ("riemannian(inner='lion')", "allowed: 'adamw', 'sgd'"),
         ("riemannian(relative=1)", "allowed: True, False"),
-        ("lorarite(clip=-1)", "must not be negative"),
-        ("lorarite(skip=-0.5)", "must not be negative"),
+        ("lorarite(clip=-1)", "a norm, at least 0"),
+        ("lorarite(skip=-0.5)", "an RMS, at least 0"),
         ("lorarite(escape='yes')", "allowed: True, False"),
         ("lorarite(betas=(0.9, 1.0))", r"two numbers in \[0, 1\)"),
         ("full+lorarite", "`lorarite` needs `pair`"),

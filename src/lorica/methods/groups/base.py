@@ -17,15 +17,17 @@ from typing import Any, ClassVar
 from lorica.interfaces import Trained
 from lorica.methods.choice import Choice
 
+# Any: rates and flags, parameters, and a rule's own hyperparameters, as torch's groups hold them.
+Options = dict[str, Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractGroup(Choice, abc.ABC):
     axis: ClassVar[str] = "groups"
     freezes: ClassVar[frozenset[str]] = frozenset()  # roles that stay at their start
 
-    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
-        """Options (`lr`, `weight_decay`) of this parameter's optimizer group; default: as they
-        are."""
+    def adjust(self, trained: Trained, options: Options) -> Options:
+        """`lr`, `weight_decay` and others of this parameter's optimizer group; here unchanged."""
         return options
 
     def sets_options(self) -> bool:
@@ -36,10 +38,13 @@ class AbstractGroup(Choice, abc.ABC):
 
 def options_of(
     trained: Trained, choices: Sequence[AbstractGroup], lr: float, weight_decay: float
-) -> dict[str, Any]:
-    """Options of one parameter's optimizer group. Decay spares vectors (norms, biases) and what
-    scales others: a magnitude or a diagonal pulled to 0 takes its row or rank with it."""
-    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+) -> Options:
+    """Options of one parameter's optimizer group.
+
+    Weight decay leaves out vectors (norms, biases), and magnitudes and diagonals: one that is
+    pulled to 0 takes its row or rank with it.
+    """
+    options: Options = {"lr": lr, "weight_decay": weight_decay}
     if trained.parameter.ndim < 2 or trained.role in ("magnitude", "diagonal", "bias"):
         options["weight_decay"] = 0.0
     for choice in choices:
@@ -49,9 +54,9 @@ def options_of(
 
 def grouped(
     trained: Iterable[Trained], choices: Sequence[AbstractGroup], lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
+) -> list[Options]:
     """Optimizer groups, one for each set of options."""
-    groups: dict[tuple, dict[str, Any]] = {}
+    groups: dict[tuple[tuple[str, object], ...], Options] = {}
     for t in trained:
         options = options_of(t, choices, lr, weight_decay)
         group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
@@ -60,17 +65,14 @@ def grouped(
 
 
 def at_own_rate(
-    groups: Iterable[dict[str, Any]],
-    trained: Iterable[Trained],
-    lr: float,
-    modules_lr: float | None,
-) -> list[dict[str, Any]]:
-    """The same optimizer groups, but modules that train in full stand apart and learn at
-    `modules_lr`, where that is given.
+    groups: Iterable[Options], trained: Iterable[Trained], lr: float, modules_lr: float | None
+) -> list[Options]:
+    """The same optimizer groups, but modules that train in full get groups of their own with the
+    rate `modules_lr`, where that is given.
 
     Raises:
-        ValueError: a rate below 0, of which torch checks the default alone; or one for such
-            modules, and none trains.
+        ValueError: a rate below 0 (torch checks the default alone), or a rate for such modules
+            where none trains.
     """
     for name, rate in (("lr", lr), ("modules_lr", lr if modules_lr is None else modules_lr)):
         if not 0 <= float(rate) < math.inf:
@@ -82,7 +84,7 @@ def at_own_rate(
             f"a rate of {modules_lr:g} for the modules that train in full, and none does; name"
             " some in `modules_to_save`, or leave the rate out"
         )
-    out = []
+    out: list[Options] = []
     for group in groups:
         for own in (False, True):
             if params := [p for p in group["params"] if (id(p) in modules) is own]:

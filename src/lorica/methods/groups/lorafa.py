@@ -1,8 +1,8 @@
 """LoRA-FA: A stays at its start, only B trains.
 
-ΔW then lies in the row space of the frozen A; the optimizer's state halves, and a layer needs to
-keep x Aᵀ (N, r) for backward, not x (N, in). This is the paper's first form; the later one
-preconditions B's gradient as well.
+ΔW then lies in the row space of the frozen A. The optimizer's state halves, and backward needs
+x Aᵀ (N, r) of a layer, not x (N, in). This is the paper's first form; the later one preconditions
+B's gradient as well.
 """
 
 from __future__ import annotations

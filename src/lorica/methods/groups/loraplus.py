@@ -1,19 +1,19 @@
 """LoRA+: η_B = λ·η_A with λ ≫ 1.
 
-In wide networks A and B cannot both learn efficiently at one rate (efficient: η_A = Θ(1/n), η_B =
-Θ(1)). Group
-membership is by declared role: B at λη, everything else at η. PEFT also moves every one-dimensional
-parameter (DoRA's magnitudes, norms, biases) to λη, because it sorts by dimension; the theory speaks
-of B alone, and so does this file.
+In wide networks A and B cannot both learn efficiently at one rate (efficient: η_A = Θ(1/n),
+η_B = Θ(1)). Parameters are sorted by their declared role: B at λη, everything else at η. PEFT also
+moves every one-dimensional parameter (DoRA's magnitudes, norms, biases) to λη, because it sorts by
+dimension; the theory is about B alone, and this file follows it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lorica.interfaces import Trained
-from lorica.methods.groups.base import AbstractGroup
+from lorica.methods.fields import number
+from lorica.methods.groups.base import AbstractGroup, Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class LoraPlus(AbstractGroup):
 
     Args:
         loraplus_lr_ratio: λ; default 16, the authors' advice together with a lower η (default here
-        5e-5).
+            5e-5).
         loraplus_lr_embedding: rate of both factors of an adapted embedding; default 1e-6, PEFT's
             and the authors'.
 
@@ -48,13 +48,12 @@ class LoraPlus(AbstractGroup):
     needs: ClassVar[frozenset[str]] = frozenset({"sides"})
 
     def __post_init__(self) -> None:
-        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`loraplus({name}={getattr(self, name)!r})` must be positive")
+        number(self, "loraplus_lr_ratio", above=0, say="a number above 0, e.g. 16")
+        number(self, "loraplus_lr_embedding", above=0, say="a rate above 0, e.g. 1e-6")
 
     default_learning_rate: ClassVar[float | None] = 5e-5
 
-    def adjust(self, trained: Trained, options: dict[str, Any]) -> dict[str, Any]:
+    def adjust(self, trained: Trained, options: Options) -> Options:
         if trained.lookup and trained.role in ("A", "B"):
             return {**options, "lr": self.loraplus_lr_embedding}
         if trained.role == "B":

@@ -1,64 +1,70 @@
-"""Rules that treat every number alone: what the pair rules end in, and what trains the rest.
+"""Elementwise rules: what the pair rules end in, and what moves parameters that are in no pair.
 
 Each comes in two forms that compute the same: `plain` over a list of parameters of any shapes, and
 `stacked` over one factor of n pairs at once, (n, r, d), with a step count per pair or per vector.
+Shared by the rules of this axis; no method by itself.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from torch import Tensor, _foreach_add_, _foreach_mul_  # type: ignore[attr-defined]
+from torch import Tensor
 from torch.optim.adamw import adamw as adamw_
+
+from lorica.methods.fields import is_number
+from lorica.methods.groups.base import Options
+from lorica.tensors import foreach
 
 Shape = tuple[int, ...]
 
 
 class Elementwise(abc.ABC):
-    defaults: Mapping[str, Any]  # options of an optimizer group
+    defaults: Options  # of an optimizer group
 
     @abc.abstractmethod
-    def check(self, options: Mapping[str, Any]) -> None:
+    def check(self, options: Options) -> None:
         """ValueError where an option is out of range."""
 
     @abc.abstractmethod
-    def shapes(self, shape: Shape, options: Mapping[str, Any]) -> dict[str, Shape]:
-        """State of a parameter: name -> shape, `()` for one number."""
+    def shapes(self, shape: Shape, options: Options) -> dict[str, Shape]:
+        """State of a parameter: name -> shape, `()` for a scalar."""
 
     @abc.abstractmethod
     def plain(
         self, parameters: list[Tensor], gradients: list[Tensor],
-        states: Sequence[dict[str, Tensor]], lr: float, decay: float, options: Mapping[str, Any],
+        states: Sequence[dict[str, Tensor]], lr: float, decay: float, options: Options,
     ) -> None:  # fmt: skip
         """Move the parameters and their states in place."""
 
     @abc.abstractmethod
     def stacked(
         self, value: Tensor, gradient: Tensor, state: dict[str, Tensor],
-        lr: float | Tensor, decay: float, options: Mapping[str, Any],
+        lr: float | Tensor, decay: float, options: Options,
     ) -> Tensor:  # fmt: skip
-        """The moved value (n, r, d); `value`, `gradient` and `state` are the caller's to lose."""
+        """The moved value (n, r, d). May overwrite `value`, `gradient` and `state`."""
 
 
 class Adam(Elementwise):
     """AdamW; `plain` is torch's own code."""
 
-    defaults: Mapping[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    defaults: Options = {"betas": (0.9, 0.999), "eps": 1e-8}
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        if len(options["betas"]) != 2 or not all(0 <= b < 1 for b in options["betas"]):
-            raise ValueError(
-                f"`betas={options['betas']!r}`: two numbers in [0, 1), e.g. (0.9, 0.999)"
-            )
-        if not options["eps"] > 0:  # at 0 a gradient of 0 would be 0/0
-            raise ValueError(f"`eps={options['eps']!r}` must be positive, e.g. 1e-8")
+    def check(self, options: Options) -> None:
+        betas, eps = options["betas"], options["eps"]
+        if len(betas) != 2 or not all(is_number(b, 0) and b < 1 for b in betas):
+            raise ValueError(f"`betas={betas!r}`: two numbers in [0, 1), e.g. (0.9, 0.999)")
+        if not (is_number(eps) and eps > 0):  # at 0 a gradient of 0 would be 0/0
+            raise ValueError(f"`eps={eps!r}`: a number above 0, e.g. 1e-8")
 
-    def shapes(self, shape: Shape, options: Mapping[str, Any]) -> dict[str, Shape]:
+    def shapes(self, shape: Shape, options: Options) -> dict[str, Shape]:
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
 
-    def plain(self, parameters, gradients, states, lr, decay, options) -> None:
+    def plain(
+        self, parameters: list[Tensor], gradients: list[Tensor],
+        states: Sequence[dict[str, Tensor]], lr: float, decay: float, options: Options,
+    ) -> None:  # fmt: skip
         beta1, beta2 = options["betas"]
         adamw_(
             parameters, gradients, [s["exp_avg"] for s in states],
@@ -67,7 +73,10 @@ class Adam(Elementwise):
             eps=options["eps"], maximize=False,
         )  # fmt: skip
 
-    def stacked(self, value, gradient, state, lr, decay, options) -> Tensor:
+    def stacked(
+        self, value: Tensor, gradient: Tensor, state: dict[str, Tensor],
+        lr: float | Tensor, decay: float, options: Options,
+    ) -> Tensor:  # fmt: skip
         beta1, beta2 = options["betas"]
         count = state["step"].add_(1).double()  # 1 − β₂ᵗ in float32 is wrong in the fifth digit
         first, second = ((1 - beta**count).to(value.dtype) for beta in (beta1, beta2))
@@ -80,26 +89,33 @@ class Adam(Elementwise):
 class Sgd(Elementwise):
     """p ← (1 − ηλ)p − ηb, b ← μb + g."""
 
-    defaults: Mapping[str, Any] = {"momentum": 0.0}
+    defaults: Options = {"momentum": 0.0}
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        if not 0 <= options["momentum"] < 1:
-            raise ValueError(f"`momentum={options['momentum']!r}` is in [0, 1), e.g. 0.9")
+    def check(self, options: Options) -> None:
+        momentum = options["momentum"]
+        if not (is_number(momentum, 0) and momentum < 1):
+            raise ValueError(f"`momentum={momentum!r}`: a number in [0, 1), e.g. 0.9")
 
-    def shapes(self, shape: Shape, options: Mapping[str, Any]) -> dict[str, Shape]:
+    def shapes(self, shape: Shape, options: Options) -> dict[str, Shape]:
         return {"momentum_buffer": shape} if options["momentum"] else {}
 
-    def plain(self, parameters, gradients, states, lr, decay, options) -> None:
+    def plain(
+        self, parameters: list[Tensor], gradients: list[Tensor],
+        states: Sequence[dict[str, Tensor]], lr: float, decay: float, options: Options,
+    ) -> None:  # fmt: skip
         if options["momentum"]:
             buffers = [s["momentum_buffer"] for s in states]
-            _foreach_mul_(buffers, options["momentum"])
-            _foreach_add_(buffers, gradients)
+            foreach.mul_(buffers, options["momentum"])
+            foreach.add_(buffers, gradients)
             gradients = buffers
         if decay:
-            _foreach_mul_(parameters, 1 - lr * decay)
-        _foreach_add_(parameters, gradients, alpha=-lr)
+            foreach.mul_(parameters, 1 - lr * decay)
+        foreach.add_(parameters, gradients, alpha=-lr)
 
-    def stacked(self, value, gradient, state, lr, decay, options) -> Tensor:
+    def stacked(
+        self, value: Tensor, gradient: Tensor, state: dict[str, Tensor],
+        lr: float | Tensor, decay: float, options: Options,
+    ) -> Tensor:  # fmt: skip
         if options["momentum"]:
             gradient = state["momentum_buffer"].mul_(options["momentum"]).add_(gradient)
         return value.mul_(1 - lr * decay).sub_(gradient * lr)

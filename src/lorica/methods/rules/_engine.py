@@ -1,12 +1,14 @@
-"""RuleOptimizer: one `torch.optim.Optimizer` for every rule of this room that is not torch's own.
+"""RuleOptimizer: one `torch.optim.Optimizer` for every rule of this axis that torch doesn't have.
 
 A pair (A, B) has a group of its own, `params=[A, B]`, with its scale; everything else is in plain
-groups, updated number by number. Pairs of equal shape are stacked and updated together. State is
+groups, updated elementwise. Pairs of equal shape are stacked and updated together. State is
 tensors, in float32 or wider; hyperparameters are in the groups: schedulers, checkpoints, gradient
 scalers, Accelerate and the Trainer see nothing unusual.
 
-What every rule gets from here: a parameter without a gradient rests; a pair (or a parameter) whose
-gradient is not finite is left out of the step, its state too, and that is logged.
+For every rule alike, a parameter without a gradient does not move, and a pair (or a parameter)
+whose gradient is not finite is left out of the step, its state too, which is logged.
+
+Shared by the rules of this axis; no method by itself.
 """
 
 from __future__ import annotations
@@ -14,24 +16,31 @@ from __future__ import annotations
 import abc
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
-from torch import Tensor, _foreach_copy_, _foreach_norm  # type: ignore[attr-defined]
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lorica.interfaces import Trained
-from lorica.methods.groups.base import grouped, options_of
+from lorica.interfaces import AdaptersLike, Pair, Trained
+from lorica.methods.groups.base import Options, grouped, options_of
 from lorica.methods.rules._elementwise import Adam, Elementwise, Shape
-from lorica.methods.rules.base import AbstractRule
+from lorica.methods.rules.base import AbstractRule, TrainerArguments
+from lorica.tensors import foreach
 from lorica.tensors.dtensor_ops import copy_, read_full, reduce_scalar
+from lorica.tensors.linalg import floats
 
 logger = logging.getLogger("lorica")
 
 # Elements of one factor stacked at once: few calls, and temporary copies that stay small.
 STACKED = 1 << 22
+
+# State of A and of B, wide: name -> (n, ...), a scalar as (n, 1, 1); of a factor that does not move
+# it is empty.
+PairState = tuple[dict[str, Tensor], dict[str, Tensor]]
+Shared = Any  # Any: what a rule's `prepare` finds over all pairs for its own `update`
 
 
 @dataclass
@@ -46,26 +55,26 @@ class Factor:
     moves: bool  # has gradients
 
     def value(self) -> Tensor:
-        return _stack(self.parameters, self.transposed)
+        return stack_wide(self.parameters, self.transposed)
 
     def gradient(self) -> Tensor:
-        return _stack([p.grad for p in self.parameters], self.transposed)  # type: ignore[misc]
+        return stack_wide(gradients(self.parameters), self.transposed)
 
     def as_partner(self) -> Tensor:
         """What the other factor's product meets: E·value where there is a diagonal E."""
         value = self.value()
-        return value if self.diagonals is None else value * _stack(self.diagonals, False)
+        return value if self.diagonals is None else value * stack_wide(self.diagonals, False)
 
 
 @dataclass
 class Stack:
-    """n pairs of equal shape, hyperparameters and rest."""
+    """n pairs of equal shape and equal hyperparameters."""
 
     A: Factor
     B: Factor
     sites: list[str]  # for messages alone
     scales: list[float]
-    options: Mapping[str, Any]  # of their groups, the same for all but `lr`
+    options: Options  # of their groups, the same for all but `lr`
 
     @property
     def sides(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
@@ -78,7 +87,7 @@ class Stack:
         if not any(skipped):
             return
         counts += torch.tensor(skipped, device=counts.device)[:, None, None]
-        for site, count, now in zip(self.sites, counts.flatten().tolist(), skipped, strict=True):
+        for site, count, now in zip(self.sites, floats(counts.flatten()), skipped, strict=True):
             if now and count in _LOGGED:
                 logger.warning(
                     "%s, %s: the gradient is above the rule's limit, so it has no part in this step"
@@ -91,7 +100,7 @@ _LOGGED = frozenset(10**k for k in range(9))
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRule(AbstractRule):
-    """A rule that runs in `RuleOptimizer`; on its own it treats every number alone."""
+    """A rule that runs in `RuleOptimizer`; on its own it is elementwise."""
 
     state_per_element: ClassVar[int] = 2
 
@@ -100,14 +109,12 @@ class EngineRule(AbstractRule):
         """What moves the parameters that are in no pair."""
         return Adam()
 
-    def options(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def options(self, given: Options) -> tuple[Options, Options]:
         """Hyperparameters of the plain groups and of the pairs' groups."""
         plain = {**self.plain.defaults, **given}
         return plain, plain
 
-    def build(
-        self, groups: list[dict[str, Any]], options: Mapping[str, Any]
-    ) -> torch.optim.Optimizer:
+    def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         allowed = self.plain.defaults
         if unknown := [name for name in options if name not in allowed]:
             raise ValueError(
@@ -128,33 +135,33 @@ class EngineRule(AbstractRule):
         made = [{**g, **(pair if g.get("pair") else plain)} for g in groups]
         return RuleOptimizer(self, made)
 
-    def options_from(self, args: Any) -> dict[str, Any]:
-        """What differs from the Trainer's defaults: the rest was not asked for."""
+    def options_from(self, args: TrainerArguments) -> Options:
+        """What differs from the Trainer's defaults: nothing else was asked for."""
         fields = type(args).__dataclass_fields__
         betas = {"adam_beta1": args.adam_beta1, "adam_beta2": args.adam_beta2}
-        out: dict[str, Any] = {}
+        out: Options = {}
         if any(value != fields[name].default for name, value in betas.items()):
             out["betas"] = tuple(betas.values())
         if args.adam_epsilon != fields["adam_epsilon"].default:
             out["eps"] = args.adam_epsilon
         return out
 
-    def state_elements(self, adapters: Any) -> int:
-        """Exactly, tensors of one number aside."""
-        pairs, rest = _split(adapters)
+    def state_elements(self, adapters: AdaptersLike) -> int:
+        """Exactly, scalar tensors not counted."""
+        pairs, others = _split(adapters)
         plain, pair_options = self.options({})
-        shapes = [self.plain.shapes(tuple(t.parameter.shape), plain).values() for t in rest]
-        for _, A, B, _, trains in pairs:
-            (r, wide), tall = A.shape, B.shape[0]
-            for d, other, moves in ((wide, tall, trains[0]), (tall, wide, trains[1])):
-                if moves:
+        shapes = [self.plain.shapes(tuple(t.parameter.shape), plain).values() for t in others]
+        for _, pair, (A, B) in pairs:
+            (r, wide), tall = pair.A.shape, pair.B.shape[0]
+            for d, other, trained in ((wide, tall, A), (tall, wide, B)):
+                if trained is not None:
                     shapes.append(self.shapes(r, d, other, pair_options).values())
         sizes = [torch.Size(s).numel() for some in shapes for s in some]
         return sum(n for n in sizes if n > 1)
 
-    def shapes(self, r: int, d: int, partner: int, options: Mapping[str, Any]) -> dict[str, Shape]:
-        """State of one factor (r, d) whose partner is (r, partner): name -> shape, `()` for one
-        number."""
+    def shapes(self, r: int, d: int, partner: int, options: Options) -> dict[str, Shape]:
+        """State of one factor (r, d) whose partner is (r, partner): name -> shape, `()` for a
+        scalar."""
         return self.plain.shapes((r, d), options)
 
 
@@ -164,23 +171,23 @@ class PairRule(EngineRule):
 
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
 
-    def groups(self, adapters: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self, adapters: AdaptersLike, lr: float, weight_decay: float) -> list[Options]:
         """One group per pair, then the others by their options.
 
         `ratios` are the rates of A and B over the group's `lr`, 0 for a factor that stays frozen;
         `diagonal` is (group, position) of the parameter between the two.
         """
-        pairs, rest = _split(adapters)
+        pairs, beside = _split(adapters)
         by = adapters.recipe.groups
-        others = grouped(rest, by, lr, weight_decay)
+        others = grouped(beside, by, lr, weight_decay)
         at = {
             id(p): [len(pairs) + i, j]
             for i, g in enumerate(others)
             for j, p in enumerate(g["params"])
         }
-        out = []
-        for site, A, B, pair, trains in pairs:
-            own = [t and options_of(t, by, lr, weight_decay) for t in trains]
+        out: list[Options] = []
+        for site, pair, trained in pairs:
+            own = [t and options_of(t, by, lr, weight_decay) for t in trained]
             first = next(o for o in own if o)
             if any(o and o["weight_decay"] != first["weight_decay"] for o in own):
                 raise ValueError(
@@ -190,7 +197,7 @@ class PairRule(EngineRule):
             ratios = [(o["lr"] / first["lr"] if first["lr"] else 1.0) if o else 0.0 for o in own]
             out.append(
                 {
-                    "params": [A, B],
+                    "params": [pair.A, pair.B],
                     "pair": True,
                     "site": site,
                     "scale": pair.scale,
@@ -201,28 +208,26 @@ class PairRule(EngineRule):
             )
         return out + others
 
-    def prepare(self, stacks: list[Stack]) -> Sequence[Any] | None:
+    def prepare(self, stacks: list[Stack]) -> Sequence[Shared] | None:
         """Once a step, over all pairs: None, or one `shared` for each stack's `update`."""
         return None
 
     @abc.abstractmethod
-    def update(
-        self, stack: Stack, state: tuple[dict[str, Tensor], dict[str, Tensor]], shared: Any
-    ) -> Sequence[Tensor | None]:
-        """New values of A and B, wide, both from old ones; None for a factor that rests.
+    def update(self, stack: Stack, state: PairState, shared: Shared) -> Sequence[Tensor | None]:
+        """New values of A and B, wide, both from old ones; None for a factor that does not move.
 
         Args:
-            state: of A and of B: name -> (n, ...), one number as (n, 1, 1); changed in place or
-                replaced. Empty for a factor that rests.
+            state: see `PairState`; changed in place, or its tensors replaced.
+            shared: this stack's part of what `prepare` returned, None without one.
         """
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """See the module's text. Made by a rule's `build`."""
+    """See the module's docstring. Made by a rule's `build`."""
 
     left_out = 0  # steps in which some gradient was not finite
 
-    def __init__(self, rule: EngineRule, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, rule: EngineRule, groups: list[Options]) -> None:
         self.rule = rule
         super().__init__(groups, {"weight_decay": 0.0, "pair": False})
 
@@ -241,74 +246,80 @@ class RuleOptimizer(torch.optim.Optimizer):
                 device = p.device if paired or value.ndim else "cpu"
                 self.state[p][name] = value.to(device, copy=True)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rests = self._rests()
-        rule: Any = self.rule
-        stacks = list(self._stacks(rests))
-        shared = rule.prepare(stacks) if stacks else None
-        for i, stack in enumerate(stacks):
-            self._update(stack, shared[i] if shared is not None else None)
+        skipped = self._skipped()
+        if stacks := list(self._stacks(skipped)):
+            assert isinstance(self.rule, PairRule)  # which alone makes groups of pairs
+            shared = self.rule.prepare(stacks)
+            for i, stack in enumerate(stacks):
+                self._update(self.rule, stack, shared[i] if shared is not None else None)
         for group in self.param_groups:
             if not group["pair"]:
-                self._update_plain([p for p in group["params"] if id(p) not in rests], group)
+                self._update_plain([p for p in group["params"] if id(p) not in skipped], group)
         return loss
 
-    # -- who takes part
+    # -- what takes part
 
-    def _rests(self) -> set[int]:
+    def _skipped(self) -> set[int]:
         """Ids of parameters without a gradient, and of those whose pair's is not finite."""
-        every = [p for group in self.param_groups for p in group["params"]]
+        every: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         held = [p for p in every if p.grad is not None]
-        finite = _finite([p.grad for p in held])  # type: ignore[misc]
+        finite = _finite(gradients(held))
         bad = {id(p) for p, fine in zip(held, finite, strict=True) if not fine}
-        rests = {id(p) for p in every if p.grad is None} | bad
+        skipped = {id(p) for p in every if p.grad is None} | bad
         if bad:
             self.left_out += 1
-            told = self.left_out & (self.left_out - 1) == 0  # the 1st, 2nd, 4th, 8th ... time
+            logged = self.left_out & (self.left_out - 1) == 0  # the 1st, 2nd, 4th, 8th ... time
             for group in self.param_groups:
                 if group["pair"] and any(id(p) in bad for p in group["params"]):
-                    rests.update(id(p) for p in group["params"])
-                    if told:
+                    skipped.update(id(p) for p in group["params"])
+                    if logged:
                         logger.warning("%s: a gradient is not finite, no step here", group["site"])
             loose = {id(p) for g in self.param_groups if not g["pair"] for p in g["params"]} & bad
-            if loose and told:
+            if loose and logged:
                 logger.warning("%d gradients are not finite, no step there", len(loose))
-        return rests
+        return skipped
 
-    def _stacks(self, rests: set[int]) -> Iterator[Stack]:
-        alike: dict[tuple, list[dict[str, Any]]] = {}
+    def _stacks(self, skipped: set[int]) -> Iterator[Stack]:
+        alike: dict[_Alike, list[Options]] = {}
         for group in self.param_groups:
             if not group["pair"]:
                 continue
             A, B = group["params"]
-            moves = id(A) not in rests, id(B) not in rests
+            moves = id(A) not in skipped, id(B) not in skipped
             if any(moves):
                 own = {k: v for k, v in group.items() if k not in _OF_THE_PAIR}
                 between = group["diagonal"] is not None
-                key = (A.shape, B.shape, A.dtype, A.device, moves, between, repr(own))
+                key = _Alike(A.shape, B.shape, A.dtype, A.device, moves, between, repr(own))
                 alike.setdefault(key, []).append(group)
-        for (a, b, _, _, moves, _, _), groups in alike.items():
-            count = max(1, STACKED // max(a.numel(), b.numel()))
+        for key, groups in alike.items():
+            count = max(1, STACKED // max(key.A.numel(), key.B.numel()))
             for i in range(0, len(groups), count):
-                yield self._stack(groups[i : i + count], moves)
+                yield self._stack(groups[i : i + count], key.moves)
 
-    def _stack(self, groups: list[dict[str, Any]], moves: tuple[bool, bool]) -> Stack:
-        diagonals = None
+    def _stack(self, groups: list[Options], moves: tuple[bool, bool]) -> Stack:
+        diagonals: list[Tensor] | None = None
         if groups[0]["diagonal"] is not None:
             at = [g["diagonal"] for g in groups]
             diagonals = [self.param_groups[i]["params"][j] for i, j in at]
-        factors = []
+        factors: list[Factor] = []
         for side in range(2):
-            parameters = [g["params"][side] for g in groups]
+            parameters: list[Tensor] = [g["params"][side] for g in groups]
             rates = [float(g["lr"]) * g["ratios"][side] for g in groups]
             lr: float | Tensor = rates[0]
             if any(rate != lr for rate in rates):
-                wide = _wide(parameters[0].dtype)
+                wide = wide_dtype(parameters[0].dtype)
                 lr = torch.tensor(rates, dtype=wide, device=parameters[0].device)[:, None, None]
             factors.append(Factor(parameters, side == 1, diagonals, lr, moves[side]))
         sites, scales = [g["site"] for g in groups], [g["scale"] for g in groups]
@@ -316,36 +327,34 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     # -- one step
 
-    def _update(self, stack: Stack, shared: Any) -> None:
-        state = tuple(
-            self._read(factor, partner, stack.options) if factor.moves else {}
-            for factor, partner in stack.sides
-        )
-        rule: Any = self.rule
+    def _update(self, rule: PairRule, stack: Stack, shared: Shared) -> None:
+        state = self._read(stack.A, stack.B, stack), self._read(stack.B, stack.A, stack)
         new = rule.update(stack, state, shared)
         for (factor, _), own, value in zip(stack.sides, state, new, strict=True):
             if value is None:
                 continue
             for name, tensor in own.items():
-                _write([self.state[p][name] for p in factor.parameters], tensor, factor.transposed)
-            _write(factor.parameters, value, factor.transposed)
+                unstack_(
+                    [self.state[p][name] for p in factor.parameters], tensor, factor.transposed
+                )
+            unstack_(factor.parameters, value, factor.transposed)
 
-    def _read(
-        self, factor: Factor, partner: Factor, options: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def _read(self, factor: Factor, partner: Factor, stack: Stack) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        if not factor.moves:
+            return out
         (r, d), other = _wide_shape(factor), _wide_shape(partner)[1]
-        out = {}
-        for name, shape in self.rule.shapes(r, d, other, options).items():
+        for name, shape in self.rule.shapes(r, d, other, stack.options).items():
             stored = shape[::-1] if factor.transposed else shape
             held = [self._state(p, name, stored, like=None) for p in factor.parameters]
-            out[name] = _stack(held, factor.transposed)
+            out[name] = stack_wide(held, factor.transposed)
         return out
 
     def _state(self, p: Tensor, name: str, shape: Shape, like: Tensor | None) -> Tensor:
         """State tensor `name` of p, made of zeros on first use: sharded as `like`, or whole."""
         own = self.state[p]
         if name not in own:
-            wide = _wide(p.dtype)
+            wide = wide_dtype(p.dtype)
             if like is None or not shape:
                 device = p.device if shape or like is None else "cpu"  # torch counts on the CPU
                 dtype = wide if shape else torch.float32
@@ -354,7 +363,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 own[name] = torch.zeros_like(like, dtype=wide)
         return own[name]
 
-    def _update_plain(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+    def _update_plain(self, parameters: list[Tensor], group: Options) -> None:
         if not parameters:
             return
         kernel = self.rule.plain
@@ -365,31 +374,57 @@ class RuleOptimizer(torch.optim.Optimizer):
             }
             for p in parameters
         ]
-        values = [p.to(_wide(p.dtype)) for p in parameters]
-        gradients = [p.grad.to(v.dtype) for p, v in zip(parameters, values, strict=True)]  # type: ignore[union-attr]
-        kernel.plain(values, gradients, states, float(group["lr"]), group["weight_decay"], group)
+        values = [p.to(wide_dtype(p.dtype)) for p in parameters]
+        moved_by = [g.to(v.dtype) for g, v in zip(gradients(parameters), values, strict=True)]
+        kernel.plain(values, moved_by, states, float(group["lr"]), group["weight_decay"], group)
         for p, v in zip(parameters, values, strict=True):
             if v is not p:  # was narrower
                 p.copy_(v)
 
 
-# What differs within a stack, or is nobody's hyperparameter.
+class _Alike(NamedTuple):
+    """What pairs of one stack have in common."""
+
+    A: torch.Size
+    B: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    moves: tuple[bool, bool]
+    between: bool  # something trains between the factors
+    hyperparameters: str
+
+
+# What may differ within a stack, or is no hyperparameter.
 _OF_THE_PAIR = frozenset({"params", "lr", "initial_lr", "site", "scale", "diagonal", "lorica"})
 
 
-def _split(adapters: Any) -> tuple[list[tuple], list[Trained]]:
-    """(site, A, B, pair, the `Trained` of A and of B or None) of each pair with a trained factor,
-    and the trained parameters that are in no pair."""
+class _TrainedPair(NamedTuple):
+    site: str
+    pair: Pair
+    trained: tuple[Trained | None, Trained | None]  # A and B; None: frozen
+
+
+def _split(adapters: AdaptersLike) -> tuple[list[_TrainedPair], list[Trained]]:
+    """Pairs with a trained factor, and the trained parameters that are in no pair."""
     left = {id(t.parameter): t for t in adapters.trained()}
-    pairs = []
+    pairs: list[_TrainedPair] = []
     for site, pair in adapters.pairs():
-        trains = left.pop(id(pair.A), None), left.pop(id(pair.B), None)
-        if any(trains):
-            pairs.append((site, pair.A, pair.B, pair, trains))
+        trained = left.pop(id(pair.A), None), left.pop(id(pair.B), None)
+        if any(trained):
+            pairs.append(_TrainedPair(site, pair, trained))
     return pairs, list(left.values())
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Of parameters that have one."""
+    out: list[Tensor] = []
+    for p in parameters:
+        assert p.grad is not None
+        out.append(p.grad)
+    return out
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of state and algebra."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -399,17 +434,17 @@ def _wide_shape(factor: Factor) -> tuple[int, int]:
     return (columns, rows) if factor.transposed else (rows, columns)
 
 
-def _stack(tensors: Sequence[Tensor], transposed: bool) -> Tensor:
-    """(n, r, d), a fresh copy in float32 or wider; single numbers as (n, 1, 1)."""
+def stack_wide(tensors: Sequence[Tensor], transposed: bool) -> Tensor:
+    """(n, r, d), a fresh copy in float32 or wider; scalars as (n, 1, 1)."""
     stacked = torch.stack([read_full(t) for t in tensors])
-    stacked = stacked.to(_wide(stacked.dtype))
+    stacked = stacked.to(wide_dtype(stacked.dtype))
     if stacked.ndim == 1:
         return stacked[:, None, None]
     return stacked.mT if transposed else stacked
 
 
-def _write(tensors: list[Tensor], stacked: Tensor, transposed: bool) -> None:
-    """The inverse of `_stack`, in place."""
+def unstack_(tensors: list[Tensor], stacked: Tensor, transposed: bool) -> None:
+    """The inverse of `stack_wide`, in place."""
     if tensors[0].ndim == 0:
         stacked = stacked.reshape(-1)
     elif transposed:
@@ -419,13 +454,13 @@ def _write(tensors: list[Tensor], stacked: Tensor, transposed: bool) -> None:
         for t, part in zip(tensors, parts, strict=True):
             copy_(t, part)
     else:
-        _foreach_copy_(tensors, parts)
+        foreach.copy_(tensors, parts)
 
 
 def _finite(gradients: list[Tensor]) -> list[bool]:
     """Whether the norm of each is finite, equal on every process; one wait for the device."""
     out = [True] * len(gradients)
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[tuple[bool, torch.device, torch.dtype], list[int]] = {}
     for i, g in enumerate(gradients):
         alike.setdefault((isinstance(g, DTensor), g.device, g.dtype), []).append(i)
     for (sharded, _, dtype), where in alike.items():
@@ -433,8 +468,8 @@ def _finite(gradients: list[Tensor]) -> list[bool]:
         if sharded:
             fine = torch.tensor(reduce_scalar(some)).isfinite()
         else:
-            wide = _wide(dtype)
-            fine = torch.stack(_foreach_norm(some, 2, dtype=wide)).isfinite()
-        for i, well in zip(where, fine.tolist(), strict=True):
-            out[i] = well
+            wide = wide_dtype(dtype)
+            fine = torch.stack(foreach.norm(some, 2, dtype=wide)).isfinite()
+        for i, well in zip(where, floats(fine), strict=True):
+            out[i] = bool(well)
     return out

@@ -1,8 +1,9 @@
 """Gram matrices of thin factors, inverted safely.
 
 A factor is held wide, Y (n, r, d): n of equal shape at once. Everything here is (n, r, r) and in
-float64, so the Gram matrix loses no more of float32 factors than a QR of them would: singular
-values are told from zero down to r·eps of the largest, as `torch.linalg.pinv` does.
+float64, so the Gram matrix loses no more of float32 factors than a QR of them would: a singular
+value counts as zero below r·eps of the largest, as in `torch.linalg.pinv`. Shared by the pair rules
+of this axis; no method by itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorica.tensors.linalg import cholesky, eigh, eigvalsh
 from lorica.tensors.matmul import rounds_float32
 
 
@@ -39,7 +41,7 @@ def whiten(Y: Tensor) -> Tensor:
 
     With Yᵀ = Q R: W·Y = Qᵀ, and the pseudo-inverse R⁺ = Wᵀ.
     """
-    values, vectors = torch.linalg.eigh(gram(Y))
+    values, vectors = eigh(gram(Y))
     kept = values > _cut(values[:, -1:], Y.dtype, Y.shape[1])
     roots = torch.where(kept, values, 1).rsqrt() * kept
     return (roots[:, :, None] * vectors.mT).to(Y.dtype)
@@ -54,12 +56,12 @@ def damped_inverse(Y: Tensor, delta: float, *, relative: bool = False) -> Tensor
     matrix, r = gram(Y), Y.shape[1]
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     diagonal += delta * (diagonal.mean(-1, keepdim=True) if relative else 1)
-    root, failed = torch.linalg.cholesky_ex(matrix)
+    root, failed = cholesky(matrix)
     pivots = root.diagonal(dim1=-2, dim2=-1)
     safe = pivots.amin(-1).square() > r * _cut(pivots.amax(-1).square(), Y.dtype, r)
     if bool((safe & (failed == 0)).all()):
         return torch.cholesky_inverse(root).to(Y.dtype)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     kept = values > _cut(values[:, -1:], Y.dtype, r)
     inverse = torch.where(kept, values, 1).reciprocal() * kept
     return ((vectors * inverse[:, None, :]) @ vectors.mT).to(Y.dtype)
@@ -72,7 +74,7 @@ def symmetric(V: Tensor) -> Tensor:
 def inverse_root(V: Tensor, shift: Tensor | float, eps: float) -> Tensor:
     """(V + shift·I)^(−1/2) (n, r, r) of symmetric V, its eigenvalues clamped at 0; eps is added to
     the roots, and one of 0 is left out."""
-    values, vectors = torch.linalg.eigh(V.double())
+    values, vectors = eigh(V.double())
     roots = (values.clamp_min(0)[:, None, :] + shift).sqrt() + eps
     inverse = torch.where(roots > 0, roots, torch.inf).reciprocal()
     return ((vectors * inverse) @ vectors.mT).to(V.dtype)
@@ -81,6 +83,6 @@ def inverse_root(V: Tensor, shift: Tensor | float, eps: float) -> Tensor:
 def largest_fall(old: Tensor, new: Tensor) -> Tensor:
     """(n, 1, 1): by how much an ordered eigenvalue falls from old to new at most; not below 0, nor
     above the trace's fall."""
-    fall = torch.linalg.eigvalsh(old.double()) - torch.linalg.eigvalsh(new.double())
+    fall = eigvalsh(old.double()) - eigvalsh(new.double())
     most = fall.amax(-1).minimum(fall.sum(-1)).clamp_min(0)
     return most.to(old.dtype)[:, None, None]

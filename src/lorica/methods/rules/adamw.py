@@ -5,20 +5,20 @@ m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← (1 − ηλ)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from lorica.methods.rules.base import AbstractRule
+from lorica.methods.groups.base import Options
+from lorica.methods.rules.base import AbstractRule, TrainerArguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(AbstractRule):
     """Adam with decoupled weight decay, the default rule.
 
-    Cost: two numbers of state for each trained one.
+    Cost: two elements of state for each trained one.
     When: the default.
 
     Example:
@@ -39,12 +39,10 @@ class AdamW(AbstractRule):
     state_per_element: ClassVar[int] = 2
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
 
-    def build(
-        self, groups: list[dict[str, Any]], options: Mapping[str, Any]
-    ) -> torch.optim.Optimizer:
+    def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **options)
 
-    def options_from(self, args: Any) -> dict[str, Any]:
+    def options_from(self, args: TrainerArguments) -> Options:
         fused = getattr(args.optim, "value", args.optim) == "adamw_torch_fused"
-        options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        options: Options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         return {**options, "fused": True} if fused else options

@@ -14,14 +14,34 @@ does not grow.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from lorica.interfaces import AdaptersLike
 from lorica.methods.choice import Choice
-from lorica.methods.groups.base import grouped
+from lorica.methods.groups.base import Options, grouped
+
+
+class TrainerArguments(Protocol):
+    """What a rule reads of transformers' `TrainingArguments`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # Any: fields of every type
+
+    @property
+    def optim(self) -> object:
+        """An enum's member, or its value."""
+        ...
+
+    @property
+    def adam_beta1(self) -> float: ...
+
+    @property
+    def adam_beta2(self) -> float: ...
+
+    @property
+    def adam_epsilon(self) -> float: ...
 
 # Key in an optimizer's `defaults`, which its copies keep and its checkpoints do not hold.
 _MARK = "lorica_rule"
@@ -35,7 +55,7 @@ class AbstractRule(Choice, abc.ABC):
     trainer_names: ClassVar[frozenset[str]] = frozenset()  # values of `--optim` that mean this rule
     state_per_element: ClassVar[int] = 0  # float32 state elements per trained element, about
 
-    def groups(self, adapters: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self, adapters: AdaptersLike, lr: float, weight_decay: float) -> list[Options]:
         """Optimizer groups of all that trains."""
         return grouped(adapters.trained(), adapters.recipe.groups, lr, weight_decay)
 
@@ -54,17 +74,15 @@ class AbstractRule(Choice, abc.ABC):
         return self.any_optimizer or optimizer.defaults.get(_MARK) == self.text()
 
     @abc.abstractmethod
-    def build(
-        self, groups: list[dict[str, Any]], options: Mapping[str, Any]
-    ) -> torch.optim.Optimizer:
+    def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         """Make the optimizer. `options` (betas, eps, fused) are the caller's, e.g. the
         Trainer's."""
 
-    def options_from(self, args: Any) -> dict[str, Any]:
-        """`options` of `build` out of the Trainer's arguments; an argument that was asked for and
-        has no effect is for `build` to refuse."""
+    def options_from(self, args: TrainerArguments) -> Options:
+        """`options` of `build` out of the Trainer's arguments. Where one was set and has no effect,
+        `build` raises the error."""
         return {}
 
-    def state_elements(self, adapters: Any) -> int:
-        """How many numbers the optimizer will keep, tensors of one number aside."""
+    def state_elements(self, adapters: AdaptersLike) -> int:
+        """How many elements of state the optimizer will keep, scalar tensors not counted."""
         return self.state_per_element * sum(t.parameter.numel() for t in adapters.trained())

@@ -23,17 +23,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorica.methods.fields import number, one_of
+from lorica.methods.groups.base import Options
 from lorica.methods.optional import ClipsItself
 from lorica.methods.rules._elementwise import Shape
-from lorica.methods.rules._engine import Factor, PairRule, Stack
+from lorica.methods.rules._engine import Factor, PairRule, PairState, Shared, Stack
 from lorica.methods.rules._spectral import inverse_root, largest_fall, product, symmetric, whiten
+from lorica.tensors.linalg import floats, vector_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class LoraRite(PairRule, ClipsItself):
 
     It clips by itself: clipping raw gradients as well would spoil that. What is in no pair gets
     AdamW. A rate of its own for B keeps the invariance, though the sizes that it makes up for are
-    out of the gradient already. One count serves all directions of a pair, so a whole pair can
+    out of the gradient already. All directions of a pair share one step count, so a whole pair can
     start anew but single vectors cannot (no `vector_step`, no `row_state`).
 
     Cost: eigenvalues of r × r matrices for each factor and step; about the state of Adam.
@@ -84,66 +87,72 @@ class LoraRite(PairRule, ClipsItself):
 
     def __post_init__(self) -> None:
         self.plain.check({**self.plain.defaults, "betas": self.betas})
-        for name in ("eps", "clip", "skip"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"`lorarite({name}={value!r})` must not be negative; 0: none")
-        if not isinstance(self.escape, bool):
-            raise ValueError(f"`lorarite(escape={self.escape!r})`; allowed: True, False")
+        number(self, "eps", least=0, say="a number, at least 0, e.g. 1e-6; 0: none")
+        number(self, "clip", least=0, say="a norm, at least 0, e.g. 1; 0: no limit")
+        number(self, "skip", least=0, say="an RMS, at least 0, e.g. 1; 0: none is skipped")
+        one_of(self, "escape", True, False)
 
-    def options(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def options(self, given: Options) -> tuple[Options, Options]:
         own = {n: getattr(self, n) for n in ("betas", "eps", "clip", "skip", "escape")}
         return {**self.plain.defaults, **given}, own
 
-    def shapes(self, r: int, d: int, partner: int, options: Mapping[str, Any]) -> dict[str, Shape]:
+    def shapes(self, r: int, d: int, partner: int, options: Options) -> dict[str, Shape]:
         escaped: dict[str, Shape] = {"escaped": ()} if options["escape"] else {}
         return {
             "step": (), "skipped": (), **escaped,
             "moment": (r, d), "second": (r, r), "basis": (r, partner),
         }  # fmt: skip
 
-    def prepare(self, stacks: list[Stack]) -> Sequence[Any]:
-        """(W, Qᵀ, ḡ, which are skipped) of A and of B in each stack, clipped together."""
+    def prepare(self, stacks: list[Stack]) -> Sequence[tuple[_Plan | None, _Plan | None]]:
+        """Plans of A and of B in each stack, clipped together; None for a factor that does not
+        move."""
         plans = [_plan(*sides) if sides[0].moves else None for s in stacks for sides in s.sides]
-        weights = iter(_weights([p[2] for p in plans if p is not None], stacks[0].options))
-        out = []
+        weights = iter(_weights([p.gradient for p in plans if p is not None], stacks[0].options))
         for plan in plans:
-            if plan is not None:
-                W, basis, g = plan
-                kept = next(weights)
-                if min(kept) < 1:
-                    factors = torch.tensor(kept, dtype=g.dtype, device=g.device)[:, None, None]
-                    g = g.masked_fill_(factors == 0, 0).mul_(factors)  # 0·inf is no number
-                plan = W, basis, g, [k == 0 for k in kept]
-            out.append(plan)
-        return list(zip(out[::2], out[1::2], strict=True))
+            if plan is None:
+                continue
+            kept, g = next(weights), plan.gradient
+            if min(kept) < 1:
+                factors = torch.tensor(kept, dtype=g.dtype, device=g.device)[:, None, None]
+                g.masked_fill_(factors == 0, 0).mul_(factors)  # 0·inf is no number
+            plan.skipped.extend(k == 0 for k in kept)
+        return list(zip(plans[::2], plans[1::2], strict=True))
 
-    def update(
-        self, stack: Stack, state: tuple[dict[str, Tensor], dict[str, Tensor]], shared: Any
-    ) -> Sequence[Tensor | None]:
-        out, o = [], stack.options
-        for (factor, _), own, plan in zip(stack.sides, state, shared, strict=True):
+    def update(self, stack: Stack, state: PairState, shared: Shared) -> Sequence[Tensor | None]:
+        plans: tuple[_Plan | None, _Plan | None] = shared
+        out: list[Tensor | None] = []
+        o = stack.options
+        for (factor, _), own, plan in zip(stack.sides, state, plans, strict=True):
             if plan is None:
                 out.append(None)
                 continue
-            W, basis, g, skipped = plan
-            stack.note_skipped(factor, own["skipped"], skipped)
-            step = product(W.mT, _moment(g, basis, own, o))  # R⁺M
+            stack.note_skipped(factor, own["skipped"], plan.skipped)
+            step = product(plan.whitener.mT, _moment(plan.gradient, plan.basis, own, o))  # R⁺M
             value = factor.value().mul_(1 - factor.lr * o["weight_decay"])
             out.append(value.sub_(step.mul_(factor.lr)))
         return out
 
 
-def _plan(factor: Factor, partner: Factor) -> tuple[Tensor, Tensor, Tensor]:
+class _Plan(NamedTuple):
+    """Of one factor of n pairs."""
+
+    whitener: Tensor  # W (n, r, r)
+    basis: Tensor  # Qᵀ (n, r, d')
+    gradient: Tensor  # ḡ (n, r, d); clipped in place
+    skipped: list[bool]  # of each pair, once that is known
+
+
+def _plan(factor: Factor, partner: Factor) -> _Plan:
     Y = partner.as_partner()
     W = whiten(Y)
-    return W, product(W, Y), product(W, factor.gradient())
+    return _Plan(W, product(W, Y), product(W, factor.gradient()), [])
 
 
-def _weights(gradients: list[Tensor], options: Mapping[str, Any]) -> list[list[float]]:
-    """What to multiply each matrix with: 0 where skipped, else the factor of the global clip."""
+def _weights(gradients: list[Tensor], options: Options) -> list[list[float]]:
+    """What to multiply each matrix by: 0 where skipped, else the factor of the global clip."""
     clip, skip = options["clip"], options["skip"]
-    norms = [torch.linalg.vector_norm(g, dim=(1, 2)).double() for g in gradients]
-    squares = torch.cat([n.to(norms[0].device) for n in norms]).square().tolist()  # the one wait
+    norms = [vector_norm(g, dim=(1, 2)).double() for g in gradients]
+    squares = floats(torch.cat([n.to(norms[0].device) for n in norms]).square())  # the one wait
     limits = [g[0].numel() * skip**2 if skip else math.inf for g in gradients for _ in g]
     kept = [q <= limit and q < math.inf for q, limit in zip(squares, limits, strict=True)]
     norm = math.sqrt(math.fsum(q for q, k in zip(squares, kept, strict=True) if k))
@@ -152,15 +161,15 @@ def _weights(gradients: list[Tensor], options: Mapping[str, Any]) -> list[list[f
     return [list(itertools.islice(weights, len(g))) for g in gradients]
 
 
-def _moment(g: Tensor, basis: Tensor, own: dict[str, Tensor], options: Mapping[str, Any]) -> Tensor:
-    """M (n, r, d) of this step; moves the state on."""
+def _moment(g: Tensor, basis: Tensor, own: dict[str, Tensor], options: Options) -> Tensor:
+    """M (n, r, d) of this step; updates the state."""
     b1, b2 = (_decay(beta, own["step"]).to(g) for beta in options["betas"])
     P = product(basis, own["basis"].mT)  # (n, r, d')·(n, d', r)
-    carried = symmetric(product(product(P, own["second"]), P.mT))
-    second = symmetric((1 - b2) * (product(g, g.mT) / g.shape[2]) + b2 * carried)
+    rotated = symmetric(product(product(P, own["second"]), P.mT))
+    second = symmetric((1 - b2) * (product(g, g.mT) / g.shape[2]) + b2 * rotated)
     rho = 0.0
     if options["escape"]:
-        own["escaped"] = b2 * (own["escaped"] + largest_fall(own["second"], carried))
+        own["escaped"] = b2 * (own["escaped"] + largest_fall(own["second"], rotated))
         rho = own["escaped"].double()
     S = product(inverse_root(second, rho, options["eps"]), g)
     own["moment"] = torch.lerp(product(P, own["moment"]), S, 1 - b1)

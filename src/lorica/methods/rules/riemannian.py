@@ -2,27 +2,29 @@
 
     Ā = (BᵀB + δI)⁻¹ ∂L/∂A  (r, r)·(r, in);    B̄ = ∂L/∂B (AAᵀ + δI)⁻¹  (out, r)·(r, r)
 
-Then the inner rule (AdamW or SGD) takes Ā and B̄ for gradients. With SGD and δ → 0 the step on ΔW
+The inner rule (AdamW or SGD) then takes Ā and B̄ as gradients. With SGD and δ → 0 the step on ΔW
 is −η s² (P_B G + G P_A), the full gradient projected onto the present column and row spaces,
 whatever the sizes of A and B; the s² is left to the rate.
 
 Both inverses are made of the factors before the step, as in PEFT and in the authors' SGD; their
 AdamW moves A first and takes the new A for B, by a slip. Where a Gram matrix is singular its
-pseudo-inverse stands in (the authors take the identity, silently). At B = 0 the gradient of A is 0
+pseudo-inverse is used (the authors take the identity, silently). At B = 0 the gradient of A is 0
 and so is Ā. One step later ‖B‖ is about η, and a δ far below η² makes Ā very long: AdamW hides its
 length but its second moment stays inflated, hence the authors' low betas (0.7, 0.8) and large δ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from lorica.methods.fields import number, one_of
+from lorica.methods.groups.base import Options
 from lorica.methods.rules._elementwise import Adam, Elementwise, Sgd
-from lorica.methods.rules._engine import PairRule, Stack
+from lorica.methods.rules._engine import PairRule, PairState, Shared, Stack
 from lorica.methods.rules._spectral import damped_inverse, product
 
 _INNER: dict[str, type[Elementwise]] = {"adamw": Adam, "sgd": Sgd}
@@ -32,9 +34,9 @@ _INNER: dict[str, type[Elementwise]] = {"adamw": Adam, "sgd": Sgd}
 class Riemannian(PairRule):
     """Gradients measured in the metric of the low-rank product, then AdamW or SGD.
 
-    Not to be confused with `lorarite`, whose moments too are free of the factors' sizes. What is in
-    no pair gets the inner rule as it is. A factor that is frozen beside the other is no obstacle:
-    the other's half stands alone.
+    Not to be confused with `lorarite`, whose moments are free of the factors' sizes as well. What
+    is in no pair gets the inner rule unchanged. Where one factor of a pair is frozen, the other's
+    half of the step is taken alone.
 
     Cost: an r × r inverse for each factor and step.
     When: plain SGD (`inner='sgd'`), which it helps most; δ has to be tuned.
@@ -67,16 +69,9 @@ class Riemannian(PairRule):
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state"})
 
     def __post_init__(self) -> None:
-        if not self.delta >= 0:
-            raise ValueError(
-                f"`riemannian(delta={self.delta!r})` must not be negative, e.g. 1e-2 or 1e-6"
-            )
-        if self.inner not in _INNER:
-            raise ValueError(
-                f"`riemannian(inner={self.inner!r})`; allowed: {', '.join(map(repr, _INNER))}"
-            )
-        if not isinstance(self.relative, bool):
-            raise ValueError(f"`riemannian(relative={self.relative!r})`; allowed: True, False")
+        number(self, "delta", least=0, say="a number, at least 0, e.g. 1e-2 or 1e-6")
+        one_of(self, "inner", *_INNER)
+        one_of(self, "relative", True, False)
 
     @property
     def default_learning_rate(self) -> float | None:  # type: ignore[override]
@@ -86,14 +81,13 @@ class Riemannian(PairRule):
     def plain(self) -> Elementwise:
         return _INNER[self.inner]()
 
-    def options(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def options(self, given: Options) -> tuple[Options, Options]:
         plain = {**self.plain.defaults, **given}
         return plain, {**plain, "delta": self.delta, "relative": self.relative}
 
-    def update(
-        self, stack: Stack, state: tuple[dict[str, Tensor], dict[str, Tensor]], shared: Any
-    ) -> Sequence[Tensor | None]:
-        o, out = stack.options, []
+    def update(self, stack: Stack, state: PairState, shared: Shared) -> Sequence[Tensor | None]:
+        o = stack.options
+        out: list[Tensor | None] = []
         for (factor, partner), own in zip(stack.sides, state, strict=True):
             if not factor.moves:
                 out.append(None)

@@ -3,15 +3,16 @@
     b ← μb + g (b = 0 at the start);   p ← (1 − ηλ)p − ηb
 
 torch's own SGD adds λp to the gradient, so the decay passes through the momentum; without momentum
-the two are the same. Here decay is decoupled, as in every rule of this room.
+the two are the same. Here decay is decoupled, as in every rule of this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lorica.methods.fields import number
+from lorica.methods.groups.base import Options
 from lorica.methods.rules._elementwise import Elementwise, Sgd
 from lorica.methods.rules._engine import EngineRule
 
@@ -20,7 +21,7 @@ from lorica.methods.rules._engine import EngineRule
 class SGD(EngineRule):
     """Plain gradient descent with momentum: half the state of Adam, and a rate to be tuned.
 
-    Cost: one number of state for each trained one, none without momentum.
+    Cost: one element of state for each trained one, none without momentum.
     When: state has to be small; the rate has to be tuned.
 
     Args:
@@ -47,12 +48,12 @@ class SGD(EngineRule):
     default_learning_rate: ClassVar[float | None] = 1e-2
 
     def __post_init__(self) -> None:
-        self.plain.check({"momentum": self.momentum})
+        number(self, "momentum", least=0, below=1, say="a number in [0, 1), e.g. 0.9")
 
     @property
     def plain(self) -> Elementwise:
         return Sgd()
 
-    def options(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def options(self, given: Options) -> tuple[Options, Options]:
         plain = {"momentum": self.momentum, **given}
         return plain, plain

@@ -3,33 +3,35 @@
     t (r, 1) for A, (1, r) for B;   m, v as AdamW's
     p ← (1 − ηλ)p − η·(m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε),  both corrections elementwise in t
 
-Where rank i is exchanged or reset, its moments and its count start anew while its neighbours' go
-on; with one count for the whole matrix its first steps would be up to (1−β₁)/√(1−β₂) = 3.2 times
-too long. A vector whose gradient is held at zero counts on, as in the code this is for. As long as
-nothing is reset all counts are equal and this is AdamW to rounding.
+Where rank i is exchanged or reset, its moments and its count start anew and those of the other
+ranks stay; with one count for the whole matrix its first steps would be up to
+(1−β₁)/√(1−β₂) = 3.2 times too long. The count of a vector whose gradient is held at zero keeps
+rising, as in the code this is for. As long as nothing is reset all counts are equal, and this is
+AdamW to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from lorica.methods.groups.base import Options
 from lorica.methods.rules._elementwise import Shape
-from lorica.methods.rules._engine import PairRule, Stack
+from lorica.methods.rules._engine import PairRule, PairState, Shared, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorAdamW(PairRule):
     """AdamW that corrects the bias of each rank's moments by that rank's own age.
 
-    For methods that exchange or reset single vectors of a pair; they name it themselves. What is in
-    no pair gets ordinary AdamW.
+    For methods that exchange or reset single vectors of a pair; they choose it themselves. What is
+    in no pair gets ordinary AdamW.
 
     Cost: AdamW's, and a count for each vector.
-    When: vectors are exchanged or reset one by one; such methods name it themselves.
+    When: vectors are exchanged or reset one by one; such methods choose it themselves.
 
     Example:
         >>> from lorica import Recipe
@@ -47,12 +49,10 @@ class VectorAdamW(PairRule):
     trainer_names: ClassVar[frozenset[str]] = frozenset({"adamw_torch", "adamw_torch_fused"})
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise", "vector_step"})
 
-    def shapes(self, r: int, d: int, partner: int, options: Mapping[str, Any]) -> dict[str, Shape]:
+    def shapes(self, r: int, d: int, partner: int, options: Options) -> dict[str, Shape]:
         return {**self.plain.shapes((r, d), options), "step": (r, 1)}
 
-    def update(
-        self, stack: Stack, state: tuple[dict[str, Tensor], dict[str, Tensor]], shared: Any
-    ) -> Sequence[Tensor | None]:
+    def update(self, stack: Stack, state: PairState, shared: Shared) -> Sequence[Tensor | None]:
         return [
             self.plain.stacked(
                 factor.value(), factor.gradient(), own,

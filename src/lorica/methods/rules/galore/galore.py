@@ -21,21 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from lorica.interfaces import Trained
-from lorica.methods.groups.base import grouped
+from lorica.interfaces import AdaptersLike, Trained
+from lorica.methods.fields import number, one_of, whole
+from lorica.methods.groups.base import Options, grouped
 from lorica.methods.optional import FitsHorizon, RefusesOptim
 from lorica.methods.rules._engine import EngineRule
 from lorica.methods.rules.galore.projection import PROJ_TYPES, ProjectedOptimizer, shapes
 
 GAP = 200
-_ALLOWED = {
-    "proj_type": PROJ_TYPES, "svd": ("exact", "random"), "eps_placement": ("before", "after"),
-    "spread": (True, False),
-}  # fmt: skip
 _ELSEWHERE = "here the method is the rule, with its arguments: leave `optim` out"
 _LAYERWISE = (
     "it steps within the backward pass, where the norm of the whole gradient is not known, so"
@@ -114,16 +111,15 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
 
     def __post_init__(self) -> None:
         self.plain.check(self.options({})[1])
-        for name, allowed in _ALLOWED.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"`galore({name}={value!r})`; allowed: {str(allowed)[1:-1]}")
-        if not self.scale > 0:
-            raise ValueError(f"`galore(scale={self.scale!r})` must be positive, e.g. 0.25")
-        gap = self.update_proj_gap
-        if gap is not None and (isinstance(gap, bool) or not isinstance(gap, int) or gap < 1):
-            raise ValueError(f"`galore(update_proj_gap={gap!r})`: whole steps >= 1, e.g. {GAP}")
+        one_of(self, "proj_type", *PROJ_TYPES)
+        one_of(self, "svd", "exact", "random")
+        one_of(self, "eps_placement", "before", "after")
+        one_of(self, "spread", True, False)
+        number(self, "scale", above=0, say="a number above 0, e.g. 0.25")
+        say = f"whole optimizer steps, at least 1, e.g. {GAP}; left out, it is fitted to the run"
+        whole(self, "update_proj_gap", optional=True, say=say)
 
-    def groups(self, adapters: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self, adapters: AdaptersLike, lr: float, weight_decay: float) -> list[Options]:
         recipe, trained = adapters.recipe, adapters.trained()
         projected = {id(t.parameter): t for t in trained if _has_projection(t)}
         if not projected:
@@ -135,17 +131,15 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
         for group in out:
             group["names"] = [projected[id(p)].name for p in group["params"]]
             group.update(rank=recipe.r, seed=recipe.seed)
-        rest = [t for t in trained if id(t.parameter) not in projected]
-        return out + grouped(rest, recipe.groups, lr, weight_decay)
+        others = [t for t in trained if id(t.parameter) not in projected]
+        return out + grouped(others, recipe.groups, lr, weight_decay)
 
-    def options(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def options(self, given: Options) -> tuple[Options, Options]:
         own = {k: v for k, v in vars(self).items() if v is not None}
         default = {"betas": (0.9, 0.999), "eps": 1e-6, "update_proj_gap": GAP}
         return {**self.plain.defaults, **given}, {**default, **given, **own}
 
-    def build(
-        self, groups: list[dict[str, Any]], options: Mapping[str, Any]
-    ) -> torch.optim.Optimizer:
+    def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         super().build(groups, options)  # refuses options that it does not have
         plain, own = self.options(options)
         return ProjectedOptimizer(self, [{**g, **(own if "rank" in g else plain)} for g in groups])
@@ -164,7 +158,7 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
         count = sum(len(g["params"]) for g in mine)
         return f"the subspace of each of {count} matrices is refreshed every {gap or fitted} steps"
 
-    def state_elements(self, adapters: Any) -> int:
+    def state_elements(self, adapters: AdaptersLike) -> int:
         options, total = {**self.options({})[1], "rank": adapters.recipe.r}, 0
         for t in adapters.trained():
             kept = shapes if _has_projection(t) else self.plain.shapes

@@ -4,26 +4,28 @@
     G (m, n)  ->  R = leftᵀ G, G rightᵀ, or leftᵀ G rightᵀ  ->  Adam's N, of R's shape
     W ← (W + left N right)·(1 − ηλ), the side that is missing left out
 
-A matrix keeps its bases beside its moments; a step count of 0 says that they are not there yet.
+A matrix keeps its bases beside its moments; at a step count of 0 there are none yet.
 Matrices of equal shape are stacked and updated together. Under FSDP2 the gradient is gathered for
-its matrix alone, every process finds the same bases in it and moves its own part of the weight; the
-state is whole on each of them.
+its matrix alone; every process finds the same bases in it, moves its own part of the weight, and
+holds the whole state.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, _foreach_add_, _foreach_mul_  # type: ignore[attr-defined]
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lorica.methods.groups.base import Options
 from lorica.methods.rules import _engine
 from lorica.methods.rules._elementwise import Adam, Shape
+from lorica.tensors import foreach
 from lorica.tensors.dtensor_ops import copy_, draw, outer_add_, read_full, seeded
+from lorica.tensors.linalg import LinAlgError, ints, qr, svd
 
 logger = logging.getLogger("lorica")
 
@@ -40,7 +42,7 @@ def sides(proj_type: str, shape: Shape) -> tuple[str, ...]:
     return ("left", "right") if proj_type == "full" else (proj_type,)
 
 
-def shapes(shape: Shape, options: Mapping[str, Any]) -> dict[str, Shape]:
+def shapes(shape: Shape, options: Options) -> dict[str, Shape]:
     """State of a matrix: name -> shape."""
     (m, n), have = shape, sides(options["proj_type"], shape)
     r = min(options["rank"], m, n)
@@ -63,36 +65,36 @@ def bases(
         None where the gradient is zero, and so spans nothing.
 
     Raises:
-        torch.linalg.LinAlgError: the decomposition does not converge.
+        LinAlgError: the decomposition does not converge.
     """
     size = gradient.abs().amax()
     if not size:
         return None
     G = gradient / size.log2().floor().exp2()  # rounds nothing; a sketch multiplies several of it
     if generator is None:
-        U, _, V = torch.linalg.svd(G, full_matrices=False)
+        U, _, V = svd(G)
         return {"left": U[:, :r], "right": V[:r]}
     width = min(r + OVERSAMPLE, *G.shape)
-    Q = torch.linalg.qr(G @ draw((G.shape[1], width), generator).to(G))[0]
+    Q = qr(G @ draw((G.shape[1], width), generator).to(G))[0]
     for _ in range(POWERS):  # sharpen the spectrum; a QR between, or all columns turn into one
-        Q = torch.linalg.qr(G @ torch.linalg.qr(G.mT @ Q)[0])[0]  # (m, width)
-    U, _, V = torch.linalg.svd(Q.mT @ G, full_matrices=False)
+        Q = qr(G @ qr(G.mT @ Q)[0])[0]  # (m, width)
+    U, _, V = svd(Q.mT @ G)
     return {"left": Q @ U[:, :r], "right": V[:r]}
 
 
 class ProjectedOptimizer(_engine.RuleOptimizer):
     """A `RuleOptimizer` whose groups with a `rank` are updated in subspaces of their gradients."""
 
-    def _update_plain(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+    def _update_plain(self, parameters: list[Tensor], group: Options) -> None:
         if "rank" not in group:
             return super()._update_plain(parameters, group)
         offsets = self._offsets(group)
         for p in parameters:
             for name, shape in shapes(tuple(p.shape), group).items():
                 self._state(p, name, shape, like=None if shape else p)
-        counts = torch.stack([self.state[p]["step"] for p in parameters]).tolist()
-        alike: dict[tuple, list[Tensor]] = {}
-        for p, step in zip(parameters, map(int, counts), strict=True):
+        counts = ints(torch.stack([self.state[p]["step"] for p in parameters]).long())
+        alike: dict[tuple[int, torch.Size, torch.dtype, torch.device, bool], list[Tensor]] = {}
+        for p, step in zip(parameters, counts, strict=True):
             offset, name = offsets[id(p)]
             due = step == 0 or (step - offset) % group["update_proj_gap"] == 0
             if due and not self._refresh(p, name, step, group):
@@ -104,25 +106,26 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
             for i in range(0, len(some), count):
                 self._move(some[i : i + count], step, group)
 
-    def _offsets(self, group: Mapping[str, Any]) -> dict[int, tuple[int, str]]:
-        """Of each matrix of the group, by id: the first step after 0 at which it gets new bases, as
-        a remainder of the gap, and its name. By name among all: their order plays no part."""
+    def _offsets(self, group: Options) -> dict[int, tuple[int, str]]:
+        """{id of each matrix of the group: (the first step after 0 at which it gets new bases, as a
+        remainder of the gap, and its name)}. Turns go by name, so the order of groups has no
+        effect."""
         every = sorted(n for g in self.param_groups if "rank" in g for n in g["names"])
         turn = {name: i if group["spread"] else 0 for i, name in enumerate(every)}
         gap, named = group["update_proj_gap"], zip(group["params"], group["names"], strict=True)
         return {id(p): (turn[n] * gap // len(every), n) for p, n in named}
 
-    def _refresh(self, p: Tensor, name: str, step: int, group: Mapping[str, Any]) -> bool:
+    def _refresh(self, p: Tensor, name: str, step: int, group: Options) -> bool:
         """Give p new bases; whether it has any."""
-        G = read_full(p.grad)  # type: ignore[arg-type]
+        G = read_full(*_engine.gradients([p]))
         random = group["svd"] == "random"
         generator = seeded(f"{group['seed']}/{step}/{name}") if random else None
         r = min(group["rank"], *G.shape)
         try:
-            found = bases(G.to(_engine._wide(G.dtype)), r, generator)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            rest = "no step here" if step == 0 else "the old subspace stays until the next refresh"
-            logger.warning("%s: no singular vectors at step %d, %s (%s)", name, step, rest, error)
+            found = bases(G.to(_engine.wide_dtype(G.dtype)), r, generator)
+        except LinAlgError as error:
+            then = "no step here" if step == 0 else "the old subspace stays until the next refresh"
+            logger.warning("%s: no singular vectors at step %d, %s (%s)", name, step, then, error)
             found = None
         if found is None:
             return step > 0
@@ -130,17 +133,17 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
             copy_(self.state[p][side], found[side])
         return True
 
-    def _move(self, parameters: Sequence[Tensor], step: int, group: Mapping[str, Any]) -> None:
+    def _move(self, parameters: Sequence[Tensor], step: int, group: Options) -> None:
         """One step of matrices of equal shape and age."""
         states = [self.state[p] for p in parameters]
         left, right = (
-            _engine._stack([s[side] for s in states], False) if side in states[0] else None
+            _engine.stack_wide([s[side] for s in states], False) if side in states[0] else None
             for side in ("left", "right")
         )
-        R = _engine._stack([p.grad for p in parameters], False)  # type: ignore[misc]
+        R = _engine.stack_wide(_engine.gradients(parameters), False)
         R = R if left is None else left.mT @ R  # (k, r, m)·(k, m, n)
         R = R if right is None else R @ right.mT
-        own = {n: _engine._stack([s[n] for s in states], False) for n in MOMENTS}
+        own = {n: _engine.stack_wide([s[n] for s in states], False) for n in MOMENTS}
         eps, lr = group["eps"], float(group["lr"])
         if group["eps_placement"] == "before":  # √v + ε, over √(1−β₂ᵗ) as a whole
             eps /= math.sqrt(1 - group["betas"][1] ** (step + 1))
@@ -149,11 +152,14 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
             lr * group["scale"], 0.0, {"betas": group["betas"], "eps": eps},
         )  # fmt: skip
         for name, moment in own.items():
-            _engine._write([s[name] for s in states], moment, False)
-        _foreach_add_([s["step"] for s in states], 1)
-        B = left if right is None else N if left is None else left @ N  # (k, m, r)
-        A = N if right is None else right  # (k, r, n)
-        _add(parameters, B, A, 1 - lr * group["weight_decay"])  # type: ignore[arg-type]
+            _engine.unstack_([s[name] for s in states], moment, False)
+        foreach.add_([s["step"] for s in states], 1)
+        if right is None:
+            assert left is not None  # `sides` names one at least
+            B, A = left, N  # (k, m, r), (k, r, n)
+        else:
+            B, A = N if left is None else left @ N, right
+        _add(parameters, B, A, 1 - lr * group["weight_decay"])
 
 
 def _add(parameters: Sequence[Tensor], B: Tensor, A: Tensor, kept: float) -> None:
@@ -164,9 +170,9 @@ def _add(parameters: Sequence[Tensor], B: Tensor, A: Tensor, kept: float) -> Non
         values = list(parameters)
     else:
         values = [p.to(B.dtype) for p in parameters]
-        _foreach_add_(values, list((B @ A).unbind(0)))
+        foreach.add_(values, list((B @ A).unbind(0)))
     if kept != 1:
-        _foreach_mul_(values, kept)
+        foreach.mul_(values, kept)
     for p, v in zip(parameters, values, strict=True):
         if v is not p:  # was narrower
             p.copy_(v)
