@@ -327,6 +327,9 @@ class RecipeLike(Protocol):
     def scale(self) -> Any: ...  # Any: as above
 
     @property
+    def rank(self) -> Any: ...  # Any: as above
+
+    @property
     def schedules(self) -> tuple[Any, ...]: ...  # Any: as above
 
     @property

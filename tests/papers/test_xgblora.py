@@ -56,7 +56,7 @@ def step(adapters, optimizer, u: int) -> float:
 
 def awake(adapters, optimizer) -> list[str]:
     """Names of those that train now, by the state and by the layers, which agree."""
-    on = state_of(optimizer)["awake"].tolist()
+    on = state_of(optimizer)["trainable"].tolist()
     names = [n for n, yes in zip(adapters.layers, on, strict=True) if yes]
     assert names == [n for n, layer in adapters if not layer.frozen_for_now]
     return names

@@ -18,13 +18,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from lorica.interfaces import AdaptersLike, LayerLike, RecipeLike, TrainingLike
+from lorica.methods.fields import number, one_of
 from lorica.methods.objectives.distillation import Distillation
-from lorica.methods.schedules._restart import allow
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule, State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@runtime_checkable
+class Fading(Protocol):
+    """A combine with a factor λ on what is frozen."""
+
+    @property
+    def number(self) -> float:
+        """λ, rounded to the dtype it is held in."""
+        ...
+
+    def fade_(self, number: float) -> None:
+        """λ ← number."""
+        ...
+
+    def loaded(self) -> None:
+        """λ may have been written by other means."""
+        ...
+
+
+def fading(layer: LayerLike) -> Fading:
+    """The layer's combine; the method `requires` one that fades."""
+    assert isinstance(layer.combine, Fading)
+    return layer.combine
 
 
 def curve(shape: str, part: float) -> float:
@@ -85,15 +113,9 @@ class PcLora(AbstractSchedule):
     edits: ClassVar[frozenset[str]] = frozenset({"base"})
 
     def __post_init__(self) -> None:
-        for name, lowest in (("fade", "above 0"), ("alpha", "at least 0")):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= 1 or (name == "fade" and value == 0):
-                raise ValueError(
-                    f"`pclora({name}={value!r})`: a number {lowest} and at most 1, e.g."
-                    f" `pclora({name}={type(self).__dataclass_fields__[name].default})`"
-                )
-        allow(self, "shape", "linear", "cosine", "one_minus_sine", "identity")
+        number(self, "fade", above=0, most=1, say="a number above 0 and at most 1, e.g. 0.6")
+        number(self, "alpha", least=0, most=1, say="a number from 0 to 1, e.g. 0.2")
+        one_of(self, "shape", "linear", "cosine", "one_minus_sine", "identity")
         own = dict(type(self).preset)
         if self.alpha == 1:
             del own["objectives"]
@@ -101,12 +123,12 @@ class PcLora(AbstractSchedule):
             own["objectives"] = Distillation(alpha=self.alpha).text()
         object.__setattr__(self, "preset", own)
 
-    def default_lora_alpha(self, recipe: Any) -> float | None:
+    def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
         return recipe.scale.alpha_for(1.0, recipe.r)  # s = 1
 
     # -- when
 
-    def fit(self, total_steps: int | None) -> AbstractSchedule:
+    def fit(self, total_steps: int | None) -> Self:
         if total_steps is None:
             raise ValueError(
                 f"`{self.text()}` fades over a part of the run; give `total_steps` to"
@@ -138,33 +160,37 @@ class PcLora(AbstractSchedule):
 
     # -- what
 
-    def init(self, adapters: Any) -> dict[str, Any]:
-        said = type(self).__dataclass_fields__["alpha"].default
+    def init(self, adapters: AdaptersLike) -> State:
+        default = type(self).alpha
         for other in adapters.recipe.objectives:
             mine = self.preset.get("objectives")
-            if isinstance(other, Distillation) and self.alpha != said and other.text() != mine:
+            if isinstance(other, Distillation) and self.alpha != default and other.text() != mine:
                 raise ValueError(
                     f"`{self.text()}` and `{other.text()}` give the task's loss two weights; give"
                     " it once, in one of the two"
                 )
         return {}
 
-    def restore(self, state: dict[str, Any], training: Any) -> None:
+    def restore(self, state: State, training: TrainingLike) -> None:
         for layer in training.adapters.layers.values():
-            layer.combine.loaded()  # by whatever way λ came
+            fading(layer).loaded()  # λ may have been loaded
 
-    def before_step(self, state: dict[str, Any], training: Any) -> None:
+    def before_step(self, state: State, training: TrainingLike) -> None:
         layer = next(iter(training.adapters.layers.values()))
-        own, held = self.at(training.step, training.total_steps), layer.combine.number
-        if abs(own - held) > torch.finfo(layer.combine.share.dtype).eps:
+        own, held = self._at(training.step, training), fading(layer).number
+        if abs(own - held) > torch.finfo(layer.combine.get_parameter("share").dtype).eps:
             raise ValueError(
                 f"`{self.name}`: at step {training.step} of {training.total_steps} λ is {own:.4g},"
                 f" and {layer.site.name!r} holds {held:.4g}: adapters and optimizer are of"
                 " different steps. Load both of one checkpoint, or attach anew"
             )
 
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
-        now, then = (self.at(training.step + i, training.total_steps) for i in (0, 1))
+    def after_step(self, state: State, training: TrainingLike) -> None:
+        now, then = (self._at(training.step + i, training) for i in (0, 1))
         if now != then:
             for layer in training.adapters.layers.values():
-                layer.combine.fade_(then)
+                fading(layer).fade_(then)
+
+    def _at(self, step: int, training: TrainingLike) -> float:
+        assert training.total_steps is not None  # `fit` refuses a run without
+        return self.at(step, training.total_steps)

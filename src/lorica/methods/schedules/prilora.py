@@ -8,7 +8,7 @@ the same part of each row. There is no mask: what was set to 0 receives gradient
 moments, and may grow back until the next time. X̄ starts at 0: its bias is one factor for all of a
 row and changes no order.
 
-The paper's text was not at hand, only what others wrote of it; every = 40, fraction = 0.5 and
+The paper's text was not available, only what others wrote about it; every = 40, fraction = 0.5 and
 β = 0.9 are taken from there. The pruning at the end is ours, so that what is written is as sparse
 as was asked for.
 """
@@ -18,15 +18,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import AdaptersLike, TrainingLike
+from lorica.methods.fields import number, whole
 from lorica.methods.optional import Regrows
 from lorica.methods.ranks.linear import Linear
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule, State, is_last
 from lorica.tensors.dtensor_ops import copy_, read_full, sum_over_processes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EVERY = 40
 
@@ -42,10 +47,10 @@ def pruned(A: Tensor, norms: Tensor, fraction: float) -> Tensor:
 class PriLora(AbstractSchedule, Regrows):
     """Ranks grow with depth, and half of A is set to zero every few steps, by weight and input.
 
-    A pruning is a jump of the function. Nothing is faster or smaller in training, and merged
-    weights are dense; the update as written has sparse A. Inputs are looked at in training mode
-    alone: a layer that has seen none (an expert without a token, a model that trains in evaluation
-    mode) is pruned by |A|.
+    A pruning changes the function at once. Nothing is faster or smaller in training, and merged
+    weights are dense; the update as written has sparse A. Inputs are seen in training mode alone: a
+    layer that has had none (an expert without a token, a model that trains in evaluation mode) is
+    pruned by |A|.
 
     Cost: LoRA's, and a running norm of every input feature.
     When: deeper blocks need more rank.
@@ -89,19 +94,11 @@ class PriLora(AbstractSchedule, Regrows):
     hooks: ClassVar[frozenset[str]] = frozenset({"input_squares"})
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.every, int) and not isinstance(self.every, bool)
-        if self.every is not None and not (whole and self.every >= 1):
-            raise ValueError(
-                f"`prilora(every={self.every!r})`: whole optimizer steps, at least 1, e.g."
-                " `prilora(every=40)`; left out, it is fitted to the run"
-            )
-        if not 0 < self.fraction < 1:
-            raise ValueError(
-                f"`prilora(fraction={self.fraction!r})` is in (0, 1), e.g. 0.5; ranks by depth"
-                " without pruning are the word `linear`"
-            )
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"`prilora(beta={self.beta!r})` is in [0, 1), e.g. 0.9")
+        say = "whole optimizer steps, at least 1, e.g. 40; left out, it is fitted to the run"
+        whole(self, "every", optional=True, say=say)
+        say = "a number in (0, 1), e.g. 0.5; for ranks by depth without pruning type `linear`"
+        number(self, "fraction", above=0, below=1, say=say)
+        number(self, "beta", least=0, below=1, say="a number in [0, 1), e.g. 0.9")
         if self.first is not None or self.last is not None:
             ranks = Linear(first=self.first, last=self.last).text()
             object.__setattr__(self, "preset", {"ranks": ranks})
@@ -109,7 +106,7 @@ class PriLora(AbstractSchedule, Regrows):
 
     # -- when
 
-    def fit(self, total_steps: int | None) -> AbstractSchedule:
+    def fit(self, total_steps: int | None) -> Self:
         if self.every is None:
             fitted = EVERY if total_steps is None else max(1, min(EVERY, total_steps // 2))
             return dataclasses.replace(self, every=fitted)
@@ -128,13 +125,14 @@ class PriLora(AbstractSchedule, Regrows):
     def final_from(self, total_steps: int | None) -> int:
         return total_steps or 0  # A fills up again after each pruning but the last
 
-    def due(self, training: Any) -> bool:
-        done = training.step + 1
-        return done % self.every == 0 or done == training.total_steps
+    def due(self, training: TrainingLike) -> bool:
+        """Whether A is pruned after this step; past the horizon always, so that it stays sparse."""
+        assert self.every is not None
+        return (training.step + 1) % self.every == 0 or is_last(training)
 
     # -- what
 
-    def init(self, adapters: Any) -> dict[str, Any]:
+    def init(self, adapters: AdaptersLike) -> State:
         layers = {name: adapters.layers[name] for name, _ in adapters.pairs()}
         widest = max(layer.in_features for layer in layers.values())
         if not round(self.fraction * widest):
@@ -144,18 +142,18 @@ class PriLora(AbstractSchedule, Regrows):
             )
         return {"norms": {name: torch.zeros(la.in_features) for name, la in layers.items()}}
 
-    def state_bytes(self, adapters: Any) -> int:
+    def state_bytes(self, adapters: AdaptersLike) -> int:
         return sum(4 * pair.A.shape[1] for _, pair in adapters.pairs())
 
     @torch.no_grad()
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
+    def after_step(self, state: State, training: TrainingLike) -> None:
         self._learn(state["norms"], training.adapters)
         for name, pair in training.adapters.pairs() if self.due(training) else ():
             A, norms = read_full(pair.A), state["norms"][name].to(pair.A.device)
             norms = torch.where(norms.any(), norms, 1.0)
             copy_(pair.A, pruned(A, norms, self.fraction))
 
-    def _learn(self, norms: dict[str, Tensor], adapters: Any) -> None:
+    def _learn(self, norms: dict[str, Tensor], adapters: AdaptersLike) -> None:
         """X̄ of every layer that had a token in this step, on some process."""
         seen = adapters.hooks.input_squares
         devices = {name: adapters.layers[name].store.parameter.device for name in norms}

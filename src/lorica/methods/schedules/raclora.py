@@ -19,20 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import Pair
+from lorica.methods.fields import one_of
 from lorica.methods.groups.base import AbstractGroup
 from lorica.methods.inits.base import AbstractInit
-from lorica.methods.schedules._restart import Chain, allow
+from lorica.methods.schedules._restart import Chain
 from lorica.tensors.dtensor_ops import draw
+from lorica.tensors.linalg import qr
 
 
 @dataclass(frozen=True, kw_only=True)
 class RacloraInit(AbstractInit):
-    """The sketch in the factor that stays, zero in the one that trains."""
+    """The sketch in the factor that is frozen, zero in the one that trains."""
 
     side: str = "B"
     sketch: str = "gaussian"
@@ -40,17 +43,13 @@ class RacloraInit(AbstractInit):
     gives: ClassVar[frozenset[str]] = frozenset({"zero_start"})
 
     def __post_init__(self) -> None:
-        allow(self, "side", "A", "B")
-        allow(self, "sketch", "gaussian", "orthonormal")
+        one_of(self, "side", "A", "B")
+        one_of(self, "sketch", "gaussian", "orthonormal")
 
-    def fill(self, weight: Tensor, pair: Any, generator: torch.Generator) -> None:
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         tall, trained = (pair.A.T, pair.B) if self.side == "B" else (pair.B, pair.A)  # (n, r)
         drawn = draw(tall.shape, generator).double()
-        tall.copy_(
-            torch.linalg.qr(drawn).Q
-            if self.sketch == "orthonormal"
-            else drawn * tall.shape[0] ** -0.5
-        )
+        tall.copy_(qr(drawn)[0] if self.sketch == "orthonormal" else drawn * tall.shape[0] ** -0.5)
         trained.zero_()
 
 
@@ -63,7 +62,7 @@ class RacloraGroup(AbstractGroup):
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
 
     def __post_init__(self) -> None:
-        allow(self, "side", "A", "B")
+        one_of(self, "side", "A", "B")
 
     @property
     def freezes(self) -> frozenset[str]:  # type: ignore[override]
@@ -75,10 +74,10 @@ class Raclora(Chain):
     """Chained half-updates: in each link one factor is a frozen random draw, and the other trains.
 
     Half of LoRA's trained parameters. In the paper's comparisons it stays a little behind LoRA;
-    what it has is a proof of convergence. A start that depends on the data would end that, so the
-    sketch is the one start.
+    what it has is a proof of convergence. A start that depends on the data would break the proof,
+    so no other start than the sketch is allowed.
 
-    Cost: half of LoRA's trained numbers and state.
+    Cost: half of LoRA's trained parameters and state.
     When: its proof of convergence matters; it converges n/r times slower than full steps.
 
     Args:
@@ -86,10 +85,10 @@ class Raclora(Chain):
         side: the factor that *trains*: `B` (default: out·r parameters a layer, and only x Aᵀ need
             be kept for backward, as in `lorafa`) or `A` (r·in).
         sketch: law of the other one: `gaussian` (default, the paper's) or `orthonormal`.
-        accumulate: where finished links go: `factors` (default: carried frozen beside the base,
-            which keeps its bytes; saved as one plain LoRA whose rank grows) or `base`.
-        lr_scheduler_type: `continued` (default: the run's scheduler goes on over all links), or the
-            rate within each link, in its place: `cosine`, `linear` or `constant`.
+        accumulate: where finished links go: `factors` (default: frozen beside the base, which keeps
+            its bytes; saved as one plain LoRA whose rank grows) or `base`.
+        lr_scheduler_type: `continued` (default: the run's scheduler covers all links), or the rate
+            within each link, in its place: `cosine`, `linear` or `constant`.
 
     Example:
         >>> from lorica import Recipe

@@ -9,9 +9,9 @@ large perturbation where s is large.
 
 The sets come from (seed, step, layer), so nothing has to be stored. Masked does not mean frozen
 under Adam: momentum and decay still move masked rows, and second moments decay. `strict` puts rows
-and moments back as they were; the step count of the bias correction, one number for all rows, runs
-on. A rule that mixes the gradients of ranks would move masked ones by what the others have, so
-beside such a rule (`needs` says `row_wise`) there is `strict` alone. In the authors' loop a
+and moments back as they were; the step count of the bias correction, one for all rows, keeps
+rising. A rule that mixes the gradients of ranks would move masked ones by the gradients of others,
+so with such a rule (it does not give `row_wise`) only `strict` is allowed. In the authors' loop a
 parameter outside of the factors has its gradient masked to zero as well, so that a head is never
 trained after the first step; here only A and B are masked.
 """
@@ -20,15 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import AdaptersLike, TrainingLike
+from lorica.methods.fields import number, one_of, whole
 from lorica.methods.objectives.orthogonality import Orthogonality
-from lorica.methods.schedules._restart import allow
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule, State
 from lorica.tensors.dtensor_ops import read_full, row_states, write_rows, zero_rows
+from lorica.tensors.linalg import ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +79,11 @@ class RmLora(AbstractSchedule):
     default_learning_rate: ClassVar[float | None] = 1e-3  # the authors' scripts
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.k, int) and not isinstance(self.k, bool)
-        if self.k is not None and not (whole and self.k >= 1):
-            raise ValueError(
-                f"`rmlora(k={self.k!r})`: a whole number of ranks, at least 1; left out, half of"
-                " each layer's"
-            )
-        if isinstance(self.gamma, bool) or not self.gamma >= 0:
-            raise ValueError(
-                f"`rmlora(gamma={self.gamma!r})` must not be negative; 0 leaves the penalty out"
-            )
-        allow(self, "columns", "same", "independent")
-        allow(self, "strict", True, False)  # type: ignore[arg-type]
+        say = "a whole number of ranks, at least 1, e.g. 4; left out, half of each layer's"
+        whole(self, "k", optional=True, say=say)
+        number(self, "gamma", least=0, say="a number, at least 0, e.g. 0.1; 0: no penalty")
+        one_of(self, "columns", "same", "independent")
+        one_of(self, "strict", True, False)
         own = {"objectives": Orthogonality(weight=self.gamma).text()} if self.gamma else {}
         object.__setattr__(self, "preset", own)
         if self.strict:  # what a step has moved is put back, wherever the movement came from
@@ -99,7 +94,7 @@ class RmLora(AbstractSchedule):
         ranks = "half of the" if self.k is None else f"{self.k}"
         return f"from the second step on {ranks} ranks of a layer have a gradient"
 
-    def init(self, adapters: Any) -> dict[str, Any]:
+    def init(self, adapters: AdaptersLike) -> State:
         most = max(pair.A.shape[0] for _, pair in adapters.pairs())
         if self._trained(most) >= most and (self.k is not None or not self.gamma):
             raise ValueError(
@@ -112,7 +107,7 @@ class RmLora(AbstractSchedule):
     def _trained(self, r: int) -> int:
         return min(r, self.k or max(1, r // 2))
 
-    def _masked(self, training: Any) -> Iterator[tuple[Tensor, Tensor, int, list[int]]]:
+    def _masked(self, training: TrainingLike) -> Iterator[tuple[Tensor, Tensor, int, list[int]]]:
         """(parameter, its gradient, the axis of its ranks, which of them are masked)."""
         for name, pair in training.adapters.pairs():
             r, generator = pair.A.shape[0], training.generator(name)
@@ -122,14 +117,14 @@ class RmLora(AbstractSchedule):
                 columns = torch.randperm(r, generator=generator)[:count]
             for p, axis, index in ((pair.A, 0, rows), (pair.B, 1, columns)):
                 if count and p.grad is not None:
-                    yield p, p.grad, axis, index.tolist()
+                    yield p, p.grad, axis, ints(index)
 
     @torch.no_grad()
-    def before_step(self, state: dict[str, Any], training: Any) -> None:
+    def before_step(self, state: State, training: TrainingLike) -> None:
         if training.step == 0:
             return
         state["masked"] += 1
-        held = []
+        held: list[tuple[Tensor, int, list[int], list[Tensor]]] = []
         for p, gradient, axis, index in self._masked(training):
             zero_rows(gradient, index, axis)
             if self.strict:
@@ -140,7 +135,7 @@ class RmLora(AbstractSchedule):
             state["held"] = held
 
     @torch.no_grad()
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
+    def after_step(self, state: State, training: TrainingLike) -> None:
         for p, axis, index, kept in state.pop("held", ()):
             # A state that the step has made began at zero, and a zero gradient left it there.
             now = (p, *row_states(training.optimizer, p, axis))

@@ -3,7 +3,7 @@
     g ← T_ξ(g − step(∇g)),   T_ξ(x) = sign(x)·max(|x| − ξ, 0),   ξ = λ·η of this step
 
 the proximal step for L + λ Σ‖g‖₁. The gates' own step is the recipe's rule without decay: with
-AdamW what the authors' second optimizer does, number by number. A rank with a gate at 0 is dropped
+AdamW what the authors' second optimizer does, gate by gate. A rank with a gate at 0 is dropped
 from what is written; in training it may come back, as long as a step is longer than ξ, so the
 support is final only at the end.
 
@@ -18,21 +18,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.methods.schedules._restart import CONTINUED, allow, shape
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.interfaces import AdaptersLike, TrainingLike
+from lorica.methods.fields import number, one_of, whole
+from lorica.methods.schedules._restart import CONTINUED, curve
+from lorica.methods.schedules.base import AbstractSchedule, State
 from lorica.tensors.dtensor_ops import copy_, read_full
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCALED, CONSTANT = 0.3, 3e-4  # the authors' 3e-4, at their rates of about 1e-3
 
 
 def shrink(g: Tensor, xi: float, rule: str = "soft") -> Tensor:
-    """T_ξ of each number, or the authors' form of it."""
+    """T_ξ of each entry, or the authors' form of it."""
     if rule == "soft":
         return F.softshrink(g, xi)
     near = torch.where(g.abs() > xi, g - xi * g.sign(), g)
@@ -41,9 +46,9 @@ def shrink(g: Tensor, xi: float, rule: str = "soft") -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sora(AbstractSchedule):
-    """Ranks that prove useless shut themselves: a sparse gate for each, from a generous r down.
+    """Ranks of little use shut themselves: a sparse gate for each, from a generous r down.
 
-    How many ranks a layer keeps follows from the threshold; `r` is where all begin. The last rates
+    How many ranks a layer keeps follows from the threshold; all begin with `r`. The last rates
     decide: a schedule that ends at 0 ends the pruning, too.
 
     Cost: LoRA's of the rank it begins with; what is written has the ranks that remain.
@@ -56,10 +61,10 @@ class Sora(AbstractSchedule):
             authors' code).
         rule: `soft` (default, the paper's) or `authors`, their code's, which kills below 2ξ.
         stages: parts of the run, equally long, whose thresholds rise from 0 to `threshold` by equal
-            amounts; each goes on from the one before. Default 1: the threshold all along.
+            amounts; each starts from the one before. Default 1: the threshold all along.
         lr_scheduler_type: the rate within each stage, from the full one: `linear` to 0 (default
-            with several stages), `cosine`, `constant`; it stands in the place of the run's
-            scheduler. `continued` (default with one): the run's scheduler goes on.
+            with several stages), `cosine`, `constant`; it replaces the run's scheduler.
+            `continued` (default with one): the run's scheduler covers all stages.
 
     Example:
         >>> from lorica import Recipe
@@ -88,22 +93,16 @@ class Sora(AbstractSchedule):
     default_learning_rate: ClassVar[float | None] = 8e-4  # the authors' scripts
 
     def __post_init__(self) -> None:
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if self.threshold is not None and not (number and self.threshold > 0):
-            raise ValueError(
-                f"`sora(threshold={self.threshold!r})` must be positive, e.g. 0.3; gates that"
-                " nothing shuts are the word `gated`"
-            )
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise ValueError(f"`sora(stages={self.stages!r})`: a whole number of at least 1")
-        allow(self, "scaled", True, False)  # type: ignore[arg-type]
-        allow(self, "rule", "soft", "authors")
-        if self.lr_scheduler_type is not None:
-            allow(self, "lr_scheduler_type", CONTINUED, "constant", "linear", "cosine")
+        say = "a number above 0, e.g. 0.3; for gates that nothing shuts type the method `gated`"
+        number(self, "threshold", above=0, optional=True, say=say)
+        whole(self, "stages", say="a whole number of at least 1, e.g. 5")
+        one_of(self, "scaled", True, False)
+        one_of(self, "rule", "soft", "authors")
+        one_of(self, "lr_scheduler_type", None, CONTINUED, "constant", "linear", "cosine")
 
     # -- when
 
-    def fit(self, total_steps: int | None) -> AbstractSchedule:
+    def fit(self, total_steps: int | None) -> Self:
         staged = self.stages > 1 or self._curve != CONTINUED
         if staged and (total_steps is None or total_steps < self.stages):
             raise ValueError(
@@ -132,31 +131,30 @@ class Sora(AbstractSchedule):
         return top if self.stages == 1 else top * stage / (self.stages - 1)
 
     def _stage(self, step: int, total_steps: int | None) -> tuple[int, float]:
-        """(stage, how much of it is over) of a step."""
+        """(stage, how much of it is over) of a step; past the horizon the last one, all over."""
         if total_steps is None:
             return 0, 0.0
         first = [-(-i * total_steps // self.stages) for i in range(self.stages + 1)]
         stage = sum(step >= f for f in first[1:-1])
-        return stage, (step - first[stage]) / (first[stage + 1] - first[stage])
+        return stage, min(1.0, (step - first[stage]) / (first[stage + 1] - first[stage]))
 
     # -- what
 
-    def init(self, adapters: Any) -> dict[str, Any]:
+    def init(self, adapters: AdaptersLike) -> State:
         return {}
 
-    def before_step(self, state: dict[str, Any], training: Any) -> None:
+    def before_step(self, state: State, training: TrainingLike) -> None:
         if self._curve != CONTINUED:
-            training.lr_factor(
-                shape(self._curve, self._stage(training.step, training.total_steps)[1])
-            )
+            part = self._stage(training.step, training.total_steps)[1]
+            training.lr_factor(curve(self._curve, part))
 
     @torch.no_grad()
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
+    def after_step(self, state: State, training: TrainingLike) -> None:
         level = self._level(self._stage(training.step, training.total_steps)[0])
         rates = {
             id(p): float(g["lr"]) for g in training.optimizer.param_groups for p in g["params"]
         }
         for _, pair in training.adapters.pairs():
-            if pair.E.grad is not None:
+            if pair.E is not None and pair.E.grad is not None:
                 xi = level * (rates[id(pair.E)] if self.scaled else 1.0)
                 copy_(pair.E, shrink(read_full(pair.E), xi, self.rule))

@@ -3,7 +3,7 @@
     booster t, blocks S_t:  W_l ← W_l + s·b_{l,t}·a_{l,t} for l in S_t,  a (1, in), b (out, 1)
 
 S_t is drawn uniformly without replacement and stays for the booster's κ steps; then its products
-are put away, and the next set is drawn. Weights outside S_t receive nothing, their optimizer state
+are merged, and the next set is drawn. Weights outside S_t are frozen for now, their optimizer state
 included. After T boosters each weight has had about T·|S_t|/L terms of rank 1. The step size α_t of
 boosting is 1, as in the paper's experiments. Its penalty on ‖A‖² and ‖B‖² (Eq. 7) is left out: the
 optimizer's weight decay acts on the same numbers. There is no public code of the authors.
@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import AdaptersLike, TrainingLike
+from lorica.methods.fields import number, whole
 from lorica.methods.optional import FreezesLayers
 from lorica.methods.ranks import base as ranks
 from lorica.methods.schedules._restart import Chain
+from lorica.methods.schedules.base import State
 from lorica.tensors.dtensor_ops import seeded
+from lorica.tensors.linalg import ints
 
 SHARE = 11 / 32
 
@@ -47,11 +51,11 @@ class Xgblora(Chain, FreezesLayers):
             choice, near the best in a small experiment; the paper sweeps κ).
         layers: blocks that train at a time: a whole number, or a fraction in (0, 1] of them all.
             Default: 11/32 of them, the paper's best for 32 blocks.
-        accumulate: where finished boosters go: `factors` (default: carried frozen beside the base,
-            which keeps its bytes; saved as one plain LoRA whose rank grows by 1 with each) or
-            `base`, which is better for many hundreds of boosters.
-        lr_scheduler_type: `continued` (default: the run's scheduler goes on over all boosters), or
-            the rate within each booster, in its place: `cosine`, `linear` or `constant`.
+        accumulate: where finished boosters go: `factors` (default: frozen beside the base, which
+            keeps its bytes; saved as one plain LoRA whose rank grows by 1 with each) or `base`,
+            which is better for many hundreds of boosters.
+        lr_scheduler_type: `continued` (default: the run's scheduler covers all boosters), or the
+            rate within each booster, in its place: `cosine`, `linear` or `constant`.
 
     Example:
         >>> from lorica import Recipe
@@ -76,35 +80,34 @@ class Xgblora(Chain, FreezesLayers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.layers
-        whole = isinstance(given, int) and not isinstance(given, bool) and given >= 1
-        if not (given is None or whole or isinstance(given, float) and 0 < given <= 1):
-            raise ValueError(
-                f"`xgblora(layers={given!r})`: blocks that train at a time, a whole number of at"
-                " least 1 or a fraction in (0, 1], e.g. 0.5"
-            )
+        say = "blocks that train at a time, a whole number of at least 1 or a fraction in (0, 1]"
+        if isinstance(self.layers, float):
+            number(self, "layers", above=0, most=1, say=f"{say}, e.g. 0.5")
+        else:
+            whole(self, "layers", optional=True, say=f"{say}, e.g. 0.5")
 
     @property
     def freezes_layers(self) -> bool:
         return True
 
-    def init(self, adapters: Any) -> dict[str, Any]:
-        return {**super().init(adapters), "awake": self._drawn(adapters, 0)}
+    def init(self, adapters: AdaptersLike) -> State:
+        return {**super().init(adapters), "trainable": self._drawn(adapters, 0)}
 
-    def restore(self, state: dict[str, Any], training: Any) -> None:
+    def restore(self, state: State, training: TrainingLike) -> None:
         super().restore(state, training)
-        training.set_trainable(self._awake(state, training.adapters))
+        training.set_trainable(self._trainable(state, training.adapters))
 
-    def restart(self, state: dict[str, Any], training: Any, layers: Iterable[str], **how: Any):
+    def restart(self, state: State, training: TrainingLike, layers: Iterable[str]) -> None:
         adapters = training.adapters
-        super().restart(state, training, self._awake(state, adapters), **how)
-        state["awake"] = self._drawn(adapters, state["links"])
+        super().restart(state, training, self._trainable(state, adapters))
+        state["trainable"] = self._drawn(adapters, state["links"])
         self.restore(state, training)
 
-    def _awake(self, state: dict[str, Any], adapters: Any) -> list[str]:
-        return [n for n, on in zip(adapters.layers, state["awake"].tolist(), strict=True) if on]
+    def _trainable(self, state: State, adapters: AdaptersLike) -> list[str]:
+        now = ints(state["trainable"])
+        return [name for name, trains in zip(adapters.layers, now, strict=True) if trains]
 
-    def _drawn(self, adapters: Any, booster: int) -> Tensor:
+    def _drawn(self, adapters: AdaptersLike, booster: int) -> Tensor:
         """Which adapted layers train in this booster (number of layers,), from the recipe's seed
         alone: the first is wanted before there is an optimizer step."""
         of = [block_of(name) for name in adapters.layers]
@@ -117,5 +120,5 @@ class Xgblora(Chain, FreezesLayers):
             )
         size = given if isinstance(given, int) else max(1, round(given * count))
         generator = seeded(f"{adapters.recipe.seed}/{self.name}/{booster}")
-        drawn = {blocks[i] for i in torch.randperm(count, generator=generator)[:size].tolist()}
+        drawn = {blocks[i] for i in ints(torch.randperm(count, generator=generator)[:size])}
         return torch.tensor([block in drawn for block in of])

@@ -3,31 +3,33 @@
     b(t) = b₀ up to t_i;  ⌊b_T + (b₀ − b_T)(1 − (t − t_i)/(T_f − t_i))³⌋ up to T_f = T − t_f;  b_T
 
 t counts steps from 0, b₀ = Σ r₀, b_T = Σ r over the layers. After each step Ī and Ū of every
-element of A, E, B are moved on (`_triplets`). At t > t_i divisible by Δ_T, and at T_f, the b(t)
+element of A, E, B are updated (`triplets`). At t > t_i divisible by Δ_T, and at T_f, the b(t)
 triplets with the highest scores stay and λ of all others is set to 0. Until T_f those train again
 from there, and may come back; from T_f on the mask is part of the layer.
 
 As in the authors' code and PEFT, I is made of the weight after the step (the paper: before it), and
 b reaches b₀ at t_i and b_T at T_f (the paper's formula misses both). Unlike there, exactly b(t)
 triplets stay where scores tie; a budget not yet below b₀ is no event; t_f = 0 ends at the last step
-instead of never; and from T_f on a dead λ has no gradient that counts in clipping.
+instead of never; and from T_f on a masked λ has no gradient that counts in clipping.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from lorica.interfaces import AdaptersLike, LayerLike, TrainingLike
+from lorica.methods.fields import number, one_of, whole, without_effect
 from lorica.methods.objectives.orthogonality import Orthogonality
-from lorica.methods.schedules._restart import allow
 from lorica.methods.schedules.adalora import triplets
 from lorica.methods.schedules.adalora.budget import Budgeted
+from lorica.methods.schedules.base import State
 from lorica.tensors.dtensor_ops import copy_
 
-_NUMBERS = {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
+_LEAST = {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class AdaLora(Budgeted):
     The penalty keeps triplets apart, and counts in their sensitivity. No time or memory is saved in
     training; what is written afterwards has the ranks that remain.
 
-    Cost: LoRA's of 1.5 r, and an average of every trained number's sensitivity.
+    Cost: LoRA's of 1.5 r, and an average of every trained element's sensitivity.
     When: the budget is small and layers differ in need; not for short runs.
 
     Args:
@@ -51,7 +53,7 @@ class AdaLora(Budgeted):
         deltaT: steps between maskings. Default: 200 maskings, about the paper's number.
         beta1, beta2: β₁, β₂ in (0, 1); default 0.85, the paper's.
         orth_reg_weight: γ of the objective `orthogonality`; default 0.1, 0 for none.
-        importance: `sensitivity` (default: Ī·Ū, which keeps two numbers an element), `instant` (I
+        importance: `sensitivity` (default: Ī·Ū, two averages an element), `instant` (I
             of the one step) or `magnitude` (|λ|): the paper's ablations.
 
     Example:
@@ -86,34 +88,26 @@ class AdaLora(Budgeted):
     default_learning_rate: ClassVar[float | None] = 1e-3  # within the paper's 5e-4 to 2.2e-3
 
     def __post_init__(self) -> None:
-        for name, least in _NUMBERS.items():
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if value is not None and not whole:
-                raise ValueError(
-                    f"`adalora({name}={value!r})`: a whole number of at least {least}; left out, it"
-                    " is the method's own"
-                )
-        allow(self, "importance", "sensitivity", "instant", "magnitude")
+        for name, least in _LEAST.items():
+            say = f"a whole number of at least {least}; left out, it is the method's own"
+            whole(self, name, least=least, optional=True, say=say)
+        one_of(self, "importance", "sensitivity", "instant", "magnitude")
         for name in ("beta1", "beta2"):
-            if not 0 < (value := getattr(self, name)) < 1:
-                raise ValueError(f"`adalora({name}={value!r})` is in (0, 1), e.g. 0.85")
-            if self.importance != "sensitivity" and value != 0.85:
-                raise ValueError(
-                    f"`adalora({name}={value!r})` has no effect with `importance="
-                    f"{self.importance!r}`, which keeps no averages; leave it out"
-                )
-        if not (weight := self.orth_reg_weight) >= 0:
-            raise ValueError(f"`adalora(orth_reg_weight={weight!r})` must not be negative")
+            number(self, name, above=0, below=1, say="a number in (0, 1), e.g. 0.85")
+            if self.importance != "sensitivity":
+                why = f"`importance={self.importance!r}` keeps no averages"
+                without_effect(self, name, 0.85, why)
+        number(self, "orth_reg_weight", least=0, say="a number, at least 0, e.g. 0.1; 0: none")
+        weight = self.orth_reg_weight
         own = dict(type(self).preset)
         if self.init_r is not None:
             own["deltas"] = f"svd(init_r={self.init_r})"
         own["objectives"] = Orthogonality(weight=weight).text() if weight else ""
-        object.__setattr__(self, "preset", {room: text for room, text in own.items() if text})
+        object.__setattr__(self, "preset", {axis: text for axis, text in own.items() if text})
         for name in ("default_r", "only_r"):
             object.__setattr__(self, name, self.target_r)
 
-    def init(self, adapters: Any) -> dict[str, Any]:
+    def init(self, adapters: AdaptersLike) -> State:
         first, last = _ranks(adapters)
         if first <= last:
             raise ValueError(
@@ -121,44 +115,46 @@ class AdaLora(Budgeted):
                 f" nothing to take away; give a smaller `r` (here {adapters.recipe.r}), or a larger"
                 " `init_r`"
             )
-        kept = adapters.layers if self.importance == "sensitivity" else {}
+        none: dict[str, LayerLike] = {}
+        kept = adapters.layers if self.importance == "sensitivity" else none
         return {"budget": first, "mean": triplets.averages(kept), "spread": triplets.averages(kept)}
 
-    def restore(self, state: dict[str, Any], training: Any) -> None:
+    def restore(self, state: State, training: TrainingLike) -> None:
         for kept in (state["mean"], state["spread"]):
             for name, own in kept.items():
                 device = training.adapters.layers[name].store.parameter.device
                 own.update({side: value.to(device) for side, value in own.items()})
 
-    def restarted(self, state: dict[str, Any], layers: Sequence[str]) -> None:
+    def restarted(self, state: State, layers: Sequence[str]) -> None:
         for kept in (state["mean"], state["spread"]):
             triplets.forget(kept, layers)
 
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
-        t, layers = training.step, training.adapters.layers
-        end = self.end(training.total_steps)
-        if t > end:  # the optimizer has moved what is dead
+    def after_step(self, state: State, training: TrainingLike) -> None:
+        t, layers, total = training.step, training.adapters.layers, training.total_steps
+        assert total is not None  # `fit` refuses a run without
+        end = self.end(total)
+        if t > end:  # the optimizer has moved what is masked
             for layer in layers.values():
-                triplets.mask_(layer, layer.update.delta.mask)
+                triplets.mask_(layer, triplets.final_mask(layer))
             return
         if t < end and self.importance == "sensitivity":
             # A layer started anew in this very step has the gradients of vectors that are gone.
             known = {n: layer for n, layer in layers.items() if n not in training.fresh}
             triplets.learn(state["mean"], state["spread"], known, self.beta1, self.beta2)
-        if not self.due(t, training.total_steps):
+        if not self.due(t, total):
             return
         first, last = _ranks(training.adapters)
-        if (budget := self.budget(t, training.total_steps, first, last)) == first:
+        if (budget := self.budget(t, total, first, last)) == first:
             return
         state["budget"] = budget
         keep = triplets.best(self._scores(state, layers), budget)
         for layer, own in zip(layers.values(), keep, strict=True):
             triplets.mask_(layer, own)
             if t == end:
-                mask = layer.update.delta.mask
+                mask = triplets.final_mask(layer)
                 copy_(mask, own.to(mask.device, mask.dtype).view(-1, 1))
 
-    def _scores(self, state: dict[str, Any], layers: Mapping[str, Any]) -> list[Tensor]:
+    def _scores(self, state: State, layers: Mapping[str, LayerLike]) -> list[Tensor]:
         if self.importance == "magnitude":
             return triplets.magnitudes(layers.values())
         if self.importance == "instant":
@@ -166,7 +162,7 @@ class AdaLora(Budgeted):
         return triplets.smoothed(state["mean"], state["spread"])
 
 
-def _ranks(adapters: Any) -> tuple[int, int]:
+def _ranks(adapters: AdaptersLike) -> tuple[int, int]:
     """b₀ and b_T."""
     given = adapters.recipe.rank.assign([*adapters.layers], adapters.recipe)
     return sum(layer.site.r for _, layer in adapters), sum(r for r, _ in given.values())

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorica.methods.schedules.base import AbstractSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MASKINGS = 200  # about the paper's, in each of its runs
 
@@ -21,7 +25,7 @@ class Budgeted(AbstractSchedule):
     tfinal: int | None = None
     deltaT: int | None = None
 
-    def fit(self, total_steps: int | None) -> AbstractSchedule:
+    def fit(self, total_steps: int | None) -> Self:
         T = total_steps
         if T is None:
             raise ValueError(
@@ -33,20 +37,20 @@ class Budgeted(AbstractSchedule):
             tfinal = max(1, min(T // 2, (T - (tinit or 0)) // 2))
         if tinit is None:
             tinit = max(0, min(T // 8, (T - tfinal) // 4))
-        room = T - max(tfinal, 1) - tinit  # steps in which the budget falls, the final one included
-        if room < 2:
+        left = T - max(tfinal, 1) - tinit  # steps in which the budget falls, the final one included
+        if left < 2:
             raise ValueError(
-                f"`{self.name}(tinit={tinit}, tfinal={tfinal})` in {T} steps leaves {max(room, 0)}"
+                f"`{self.name}(tinit={tinit}, tfinal={tfinal})` in {T} steps leaves {max(left, 0)}"
                 " for the budget to fall, and at least 2 are needed; give less of both, leave them"
                 " out to have them fitted, or train for at least 3 steps"
             )
-        every = self.deltaT or max(1, room // MASKINGS)
+        every = self.deltaT or max(1, left // MASKINGS)
         fitted = dataclasses.replace(self, tinit=tinit, tfinal=tfinal, deltaT=every)
         if fitted.events(T) < 2:
             raise ValueError(
                 f"`{self.name}(deltaT={every})`: no multiple of it lies between tinit={tinit} and"
                 f" T - tfinal = {fitted.end(T)}, so it fires 0 times before the pattern is final;"
-                f" give at most `deltaT={room - 1}`, or leave it out"
+                f" give at most `deltaT={left - 1}`, or leave it out"
             )
         return fitted
 

@@ -10,30 +10,34 @@ and gradients that are read whole, so that all processes keep the same triplets.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import (
-    Tensor,
-    _foreach_abs_,  # type: ignore[attr-defined]
-    _foreach_lerp_,  # type: ignore[attr-defined]
-    _foreach_mul,  # type: ignore[attr-defined]
-    _foreach_mul_,  # type: ignore[attr-defined]
-    _foreach_sub_,  # type: ignore[attr-defined]
-)
+from torch import Tensor
 
+from lorica.interfaces import LayerLike
+from lorica.methods.schedules.base import pair_of
+from lorica.tensors import foreach
 from lorica.tensors.dtensor_ops import copy_, read_full
 
 SIDES = ("A", "B", "E")
+Averages = dict[str, dict[str, Tensor]]  # module path -> side -> Ī or Ū
 
 
-def sides(layer: Any) -> dict[str, Tensor]:
+def sides(layer: LayerLike) -> dict[str, Tensor]:
     """The parameters A (r, in), B (out, r) and E (r, 1) of a layer's triplets."""
-    pair = layer.update.delta.pair()
-    return {side: getattr(pair, side) for side in SIDES}
+    pair = pair_of(layer)
+    assert pair.E is not None
+    return {"A": pair.A, "B": pair.B, "E": pair.E}
 
 
-def averages(layers: Mapping[str, Any]) -> dict[str, Any]:
+def final_mask(layer: LayerLike) -> Tensor:
+    """1 where a triplet counts, 0 where it is gone for good (r, 1)."""
+    mask = pair_of(layer).mask
+    assert mask is not None
+    return mask
+
+
+def averages(layers: Mapping[str, LayerLike]) -> Averages:
     """Ī or Ū of every layer, at 0."""
     return {
         name: {
@@ -53,51 +57,50 @@ def sensitivity(parameters: Sequence[Tensor]) -> list[Tensor]:
         else read_full(p.grad).to(_wide(p), copy=True).nan_to_num_(0, 0, 0)
         for p in parameters
     ]
-    _foreach_mul_(now, [read_full(p).detach().to(_wide(p)) for p in parameters])
-    _foreach_abs_(now)
+    foreach.mul_(now, [read_full(p).detach().to(_wide(p)) for p in parameters])
+    foreach.abs_(now)
     return now
 
 
 @torch.no_grad()
 def learn(
-    mean: dict[str, Any], spread: dict[str, Any], layers: Mapping[str, Any], beta1: float,
-    beta2: float,
+    mean: Averages, spread: Averages, layers: Mapping[str, LayerLike], beta1: float, beta2: float
 ) -> None:  # fmt: skip
-    """Move Ī and Ū of these layers on by this step's I."""
+    """Update Ī and Ū of these layers with this step's I."""
     if not layers:
         return
     where = [(name, side) for name in layers for side in SIDES]
     means, spreads = ([kept[name][side] for name, side in where] for kept in (mean, spread))
     now = sensitivity([p for layer in layers.values() for p in sides(layer).values()])
-    _foreach_lerp_(means, now, 1 - beta1)
-    _foreach_sub_(now, means)
-    _foreach_abs_(now)
-    _foreach_lerp_(spreads, now, 1 - beta2)
+    foreach.lerp_(means, now, 1 - beta1)
+    foreach.sub_(now, means)
+    foreach.abs_(now)
+    foreach.lerp_(spreads, now, 1 - beta2)
 
 
-def forget(averages: Mapping[str, Any], layers: Iterable[str]) -> None:
+def forget(averages: Averages, layers: Iterable[str]) -> None:
     """Ī or Ū of these layers start anew, at 0, where there are any."""
     for name in layers:
         for kept in averages.get(name, {}).values():
             kept.zero_()
 
 
-def smoothed(mean: Mapping[str, Any], spread: Mapping[str, Any]) -> list[Tensor]:
+def smoothed(mean: Averages, spread: Averages) -> list[Tensor]:
     """S (r,) of every layer, of s = Ī·Ū."""
     return [
-        _score(*_foreach_mul([own[s] for s in SIDES], [spread[name][s] for s in SIDES]))
+        _score(*foreach.mul([own[s] for s in SIDES], [spread[name][s] for s in SIDES]))
         for name, own in mean.items()
     ]
 
 
 @torch.no_grad()
-def instant(layers: Iterable[Any]) -> list[Tensor]:
+def instant(layers: Iterable[LayerLike]) -> list[Tensor]:
     """S (r,) of every layer, of s = I of this step."""
     return [_score(*sensitivity([*sides(layer).values()])) for layer in layers]
 
 
 @torch.no_grad()
-def magnitudes(layers: Iterable[Any]) -> list[Tensor]:
+def magnitudes(layers: Iterable[LayerLike]) -> list[Tensor]:
     """|λ| (r,) of every layer."""
     return [read_full(sides(layer)["E"]).flatten().abs() for layer in layers]
 
@@ -112,14 +115,14 @@ def best(scored: Sequence[Tensor], budget: int) -> list[Tensor]:
     every = torch.cat([s.cpu().double() for s in scored])
     keep = torch.zeros(len(every), dtype=torch.bool)
     keep[every.sort(descending=True, stable=True).indices[:budget]] = True
-    return list(keep.split([len(s) for s in scored]))
+    return list(torch.split(keep, [len(s) for s in scored]))
 
 
 @torch.no_grad()
-def mask_(layer: Any, keep: Tensor) -> None:
-    """E ← 0 where `keep` (r,) or (r, 1) is not. The function changes; vectors and the optimizer's
+def mask_(layer: LayerLike, keep: Tensor) -> None:
+    """E ← 0 where `keep` (r,) or (r, 1) is 0. The function changes; vectors and the optimizer's
     state stay."""
-    E = layer.update.delta.pair().E
+    E = sides(layer)["E"]
     whole = read_full(E)
     copy_(E, whole * read_full(keep).to(whole).view(-1, 1))
 

@@ -36,7 +36,7 @@ def prune_state(
     """
     mask = None
     for value in state.values():
-        if not isinstance(value, Tensor) or value.shape != shape:
+        if value.shape != shape:
             continue
         full = read_full(value)
         if mask is None or not shared:

@@ -17,21 +17,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
+from lorica.interfaces import AdaptersLike, LayerLike, TrainingLike
+from lorica.methods.fields import number, one_of, whole, without_effect
 from lorica.methods.optional import BringsCurves
-from lorica.methods.schedules._restart import CONTINUED, Restarts, allow
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.methods.schedules._restart import CONTINUED, Restarts
+from lorica.methods.schedules.base import State, is_last, is_over
 from lorica.methods.schedules.relora.jagged import jagged, prune_state
 from lorica.methods.schedules.relora.warm_start import WarmStart
 from lorica.tensors.dtensor_ops import reset_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 JAGGED = "jagged_cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relora(WarmStart, Restarts, BringsCurves):
-    """Pre-training in rounds: each low-rank update goes into the weight, and a fresh one starts.
+    """Pre-training in rounds: each low-rank update is merged, and a fresh one starts.
 
     A sum of N updates of rank r can reach rank N·r. Most of the published gain is the full-rank
     warm start; reset and re-warm-up help only together.
@@ -43,7 +50,7 @@ class Relora(WarmStart, Restarts, BringsCurves):
     Args:
         every: steps between restarts (q). Default: fitted, 3 restarts a run, as 5,000 of 20,000.
         warm_start: steps of full-rank training before that: the targets' weights train and the
-            adapters rest; then the optimizer starts anew. Default 0; the authors take 5,000.
+            adapters are frozen; then the optimizer starts anew. Default 0; the authors take 5,000.
         reset: of the optimizer's state of the adapters after each cycle: `zero` (moments and step
             count; default), or `random` / `magnitude` pruning of the moments, which keeps the step
             count as the authors do.
@@ -55,7 +62,7 @@ class Relora(WarmStart, Restarts, BringsCurves):
         cycle: steps between resets and re-warm-ups, restart or none; default `every`.
         rewarm: steps of re-warm-up (wr). Default: a tenth of the cycle, at most the authors' 100.
         lr_scheduler_type: `continued` (default: the run's scheduler, times the ramp) or
-            `jagged_cosine`, the paper's curve in the scheduler's place.
+            `jagged_cosine`, the paper's curve, which replaces it.
         warmup_steps: w1 of the jagged cosine.
         min_lr_ratio: its floor μ.
 
@@ -91,31 +98,32 @@ class Relora(WarmStart, Restarts, BringsCurves):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.write_base()
-        allow(self, "reset", "zero", "random", "magnitude")
-        allow(self, "masks", "shared", "separate")
-        allow(self, "lr_scheduler_type", CONTINUED, JAGGED)
-        for name in ("warm_start", "warmup_steps", "rewarm", "cycle"):
-            value, least = getattr(self, name), int(name == "cycle")
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"`relora({name}={value!r})`: whole steps, at least {least}")
-        for name in ("prune_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`relora({name}={getattr(self, name)!r})` is in [0, 1], e.g. 0.9")
-        idle = {"warmup_steps": 0, "min_lr_ratio": 0.1} if self.lr_scheduler_type != JAGGED else {}
-        idle |= {"prune_ratio": 0.9, "masks": "shared"} if self.reset == "zero" else {}
-        for name, default in idle.items():
-            if (value := getattr(self, name)) != default:
-                raise ValueError(
-                    f"`relora({name}={value!r})` has no effect here: it belongs to"
-                    f" `lr_scheduler_type={JAGGED!r}` or to pruning; leave it out"
-                )
+        one_of(self, "reset", "zero", "random", "magnitude")
+        one_of(self, "masks", "shared", "separate")
+        one_of(self, "lr_scheduler_type", CONTINUED, JAGGED)
+        whole(self, "warm_start", least=0, say="whole steps, at least 0, e.g. 5000; 0: none")
+        whole(self, "warmup_steps", least=0, say="whole steps, at least 0, e.g. 100; 0: none")
+        say = "whole steps, at least 0, e.g. 100; left out, a tenth of the cycle"
+        whole(self, "rewarm", least=0, optional=True, say=say)
+        say = "whole steps, at least 1, e.g. 1000; left out, `every`"
+        whole(self, "cycle", optional=True, say=say)
+        number(self, "prune_ratio", least=0, most=1, say="a number in [0, 1], e.g. 0.9")
+        number(self, "min_lr_ratio", least=0, most=1, say="a number in [0, 1], e.g. 0.1")
+        if self.lr_scheduler_type != JAGGED:
+            why = f"it belongs to `lr_scheduler_type={JAGGED!r}`"
+            without_effect(self, "warmup_steps", 0, why)
+            without_effect(self, "min_lr_ratio", 0.1, why)
+        if self.reset == "zero":
+            why = "it belongs to pruning, `reset='random'` or `'magnitude'`"
+            without_effect(self, "prune_ratio", 0.9, why)
+            without_effect(self, "masks", "shared", why)
 
     def with_curve(self, name: str, warmup_steps: int) -> Relora:
         return dataclasses.replace(self, lr_scheduler_type=name, warmup_steps=warmup_steps)
 
     # -- when
 
-    def fit(self, total_steps: int | None) -> AbstractSchedule:
+    def fit(self, total_steps: int | None) -> Self:
         if self.lr_scheduler_type == JAGGED:
             left = None if total_steps is None else total_steps - self.warm_start
             if left is None or left <= self.warmup_steps:
@@ -124,7 +132,7 @@ class Relora(WarmStart, Restarts, BringsCurves):
                     f" `total_steps` (here {total_steps}), above warm_start + warmup_steps ="
                     f" {self.warm_start + self.warmup_steps}"
                 )
-        fitted: Any = super().fit(total_steps)
+        fitted = super().fit(total_steps)
         cycle, rewarm = fitted._cycle()
         if total_steps is not None and cycle > (spare := self._spare(total_steps)):
             raise ValueError(
@@ -145,43 +153,55 @@ class Relora(WarmStart, Restarts, BringsCurves):
         count = "" if total_steps is None else f", {self._spare(total_steps) // cycle} resets"
         return f"{super().plan(total_steps)}, cycle={cycle}{count}"
 
-    def ends(self, training: Any, every: int | None = None) -> bool:
-        u = training.step - self.warm_start
-        return (
-            u > 0 and u % (every or self.every) == 0 and training.step + 1 != training.total_steps
-        )
+    def ends(self, training: TrainingLike, every: int | None = None) -> bool:
+        u, steps = training.step - self.warm_start, every or self.every
+        assert steps is not None
+        return u > 0 and u % steps == 0 and not is_last(training)
 
     def _cycle(self) -> tuple[int, int]:
-        cycle: Any = self.cycle or self.every
+        """Steps of a cycle, and of its re-warm-up."""
+        cycle = self.cycle or self.every
+        assert cycle is not None
         return cycle, min(100, cycle // 10) if self.rewarm is None else self.rewarm
 
     # -- the rate
 
-    def before_step(self, state: dict[str, Any], training: Any) -> None:
+    def before_step(self, state: State, training: TrainingLike) -> None:
         u, (cycle, rewarm) = training.step - self.warm_start, self._cycle()
         if self.lr_scheduler_type == JAGGED:
             steps, curve = training.total_steps, (self.warmup_steps, self.min_lr_ratio)
+            assert steps is not None
+            if is_over(training):
+                training.lr_factor(self.min_lr_ratio)
+                return
             warming = jagged(training.step, steps, *curve, steps, 0)  # a plain cosine up to here
             factor = jagged(u, steps - self.warm_start, *curve, cycle, rewarm)
             training.lr_factor(warming if u < 0 else factor)
-        elif u >= (0 if self.warm_start else cycle) and u % cycle < rewarm:
+            return
+        begun = u >= (0 if self.warm_start else cycle)
+        if begun and u % cycle < rewarm and not is_over(training):
             training.lr_scale(u % cycle / rewarm)
 
     # -- what
 
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
+    def init(self, adapters: AdaptersLike) -> State:
+        return {**super().init(adapters), "warming": self.trains_base}
+
+    def after_step(self, state: State, training: TrainingLike) -> None:
         if self.ends_warm(state, training):
-            super().restart(state, training, training.adapters.layers)
+            self.merge(state, training, training.adapters.layers)
         super().after_step(state, training)
         if self.ends(training, self._cycle()[0]):
             for name, layer in training.adapters:
                 self._forget(layer, training.optimizer, training.generator("prune", name))
 
-    def restart(self, state: dict[str, Any], training: Any, layers: Iterable[str], **how: Any):
-        super().restart(state, training, layers, keep_state=True, **how)  # a reset is the cycle's
+    def restart(self, state: State, training: TrainingLike, layers: Iterable[str]) -> None:
+        self.merge(state, training, layers, keep_state=True)  # cycles reset it
 
-    def _forget(self, layer: Any, optimizer: Any, generator: Any) -> None:
-        """What the optimizer knows of the layer's update; magnitudes and biases go on."""
+    def _forget(
+        self, layer: LayerLike, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> None:
+        """Drop the optimizer's state of the layer's update; magnitudes and biases keep theirs."""
         update = [p for _, p, role in layer.trained() if role not in ("bias", "magnitude")]
         if self.reset == "zero":
             reset_state(optimizer, *update)

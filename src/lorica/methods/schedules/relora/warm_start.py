@@ -1,19 +1,19 @@
-"""A full-rank warm start before a schedule sets in: the targets' weights train, adapters rest."""
+"""A full-rank warm start: the targets' weights train, and adapters are frozen for now."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from lorica.interfaces import TrainingLike
 from lorica.methods.optional import FreezesLayers, TrainsBase
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule, State
 from lorica.tensors.dtensor_ops import forget_state, reset_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart(AbstractSchedule, TrainsBase, FreezesLayers):
-    """Put before a schedule's class. What trains beside an update (a magnitude, a bias) does so
-    from the first step on."""
+    """A base class to name before the schedule's own; its `init` adds `"warming": trains_base` to
+    the state. What trains beside an update (a magnitude, a bias) does so from the first step on."""
 
     warm_start: int = 0
 
@@ -25,18 +25,14 @@ class WarmStart(AbstractSchedule, TrainsBase, FreezesLayers):
     def freezes_layers(self) -> bool:
         return self.trains_base
 
-    def init(self, adapters: Any) -> dict[str, Any]:
-        own: Any = super().init(adapters)  # type: ignore[safe-super]
-        return {**own, "warming": self.trains_base}
-
-    def restore(self, state: dict[str, Any], training: Any) -> None:
+    def restore(self, state: State, training: TrainingLike) -> None:
         super().restore(state, training)
         if self.trains_base:
             training.set_trainable(() if state["warming"] else None, base=state["warming"])
 
-    def ends_warm(self, state: dict[str, Any], training: Any) -> bool:
+    def ends_warm(self, state: State, training: TrainingLike) -> bool:
         """Whether the warm start ends with this step; then the adapters train from here on, with a
-        fresh optimizer. The caller starts them anew on the weights as they now stand."""
+        fresh optimizer. The caller then starts them anew on the present weights."""
         if not state["warming"] or training.step + 1 != self.warm_start:
             return False
         adapters, optimizer = training.adapters, training.optimizer

@@ -12,27 +12,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from lorica.methods.choice import Choice
+from lorica.interfaces import AdaptersLike
+from lorica.methods.fields import number, whole
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.methods.schedules.switchlora.ring import capacity
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INTERVAL, FREEZE = 40, 5  # the authors'
 TURNS = 2  # what a left-out interval is to give each position, where that can be
 FEW = 0.01  # turns of a position in the whole run: fewer are none
-
-
-def in_range(choice: Choice, name: str, most: float) -> None:
-    """ValueError unless the argument is a number in (0, most], or left out."""
-    value, default = getattr(choice, name), type(choice).__dataclass_fields__[name].default
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != default and not (number and 0 < value <= most):
-        raise ValueError(
-            f"`{choice.name}({name}={value!r})`: a number above 0"
-            + (f", at most {most:g}" if most < math.inf else "")
-            + f"; its default: `{name}={default!r}`"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +38,14 @@ class Paced(AbstractSchedule):
     below_full: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.freeze, int) and not isinstance(self.freeze, bool)
-        if self.freeze is not None and not (whole and self.freeze >= 0):
-            raise ValueError(
-                f"`{self.name}(freeze={self.freeze!r})`: whole steps, 0 for none; default {FREEZE}"
-            )
+        say = f"a number of steps above 0, e.g. {INTERVAL}; left out, it is fitted to the run"
+        number(self, "interval", above=0, optional=True, say=say)
+        say = "a number of exchanges above 0, e.g. 91; left out, it follows from the interval"
+        number(self, "swaps", above=0, optional=True, say=say)
+        number(self, "ratio", above=0, say="a number above 0, e.g. 0.1")
+        number(self, "kappa", above=0, most=1, say="a number above 0, at most 1, e.g. 1/3")
+        say = f"whole steps, at least 0, e.g. {FREEZE}; 0: none"
+        whole(self, "freeze", least=0, optional=True, say=say)
         given = f"`{self.name}(interval={self.interval!r}"
         if self.interval is not None and self.swaps is not None:
             raise ValueError(
@@ -69,8 +64,10 @@ class Paced(AbstractSchedule):
         return max(2, 2 * freeze)
 
     def frequency(self, step: int, total_steps: int | None) -> float:
-        """Expected turns of a position in this step, 0-based."""
+        """Expected turns of a position in this step, 0-based; none past the horizon."""
         assert self.interval is not None
+        if total_steps is not None and step >= total_steps:
+            return 0.0
         if self.kappa == 1 or total_steps is None:
             return 1 / self.interval
         return max(self.kappa ** ((step + 1) / (self.ratio * total_steps)), 1e-8) / self.interval
@@ -82,7 +79,7 @@ class Paced(AbstractSchedule):
         theta = -math.log(self.kappa) / (self.ratio * total_steps)
         return math.exp(-theta) * math.expm1(-theta * total_steps) / math.expm1(-theta)
 
-    def fit(self, total_steps: int | None) -> AbstractSchedule:
+    def fit(self, total_steps: int | None) -> Self:
         if total_steps is None and (self.kappa < 1 or self.swaps is not None):
             raise ValueError(
                 f"`{self.name}` slows down over the run: give `total_steps`, its length in"
@@ -118,7 +115,7 @@ class Paced(AbstractSchedule):
             )
         return interval
 
-    def state_bytes(self, adapters: Any) -> int:
+    def state_bytes(self, adapters: AdaptersLike) -> int:
         """The pools: min(in, out) vectors of either side a layer."""
         total = 0
         for _, layer in adapters:

@@ -1,4 +1,4 @@
-"""Pools of spare vectors: how they are drawn, and how their rows travel to the layers and back.
+"""Pools of spare vectors: how they are drawn, and how their rows are copied to the layers and back.
 
 Pools in host memory feed layers on a GPU: rows go through pinned buffers on a stream of their own,
 fetched one step ahead, so that nothing waits for them. Everywhere else the same calls copy at once.
@@ -11,25 +11,27 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import InitLike, LayerLike
+from lorica.methods.schedules.base import State, pair_of
 from lorica.tensors.dtensor_ops import draw, reduce_scalar
 
 
 @torch.no_grad()
 def draw_pools(
-    layer: Any, init: Any, generator: torch.Generator, slots: int
+    layer: LayerLike, init: InitLike, generator: torch.Generator, slots: int
 ) -> tuple[Tensor, Tensor]:
     """Pools (slots, in) for rows of A and (slots, out) for columns of B, in the pair's dtype on the
-    CPU; the last r slots stay zero, for they belong to the vectors at work.
+    CPU; the last r slots stay zero, for they belong to the vectors in use.
 
     The spare ones are drawn r at a time as the init draws its vectors. An init that reads the
-    weight has one start only: its spare vectors are uniform, with the mean square of those at work.
+    weight has one start only: its spare vectors are uniform, with the mean square of those in use.
     """
-    pair, r = layer.update.delta.pair(), layer.site.r
+    pair, r = pair_of(layer), layer.site.r
     pools = {
         "A": torch.zeros(slots, layer.in_features, dtype=pair.A.dtype),
         "B": torch.zeros(slots, layer.out_features, dtype=pair.B.dtype),
@@ -61,12 +63,19 @@ def index_on(device: torch.device, index: Sequence[int] | Tensor) -> Tensor:
     return index.pin_memory().to(device, non_blocking=True)
 
 
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event at the present end of the stream."""
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
 @dataclass
 class AsyncRows:
     """Rows that are on their way to `rows.device`, or there already."""
 
     rows: Tensor
-    sent: Any = None  # the event that ends the copy, on a GPU
+    sent: torch.cuda.Event | None = None  # the event that ends the copy, on a GPU
 
     def open(self) -> Tensor:
         if self.sent is not None:
@@ -76,26 +85,46 @@ class AsyncRows:
         return self.rows
 
 
+class Exchange(NamedTuple):
+    """Vectors of one side of a layer that are exchanged in a step."""
+
+    layer: int  # its index in model order
+    side: str
+    at: list[int]  # positions
+    slots: Tensor  # of the pool, whose rows come
+    rows: AsyncRows
+
+
+class Order(NamedTuple):
+    """The exchanges of a step."""
+
+    counts: Tensor  # of each layer (L,), on either side
+    exchanges: list[Exchange]
+
+
+_Of = weakref.WeakKeyDictionary[torch.optim.Optimizer, "PoolTransfer"]
+
+
 class PoolTransfer:
-    """What is between pools and layers at the moment. Not state: it is made anew after a load."""
+    """Rows on their way between pools and layers. Not state: it is made anew after a load."""
 
-    _all: ClassVar[weakref.WeakKeyDictionary[Any, PoolTransfer]] = weakref.WeakKeyDictionary()
+    _all: ClassVar[_Of] = weakref.WeakKeyDictionary()
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    def __init__(self, state: State) -> None:
         self.state = state
-        self.ahead: tuple[int, Any] | None = None  # (step, what was ordered for it)
+        self.ahead: tuple[int, Order] | None = None  # (step, what was ordered for it)
         self.back: list[tuple[Tensor, Tensor, AsyncRows]] = []  # pool, its slots, rows
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> PoolTransfer:
+    def of(cls, optimizer: torch.optim.Optimizer, state: State) -> PoolTransfer:
         """The one of this optimizer, as long as it has not loaded another state."""
         own = cls._all.get(optimizer)
         if own is None or own.state is not state:
             own = cls._all[optimizer] = cls(state)
         return own
 
-    def take(self, step: int) -> Any | None:
+    def take(self, step: int) -> Order | None:
         """What was ordered ahead for this step."""
         ahead, self.ahead = self.ahead, None
         return ahead[1] if ahead is not None and ahead[0] == step else None
@@ -109,10 +138,10 @@ class PoolTransfer:
         stream = self._stream(device)
         with torch.cuda.stream(stream):
             rows = host.to(device, non_blocking=True)
-        return AsyncRows(rows, stream.record_event())
+        return AsyncRows(rows, _recorded(stream))
 
     def send_back(self, pool: Tensor, slots: Tensor, rows: Tensor) -> None:
-        """Let these rows travel to the pool; they are there after `flush`."""
+        """Copy these rows to the pool; they are there after `flush`."""
         if rows.device == pool.device or rows.device.type != "cuda":
             self.back.append((pool, slots, AsyncRows(rows.to(pool.device))))
             return
@@ -122,15 +151,15 @@ class PoolTransfer:
         with torch.cuda.stream(stream):
             host.copy_(rows, non_blocking=True)
         rows.record_stream(stream)
-        self.back.append((pool, slots, AsyncRows(host, stream.record_event())))
+        self.back.append((pool, slots, AsyncRows(host, _recorded(stream))))
 
     @torch.no_grad()
     def flush(self) -> None:
         """Write into the pools what was sent back."""
-        for pool, slots, parcel in self.back:
-            if parcel.sent is not None:
-                parcel.sent.synchronize()
-            pool.index_copy_(0, index_on(pool.device, slots), parcel.rows)
+        for pool, slots, sent in self.back:
+            if sent.sent is not None:
+                sent.sent.synchronize()
+            pool.index_copy_(0, index_on(pool.device, slots), sent.rows)
         self.back.clear()
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:

@@ -1,4 +1,4 @@
-"""The ring of positions: whose turn it is, which slots of the pools come, and who is frozen.
+"""The ring of positions: which take their turn, which slots of the pools come, and what is frozen.
 
 Position i of a layer's A holds slot `slots[0, i]` of its pool, of B `slots[1, i]`. A's turn is at
 position p_A = S mod r, S the exchanges so far, B's at p_B = (S + ⌊r/2⌋) mod r. The counterparts of
@@ -11,17 +11,20 @@ that of step t at t mod freeze; `slots` (2, L, largest r), −1 beyond a layer's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorica.interfaces import LayerLike
+from lorica.methods.schedules.base import State
+from lorica.tensors.linalg import ints
 
 SIDES = "AB"
 STATE = ("swaps", "recent", "slots")
 
 
-def pool_size(word: str, layer: Any) -> int:
-    """Vectors of either kind that a layer has, at work and spare.
+def pool_size(method: str, layer: LayerLike) -> int:
+    """Vectors of either kind that a layer has, in use and spare.
 
     Raises:
         ValueError: a rank at which nothing can be exchanged.
@@ -29,7 +32,7 @@ def pool_size(word: str, layer: Any) -> int:
     size = capacity(layer)
     if not 1 < layer.site.r < size:
         raise ValueError(
-            f"`{word}` on {layer.site.name!r} ({layer.out_features} x {layer.in_features}) at"
+            f"`{method}` on {layer.site.name!r} ({layer.out_features} x {layer.in_features}) at"
             f" r={layer.site.r}: at ranks from 2 to {size - 1} there are spare vectors, and A and B"
             f" can take turns; type a smaller `r`, `rank_pattern={{{layer.site.name!r}: ...}}`, or"
             " leave this layer out with `exclude_modules`"
@@ -37,12 +40,12 @@ def pool_size(word: str, layer: Any) -> int:
     return size
 
 
-def capacity(layer: Any) -> int:
+def capacity(layer: LayerLike) -> int:
     return min(layer.in_features, layer.out_features)
 
 
-def start(layers: Sequence[Any], freeze: int) -> dict[str, Tensor]:
-    """The last r slots of each pool are at work; B's ring is turned by half a lap."""
+def start(layers: Sequence[LayerLike], freeze: int) -> dict[str, Tensor]:
+    """The last r slots of each pool are in use; B's ring is turned by half a lap."""
     ranks = [layer.site.r for layer in layers]
     slots = torch.full((2, len(layers), max(ranks)), -1)
     for i, (r, layer) in enumerate(zip(ranks, layers, strict=True)):
@@ -57,7 +60,7 @@ def start(layers: Sequence[Any], freeze: int) -> dict[str, Tensor]:
 
 
 def counts(
-    state: dict[str, Any], layers: Sequence[Any], frequency: float, step: int,
+    state: State, layers: Sequence[LayerLike], frequency: float, step: int,
     generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
     """How many vectors each layer exchanges, (L,), the same for A and B."""
@@ -68,7 +71,7 @@ def counts(
     recent = state["recent"]
     frozen = recent.sum(1)
     if freeze := recent.shape[1]:
-        frozen -= recent[:, step % freeze]  # whose time is over
+        frozen -= recent[:, step % freeze]  # free again
     # From either pointer on to what is frozen behind the other; both point to S + a constant.
     half = r // 2
     ways = torch.stack([(-half - frozen) % r, (half - frozen) % r, spare])
@@ -76,7 +79,7 @@ def counts(
 
 
 def turn(
-    state: dict[str, Any], layer: Any, i: int, side: str, count: int,
+    state: State, layer: LayerLike, i: int, side: str, count: int,
     random: torch.Generator | None,
 ) -> tuple[list[int], Tensor]:  # fmt: skip
     """Positions whose turn it is, and the slots that come: the next in the ring, or drawn among
@@ -93,7 +96,7 @@ def turn(
     return at, free.nonzero().flatten()[order]
 
 
-def occupy(state: dict[str, Any], i: int, side: str, at: list[int], slots: Tensor) -> Tensor:
+def occupy(state: State, i: int, side: str, at: list[int], slots: Tensor) -> Tensor:
     """Let these positions hold these slots; returns the slots they leave."""
     held = state["slots"][SIDES.index(side), i]
     where = torch.tensor(at)
@@ -102,15 +105,15 @@ def occupy(state: dict[str, Any], i: int, side: str, at: list[int], slots: Tenso
     return left
 
 
-def advance(state: dict[str, Any], k: Tensor, step: int) -> list[int]:
+def advance(state: State, k: Tensor, step: int) -> list[int]:
     """Count the exchanges of this step; returns the layers with anything frozen."""
     state["swaps"] += k
     if freeze := state["recent"].shape[1]:
         state["recent"][:, step % freeze] = k
-    return state["recent"].sum(1).nonzero().flatten().tolist()
+    return ints(state["recent"].sum(1).nonzero().flatten())
 
 
-def frozen(state: dict[str, Any], layer: Any, i: int) -> dict[str, list[int]]:
+def frozen(state: State, layer: LayerLike, i: int) -> dict[str, list[int]]:
     """Frozen rows of A and columns of B: behind B's pointer, and behind A's."""
     r, last, count = layer.site.r, int(state["swaps"][i]), int(state["recent"][i].sum())
     ends = {"A": last + r // 2, "B": last}

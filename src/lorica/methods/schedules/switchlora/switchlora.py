@@ -25,26 +25,32 @@ precision each exchange rounds W: keep the base in float32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import AdaptersLike, Pair, RecipeLike, TrainingLike
+from lorica.methods.fields import one_of
 from lorica.methods.inits.base import AbstractInit
-from lorica.methods.schedules._restart import allow
+from lorica.methods.schedules.base import State, pair_of
 from lorica.methods.schedules.switchlora import ring
-from lorica.methods.schedules.switchlora.pace import Paced, in_range
-from lorica.methods.schedules.switchlora.pools import PoolTransfer, draw_pools, index_on
+from lorica.methods.schedules.switchlora.pace import Paced
+from lorica.methods.schedules.switchlora.pools import (
+    Exchange,
+    Order,
+    PoolTransfer,
+    draw_pools,
+    index_on,
+)
 from lorica.tensors.dtensor_ops import draw, read_full, seeded, zero_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchloraInit(AbstractInit):
-    """Uniform A and B of balanced size, anchored so that the function is kept.
+    """Uniform A and B of balanced size; a frozen start keeps the function.
 
     Example:
         >>> from lorica import Recipe
@@ -59,7 +65,7 @@ class SwitchloraInit(AbstractInit):
         }
     """
 
-    def fill(self, weight: Tensor, pair: Any, generator: torch.Generator) -> None:
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         (r, n), m = pair.A.shape, pair.B.shape[0]
         both = 3**-0.25 * (r * pair.scale) ** -0.5
         for p, std in ((pair.A, (m**0.5 * r / n**1.5) ** 0.25), (pair.B, (r * r / m / n) ** 0.125)):
@@ -117,20 +123,18 @@ class Switchlora(Paced):
     default_r: ClassVar[int | None] = 128
     default_learning_rate: ClassVar[float | None] = 0.02
 
-    def default_lora_alpha(self, recipe: Any) -> float | None:
+    def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
         return 1
 
     def __post_init__(self) -> None:
-        for name, most in ("interval", inf), ("swaps", inf), ("ratio", inf), ("kappa", 1):
-            in_range(self, name, most)
         super().__post_init__()
-        allow(self, "select", "sequential", "random")
-        allow(self, "pools", "cpu", "device")
-        allow(self, "reset", True, False)  # type: ignore[arg-type]
+        one_of(self, "select", "sequential", "random")
+        one_of(self, "pools", "cpu", "device")
+        one_of(self, "reset", True, False)
 
-    def init(self, adapters: Any) -> dict[str, Any]:
+    def init(self, adapters: AdaptersLike) -> State:
         assert self.freeze is not None, "init comes after fit"
-        state: dict[str, Any] = {"A": {}, "B": {}}
+        state: State = {"A": {}, "B": {}}
         for name, layer in adapters:
             size = ring.pool_size(self.name, layer)
             generator = seeded(f"{adapters.recipe.seed}/{name}/pools")
@@ -138,7 +142,7 @@ class Switchlora(Paced):
             state["A"][name], state["B"][name] = pools
         return {**ring.start([*adapters.layers.values()], self.freeze), **state}
 
-    def restore(self, state: dict[str, Any], training: Any) -> None:
+    def restore(self, state: State, training: TrainingLike) -> None:
         for name in ring.STATE:
             state[name] = state[name].cpu()  # read in every step
         for name, layer in training.adapters:
@@ -147,39 +151,42 @@ class Switchlora(Paced):
                 state[side][name] = state[side][name].to(device)
 
     @torch.no_grad()
-    def before_step(self, state: dict[str, Any], training: Any) -> None:
-        layers, transit = [*training.adapters], PoolTransfer.of(training.optimizer, state)
-        k, exchanges = transit.take(training.step) or self._order(state, training, transit)
-        for i, side, at, slots, parcel in exchanges:
+    def before_step(self, state: State, training: TrainingLike) -> None:
+        layers, transfer = [*training.adapters], PoolTransfer.of(training.optimizer, state)
+        step = training.step
+        k, exchanges = transfer.take(step) or self._order(state, training, step, transfer)
+        for i, side, at, slots, rows in exchanges:
             name, layer = layers[i]
-            pair = layer.update.delta.pair()
+            pair = pair_of(layer)
             where = index_on(pair.A.device, at)
             old = read_full(pair.A)[where] if side == "A" else read_full(pair.B)[:, where].T
-            training.swap_(layer, side, at, parcel.open(), keep_state=not self.reset)
-            transit.send_back(state[side][name], ring.occupy(state, i, side, at, slots), old)
-        for i in ring.advance(state, k, training.step):
-            rows, pair = ring.frozen(state, layers[i][1], i), layers[i][1].update.delta.pair()
+            training.swap_(layer, side, at, rows.open(), keep_state=not self.reset)
+            transfer.send_back(state[side][name], ring.occupy(state, i, side, at, slots), old)
+        for i in ring.advance(state, k, step):
+            frozen, pair = ring.frozen(state, layers[i][1], i), pair_of(layers[i][1])
             for p, side, axis in ((pair.A, "A", 0), (pair.B, "B", 1)):
                 if p.grad is not None:
-                    zero_rows(p.grad, rows[side], axis)
+                    zero_rows(p.grad, frozen[side], axis)
 
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
-        transit, later = PoolTransfer.of(training.optimizer, state), copy.copy(training)
-        transit.flush()
-        later.step += 1
-        transit.ahead = later.step, self._order(state, later, transit)
+    def after_step(self, state: State, training: TrainingLike) -> None:
+        transfer, later = PoolTransfer.of(training.optimizer, state), training.step + 1
+        transfer.flush()
+        transfer.ahead = later, self._order(state, training, later, transfer)
 
     def _order(
-        self, state: dict[str, Any], training: Any, transit: PoolTransfer
-    ) -> tuple[Tensor, list]:
-        """How many each layer exchanges, and which, their rows under way; changes nothing else."""
-        layers, generator = training.adapters.layers, training.generator(self.name)
-        often = self.frequency(training.step, training.total_steps)
-        k = ring.counts(state, [*layers.values()], often, training.step, generator)
-        out, random = [], generator if self.select == "random" else None
+        self, state: State, training: TrainingLike, step: int, transfer: PoolTransfer
+    ) -> Order:
+        """The exchanges of this step or of the next, their rows on the way; changes nothing
+        else."""
+        layers = training.adapters.layers
+        generator = seeded(f"{training.seed}/{step}/{self.name}")  # in either step the same draws
+        often = self.frequency(step, training.total_steps)
+        k = ring.counts(state, [*layers.values()], often, step, generator)
+        random = generator if self.select == "random" else None
+        out: list[Exchange] = []
         for i, (name, layer) in enumerate(layers.items()):
             for side in ring.SIDES if k[i] else "":
                 at, slots = ring.turn(state, layer, i, side, int(k[i]), random)
-                parcel = transit.fetch(state[side][name], slots, layer.store.parameter.device)
-                out.append((i, side, at, slots, parcel))
-        return k, out
+                rows = transfer.fetch(state[side][name], slots, layer.store.parameter.device)
+                out.append(Exchange(i, side, at, slots, rows))
+        return Order(k, out)
