@@ -76,7 +76,7 @@ def test_a_run_of_twice_the_horizon_holds_the_end_state(method, monkeypatch):
     assert len(set(rates[STEPS:])) == 1, f"the rate still changes: {rates[STEPS:]}"
     tensors = adapters.state_dict().values()
     assert all(t.isfinite().all() for t in tensors if t.is_floating_point())
-    late = [step for step in events.steps if step >= STEPS - 1]
+    late = [step for step in events.steps if step >= STEPS]
     assert not late, f"events at steps {late}"
 
 

@@ -362,7 +362,8 @@ def test_what_never_fires_or_has_no_effect_is_refused():
         lorica.optimizer(lorica.attach(chain(), "adalora", r=2, verbose=False))
     with pytest.raises(ValueError, match="begins with 6 ranks, and 6 are to remain"):
         begin("adalora(init_r=2)")
-    with pytest.raises(ValueError, match="has no effect with `importance='magnitude'`"):
+    message = "has no effect here: `importance='magnitude'` keeps no averages"
+    with pytest.raises(ValueError, match=message):
         Recipe.parse("adalora(importance='magnitude', beta1=0.5)")
     with pytest.raises(ValueError, match="`adalora` and `sora` both|`svd.*gated`|leave one"):
         Recipe.parse("adalora+sora")

@@ -170,8 +170,8 @@ def test_left_out_the_interval_is_fitted_to_three_links(steps, every, caplog):
 class Remembering(Cola):
     """A chain whose optimizer keeps its moments."""
 
-    def restart(self, state, training, layers, **how):
-        super().restart(state, training, layers, **{**how, "keep_state": True})
+    def restart(self, state, training, layers):
+        self.merge(state, training, layers, accumulate=self.accumulate, keep_state=True)
 
 
 def test_a_chain_passes_the_floor_of_its_rank_and_a_reset_helps():

@@ -228,13 +228,13 @@ def test_the_counterparts_state_is_zeroed_and_the_exchanged_keep_theirs(reset, m
     state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in (pair.A, pair.B)]
     backward(adapters, 99)
     seen = []
-    original = type(optimizer)._rests
+    original = type(optimizer)._skipped
 
     def look(self):  # the first thing that happens after the schedule's turn
         seen.extend({k: v.clone() for k, v in self.state[p].items()} for p in (pair.A, pair.B))
         return original(self)
 
-    monkeypatch.setattr(type(optimizer), "_rests", look)
+    monkeypatch.setattr(type(optimizer), "_skipped", look)
     optimizer.step()
     for before, after, fresh, T in zip(state, seen, ((4, 5), (0, 1)), (False, True), strict=True):
         assert set(after) == {"step", "exp_avg", "exp_avg_sq"}
@@ -674,11 +674,11 @@ def test_it_is_the_same_on_shards():
         ("interval=9, freeze=5", r"interval=9, freeze=5.*at least 10 steps.*`freeze=4`"),
         ("interval=1", "at least 2 steps; type `interval=2`"),
         ("interval=20, swaps=3", "either follows from the other; leave one out"),
-        ("interval=True", "a number above 0"),
+        ("interval=True", "a number of steps above 0"),
         ("kappa=1.5", "a number above 0, at most 1"),
         ("kappa=None", "a number above 0, at most 1"),
         ("ratio=0", "a number above 0"),
-        ("freeze=-1", "whole steps, 0 for none"),
+        ("freeze=-1", "whole steps, at least 0, e.g. 5; 0: none"),
         ("select='ring'", "allowed: 'sequential', 'random'"),
         ("pools='gpu'", "allowed: 'cpu', 'device'"),
         ("reset='step'", "allowed: True, False"),

@@ -20,7 +20,7 @@ from lorica.methods.groups.base import AbstractGroup, Options
 class LoraPlus(AbstractGroup):
     """B learns `loraplus_lr_ratio` times faster than A.
 
-    Cost: nothing but a number to tune.
+    Cost: none, but a ratio to tune.
     When: hard tasks, where features have to change; with a lower rate than LoRA's.
 
     Args:

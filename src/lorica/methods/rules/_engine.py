@@ -231,18 +231,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.rule = rule
         super().__init__(groups, {"weight_decay": 0.0, "pair": False})
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule}  # type: ignore[misc]
+    def __getstate__(self) -> dict[str, Any]:  # Any: as torch declares it
+        return {**super().__getstate__(), "rule": self.rule}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as torch declares it
         super().load_state_dict(state_dict)
         # The base class rounds state to the parameters' dtype; ours may be wider.
         ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         own = ((p, g["pair"]) for g in self.param_groups for p in g["params"])
         for i, (p, paired) in zip(ids, own, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                # One number of what is in no pair is read at every step: on a device torch would
-                # wait for each.
+                # A scalar of what is in no pair is read at every step: on a device torch would wait
+                # for each.
                 device = p.device if paired or value.ndim else "cpu"
                 self.state[p][name] = value.to(device, copy=True)
 

@@ -4,7 +4,7 @@
 
 The inner rule (AdamW or SGD) then takes Ā and B̄ as gradients. With SGD and δ → 0 the step on ΔW
 is −η s² (P_B G + G P_A), the full gradient projected onto the present column and row spaces,
-whatever the sizes of A and B; the s² is left to the rate.
+for all sizes of A and B; the s² is left to the rate.
 
 Both inverses are made of the factors before the step, as in PEFT and in the authors' SGD; their
 AdamW moves A first and takes the new A for B, by a slip. Where a Gram matrix is singular its
@@ -73,8 +73,10 @@ class Riemannian(PairRule):
         one_of(self, "inner", *_INNER)
         one_of(self, "relative", True, False)
 
-    @property
-    def default_learning_rate(self) -> float | None:  # type: ignore[override]
+    @property  # and no class variable, for it depends on `inner`
+    def default_learning_rate(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> float | None:
         return 2e-2 if self.inner == "sgd" else None  # the paper's on GPT-2; None: as without
 
     @property

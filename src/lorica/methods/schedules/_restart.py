@@ -101,7 +101,7 @@ class Restarts(AbstractSchedule):
         return total_steps - 1  # the last step ends no link
 
     def events(self, total_steps: int) -> int:
-        """Restarts in a run of so many steps."""
+        """Restarts in a run of `total_steps`."""
         assert self.every is not None
         return max(self._spare(total_steps), 0) // self.every
 

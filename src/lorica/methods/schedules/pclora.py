@@ -77,7 +77,7 @@ class PcLora(AbstractSchedule):
     When: the model itself has to become smaller; compare with a truncated SVD.
 
     Args:
-        fade: part of the run in (0, 1] after which λ is 0; the factors train on alone for the rest.
+        fade: part of the run in (0, 1] after which λ is 0; after that the factors train alone.
             Default 0.6 (the paper's is not known; a re-implementation takes 0.8).
         alpha: of the task's loss, in [0, 1]; the rest, 1 − alpha, is distillation from the original
             model. Default 0.2 (a re-implementation's). 1 leaves distillation, and the original
@@ -114,7 +114,7 @@ class PcLora(AbstractSchedule):
 
     def __post_init__(self) -> None:
         number(self, "fade", above=0, most=1, say="a number above 0 and at most 1, e.g. 0.6")
-        number(self, "alpha", least=0, most=1, say="a number from 0 to 1, e.g. 0.2")
+        number(self, "alpha", least=0, most=1, say="a number at least 0 and at most 1, e.g. 0.2")
         one_of(self, "shape", "linear", "cosine", "one_minus_sine", "identity")
         own = dict(type(self).preset)
         if self.alpha == 1:

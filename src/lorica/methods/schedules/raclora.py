@@ -63,10 +63,7 @@ class RacloraGroup(AbstractGroup):
 
     def __post_init__(self) -> None:
         one_of(self, "side", "A", "B")
-
-    @property
-    def freezes(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset("AB") - {self.side}
+        object.__setattr__(self, "freezes", frozenset("AB") - {self.side})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from what is written; in training it may come back, as long as a step is longer 
 support is final only at the end.
 
 The authors' code differs. Its ξ is a constant, so that under a falling rate gates die late in
-training (`scaled=False`). Its threshold is three masks in a row, which also zero whatever they have
+training (`scaled=False`). Its threshold is three masks in a row, which also zero what they have
 just shrunk below ξ: gates below 2ξ die, and one of exactly ξ is left alone (`rule='authors'`). It
 adds an L1 term to the loss as well, left out here: one mechanism is enough. Between its stages the
 rate is not restarted, and at the end of a linear decay only the threshold acts; here it is.

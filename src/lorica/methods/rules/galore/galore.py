@@ -10,7 +10,7 @@ as they are, in the paper and in the authors' code.
 
 Paper and code differ in ε: the paper adds 1e-8 to √V̂ after the bias corrections, the code 1e-6 to
 √V before, so that at step 1 it weighs 32 times as much. This follows the code, with which the
-published numbers were made. The code refreshes all matrices at once, so that one step in T stalls;
+published numbers were made. The code refreshes all matrices at once, so that one step in T is slow;
 here they take turns, matrix i of n at steps ⌊iT/n⌋ + kT, unless asked otherwise. The code rounds
 the basis to the gradient's dtype and keeps it where a safe load refuses it; here it is a tensor of
 the state, in float32 or wider.

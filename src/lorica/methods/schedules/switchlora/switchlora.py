@@ -7,7 +7,7 @@
     k ≤ (p_A − f − p_B) mod r, (p_B − f − p_A) mod r, c − r
 
 An exchange of aᵢ changes the gradient of bᵢ, its counterpart, and no other: bᵢ's optimizer state
-starts anew, and it is frozen for `freeze` steps, this one included; aᵢ's goes on. A and B exchange
+starts anew, and it is frozen for `freeze` steps, this one included; aᵢ's stays. A and B exchange
 the same k vectors a step, from ring positions p_A and p_B = p_A + ⌊r/2⌋ on; f are the frozen ones
 behind each. This follows the authors' code; its README names the exchanged vectors as those that
 freeze. κ is the paper's 1/3 (the code: 0.3). In random order the code may take a slot that is just
@@ -19,7 +19,7 @@ and both factors an equal part in the change of it:
     std_A = (√out·r/in^1.5)^¼·3^-¼·√(1/(r·s)),   std_B = (r/√(out·in))^¼·3^-¼·√(1/(r·s))
 
 W starts as W − s·B·A. The code's `origin_lora`, the usual A and a zero B, is the start `kaiming`.
-Pools are training state: they are saved with the optimizer, (in + out)·c numbers a layer. In half
+Pools are training state: they are saved with the optimizer, (in + out)·c elements a layer. In half
 precision each exchange rounds W: keep the base in float32.
 """
 
