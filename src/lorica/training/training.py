@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorica.interfaces import LayerLike
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
 from lorica.tensors.dtensor_ops import seeded
@@ -72,7 +73,7 @@ class Training:
         freezing.set_trainable(self.adapters, layers, base=base)
 
     def merge_(
-        self, layer: AdaptedLinear, *, link: int, generator: torch.Generator,
+        self, layer: LayerLike, *, link: int, generator: torch.Generator,
         accumulate: str = "base", keep_state: bool = False,
     ) -> None:  # fmt: skip
         """See `lorica.training.weight_edits.merge_`.
@@ -80,13 +81,14 @@ class Training:
         Args:
             keep_state: leave the optimizer's state of the layer's parameters as it is.
         """
+        assert isinstance(layer, AdaptedLinear)  # of `self.adapters`
         weight_edits.merge_(
             layer, None if keep_state else self.optimizer, link=link, accumulate=accumulate,
             init=self.adapters.recipe.init, generator=generator,
         )  # fmt: skip
 
     def swap_(
-        self, layer: AdaptedLinear, side: str, index: Sequence[int], rows: Tensor, *,
+        self, layer: LayerLike, side: str, index: Sequence[int], rows: Tensor, *,
         keep_state: bool = False,
     ) -> None:  # fmt: skip
         """See `lorica.training.weight_edits.swap_`.
@@ -94,5 +96,6 @@ class Training:
         Args:
             keep_state: leave the optimizer's state of the counterparts as it is.
         """
+        assert isinstance(layer, AdaptedLinear)  # of `self.adapters`
         optimizer = None if keep_state else self.optimizer
         weight_edits.swap_(layer, optimizer, side, index, rows)

@@ -43,6 +43,7 @@ class TrainerArguments(Protocol):
     @property
     def adam_epsilon(self) -> float: ...
 
+
 # Key in an optimizer's `defaults`, which its copies keep and its checkpoints do not hold.
 _MARK = "lorica_rule"
 
@@ -59,11 +60,7 @@ class AbstractRule(Choice, abc.ABC):
         """Optimizer groups of all that trains."""
         return grouped(adapters.trained(), adapters.recipe.groups, lr, weight_decay)
 
-    def make(
-        self,
-        groups: list[dict[str, Any]],  # Any: options of torch's optimizers
-        options: Mapping[str, Any],  # Any: as above
-    ) -> torch.optim.Optimizer:
+    def make(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         """The optimizer that `build` gives, marked as this rule's."""
         optimizer = self.build(groups, options)
         optimizer.defaults[_MARK] = self.text()
