@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
 import lorica
 from lorica import Recipe
 from lorica.methods.choice import Choice
+from lorica.methods.deltas.base import DeltaChoice
 from lorica.recipe.registry import axis_of, build, find, names, normalise, unknown
 
 
@@ -131,6 +135,25 @@ def test_defaults_say_where_they_come_from():
 ])  # fmt: skip
 def test_default_rates(method, rate, whose):
     assert Recipe.parse(method).learning_rate == (rate, whose)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated(DeltaChoice):
+    """Has a rate, and a scale that it needs to be 1."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"weight", "wrapped"})
+    preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}
+    requires: ClassVar[frozenset[str]] = frozenset({"scales"})
+    takes: ClassVar[frozenset[str]] = frozenset({"r"})
+    default_learning_rate: ClassVar[float | None] = 0.5
+
+
+def test_a_part_that_a_method_has_to_fill_in_has_no_say_in_its_rate():
+    recipe = Recipe(delta=Rated(), r=2)
+    assert recipe.scale.default_learning_rate < 0.5
+    assert recipe.learning_rate == (0.5, Rated().name)
+    dora = Recipe(delta=Rated(), r=2, combine=Recipe.parse("dora").combine)
+    assert dora.learning_rate == (1e-4, "dora"), "what the user adds does have one"
 
 
 def test_replacing_a_field_of_a_recipe_refills_what_was_not_given():

@@ -173,11 +173,17 @@ def test_works_under_every_combine_that_its_declarations_allow(word, combine):
 
 
 @pytest.mark.parametrize("word", WRAPPING)
-def test_a_rank_above_the_layer_is_refused(word):
+def test_a_rank_above_the_layer_is_refused_where_r_is_a_rank(word):
     if "r" not in Recipe.parse(word).takes:
         return
-    model = KINDS["linear"]()
+    model, x = KINDS["linear"](), inputs("linear", 4)
     before = model.layer
+    if Recipe.parse(word).delta.most_r(IN, OUT) is None:  # r is no bound on the rank
+        said = model(x)
+        adapters = adapt(model, word, r=4 * (OUT + IN))
+        torch.testing.assert_close(model(x), said, rtol=0, atol=1e-12)
+        assert only(adapters).site.r == 4 * (OUT + IN)
+        return
     with pytest.raises(ValueError, match=rf"larger than min\(in, out\).*layer \({OUT} x {IN}\)"):
         adapt(model, word, r=OUT + 1)
     assert model.layer is before

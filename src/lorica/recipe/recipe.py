@@ -207,9 +207,12 @@ class Recipe:
     @property
     def learning_rate(self) -> tuple[float, str] | None:
         """The method's default rate and the part it comes from: the rule's own, else a schedule's,
-        else the lowest that one of the parts asks for."""
+        else the lowest that one of the parts asks for. A part that another one, with a rate of its
+        own, has to fill in is not asked."""
+        filled = {a for c in self.choices if c.default_learning_rate for a in c.requires}
         for choices in (self.of("rules"), self.schedules, self.choices):
-            rates = [(r, c.name) for c in choices if (r := c.default_learning_rate)]
+            asked = [c for c in choices if c.axis not in filled]
+            rates = [(r, c.name) for c in asked if (r := c.default_learning_rate)]
             if rates:
                 return min(rates, key=lambda pair: pair[0])
         return None
