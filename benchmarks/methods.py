@@ -282,12 +282,13 @@ def _child(words: list[str], log: Path, out: Path | None, writer: Any) -> None:
 def load_everything() -> None:
     """Imports take ten times as long as a short run's start, so they come before the forks."""
     import datasets  # noqa: F401
-    import lorica.io
-    import lorica.train.run
-    import lorica.train.trainer  # noqa: F401
     import torch
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM, Trainer  # noqa: F401
+
+    import lorica.formats
+    import lorica.run.finetune
+    import lorica.run.trainer  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -214,7 +214,7 @@ def test_a_lock_without_the_systems_help(tmp_path, monkeypatch):
 FORKS = """
 import os, signal, sys, time
 from pathlib import Path
-from lorica.train import lock
+from lorica.run import lock
 lock.take(Path(sys.argv[1]))
 read, write = os.pipe()
 child = os.fork()
