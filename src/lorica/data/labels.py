@@ -77,10 +77,12 @@ class Labels:
     def of(cls, values: Sequence[Any], places: Sequence[str]) -> Labels:
         """What these labels are, by their values; a file's types don't matter.
 
-        Whole numbers are classes named by them, in numeric order (with those that don't occur, where
-        they begin at 0 and at least half do), also as texts (the way csv files have them) and, where there are at most `FEW` of them, with a point (`1.0`, which pandas
-        writes once a label is missing). Other numbers are a regression; booleans are two classes;
-        other texts are class names in sorted order, without white space around them.
+        Whole numbers are classes named by them, in numeric order, also as texts (the way csv files
+        have them). Where they begin at 0 and at least half of them occur, those that don't are
+        classes too. Written with a point (`1.0`, which pandas writes once a label is missing) they
+        are classes where there are at most `FEW` of them. Other numbers are a regression; booleans
+        are two classes; other texts are class names in sorted order, without white space around
+        them.
 
         Raises:
             ValueError: for an absent, nested or negative label, for one class only. The place is
