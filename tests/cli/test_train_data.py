@@ -152,3 +152,10 @@ def test_half_precision_without_a_gpu_is_refused(train):
     for word in ("--fp16", "--fp16-full-eval"):
         ran = train(word)
         assert ran.status == 2 and f"`{word}` has no effect on a CPU" in ran.err
+
+
+def test_eval_says_what_the_tokenizer_loses(lorica, llama, tmp_path):
+    data = put(tmp_path / "a.jsonl", *[{"prompt": "the cat", "completion": " unseen"}] * 2)
+    ran = lorica("eval", "--model", llama, "--data", data)
+    assert ran.status == 0, ran.err
+    assert "the tokenizer loses" in ran.out

@@ -231,7 +231,7 @@ class _Work:
             max_length=options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH),
             task=self.task,
             embeddings=getattr(source.config.get_text_config(), "vocab_size", None),
-            max_lost_text=1.0,  # the summary says what is lost; nothing is trained
+            max_lost_text=1.0,  # nothing is trained, and the notes say what is lost
             **how,
         )
 
@@ -317,6 +317,7 @@ def _notes(data: dict[str, Any]) -> list[str]:
             " loss"
         )
     lines += [f"{count:,} examples left out: {why}" for why, count in report["skipped"].items()]
+    lines += report["notes"]
     answers = data.get("answers")
     if answers is not None:
         lines.append(f"exact match: {answers['matched']:,} of {answers['examples']:,}")
