@@ -125,6 +125,16 @@ def test_the_picture_shows_every_package_and_no_circle():
     assert not [a for a, b in reachable(shown) if a == b]
 
 
+def test_imports_follow_the_arrows_of_the_picture():
+    allowed = reachable(arrows())
+    wrong = {
+        pair: place
+        for pair, place in imports().items()
+        if pair not in allowed and not pair[0].startswith("__")
+    }
+    assert not wrong, wrong
+
+
 def test_files_named_in_the_architecture_exist():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\b[a-z_]+(?:/[a-z_]+)+\.py\b", re.sub(r"(?:src/)?lorica/", "", text)))
