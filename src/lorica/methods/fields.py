@@ -9,6 +9,7 @@ what to type instead.
 from __future__ import annotations
 
 import math
+import sys
 from typing import TypeGuard
 
 from lorica.methods.choice import Choice
@@ -28,12 +29,13 @@ def is_number(value: object, least: float = -math.inf, most: float = math.inf) -
     """Whether it is a finite number within these bounds; True and False are none.
 
     Example:
-        >>> is_number(0.5), is_number(float("inf")), is_number("1")
-        (True, False, False)
+        >>> is_number(0.5), is_number(float("inf")), is_number(10**400), is_number("1")
+        (True, False, False, False)
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and least <= value <= most
+    # Comparisons, since `math.isfinite` fails on an integer that no float holds.
+    return least <= value <= most and abs(value) <= sys.float_info.max
 
 
 def refused(choice: Choice, field: str, say: str) -> ValueError:
