@@ -33,7 +33,7 @@ from lorica.recipe.registry import axis_of, build, find, names, normalise, unkno
     ("dora++olora", {}, ["is no word"]),
     ("", {}, ["the method is empty", "dora+olora"]),
     ("dora(dropout='no')", {}, ["`dora(dropout='no')`", "'update', 'authors'"]),
-    ("constant(s=-1)", {}, ["`constant(s=-1)` must be positive"]),
+    ("constant(s=-1)", {}, ["`constant(s=-1)`: a number above 0"]),
     ("constant", {"lora_alpha": 8}, ["`lora_alpha=8` has no effect with `constant`", "leave"]),
     ("uniform", {"rank_pattern": {"q": 2}}, ["no effect with `uniform`"]),
     ("lora", {"r": 0}, ["`r=0`", "whole number of at least 1", "`r=16`"]),

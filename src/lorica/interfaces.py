@@ -96,6 +96,10 @@ class Trained:
     lookup: bool = False  # belongs to an adapted embedding
 
 
+# A model's keyword arguments, and what it returns: each model defines its own, hence Any.
+Batch = Mapping[str, Any]
+Outputs = Mapping[str, Any]
+
 # A combine's gain on each row of W + ΔW: g (out,), in at least float32. Called once in a forward,
 # by the kernel, with whether W + ΔW (out, in) would be used if it was formed on the way; the second
 # value is that sum where it was formed and is the kernel's to change, else None.

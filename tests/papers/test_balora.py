@@ -457,18 +457,24 @@ def test_each_penalty_moves_what_it_names():
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("balora(cr=-1)", "`cr` is a number of at least 0"),
-        ("balora(cr=True)", "`cr` is a number"),
-        ("balora(k=0)", "`k` is a whole number of at least 1"),
-        ("balora(k=2.5)", "`k` is a whole number"),
-        ("balora(top_k=1)", "`top_k` is a whole number of at least 2"),
-        ("balora(temperature=0)", "`temperature` is a number"),
-        ("balora(temperature=None)", "`temperature` is a number"),
+        ("balora(cr=-1)", r"`balora\(cr=-1\)`: a number of at least 0"),
+        ("balora(cr=True)", r"`balora\(cr=True\)`: a number"),
+        ("balora(k=0)", r"`balora\(k=0\)`: a whole number of at least 1"),
+        ("balora(k=2.5)", r"`balora\(k=2.5\)`: a whole number"),
+        ("balora(top_k=1)", r"`balora\(top_k=1\)`: a whole number of at least 2"),
+        ("balora(temperature=0)", r"`balora\(temperature=0\)`: a number of at least 0.001"),
+        ("balora(temperature=None)", r"`balora\(temperature=None\)`: a number"),
         ("balora(form='rows')", "allowed: 'auto', 'nlu', 'nlg'"),
-        ("balora(cr=0, temperature=3)", "`temperature` has no effect with `cr=0`"),
-        ("balora(svdr=0, k=3)", "`k` has no effect with `svdr=0`"),
-        ("balora(form='nlu', top_k=5)", "`top_k` has no effect in form 'nlu'"),
-        ("balora+schedules.balora(floor=2)", "`floor` is a number .* at most 1"),
+        (
+            "balora(cr=0, temperature=3)",
+            r"\(temperature=3\)`: it has no effect here: `cr=0`",
+        ),
+        ("balora(svdr=0, k=3)", r"`balora\(k=3\)`: it has no effect here: `svdr=0`"),
+        (
+            "balora(form='nlu', top_k=5)",
+            r"\(top_k=5\)`: it has no effect here: .*`form='nlg'`",
+        ),
+        ("balora+schedules.balora(floor=2)", r"`balora\(floor=2\)`: a number in \[0, 1\]"),
         ("balora+schedules.balora(wait=0.9, ramp=0.1)", "together below 1"),
         ("balora+full", "`balora`"),
         ("balora+adalora", "`balora`"),
@@ -490,9 +496,9 @@ def test_what_the_batch_cannot_give():
     ):
         with pytest.raises(ValueError, match=match):
             adapters.loss(*given)
-    with pytest.raises(ValueError, match="for regression leave the word out"):
+    with pytest.raises(ValueError, match="for regression leave the method out"):
         penalty(random(4, 1), dr=1)
-    with pytest.raises(ValueError, match="`k` below 3"):
+    with pytest.raises(ValueError, match="give a `k` below 3"):
         penalty(random(9, 3), svdr=1, k=3)
 
 
@@ -501,7 +507,7 @@ def test_who_counts_the_steps():
     inputs = batch(adapters.model)
     with pytest.raises(ValueError, match="no optimizer is bound"):
         adapters.loss(adapters.model(**inputs), inputs)
-    with pytest.raises(ValueError, match="has no horizon; give `total_steps`"):
+    with pytest.raises(ValueError, match="whose length is not known; give `total_steps`"):
         lorica.optimizer(adapters, lr=1e-3)
     adapters = lorica.attach(gpt2(n_layer=1), f"balora+{CONSTANT}", r=2, verbose=False)
     train(adapters, lorica.optimizer(adapters, lr=1e-3), 1)

@@ -380,7 +380,7 @@ def test_adapters_and_optimizer_of_different_steps_are_refused():
         ("pclora(fade=1.5)", "above 0 and at most 1"),
         ("pclora(alpha=-1)", "at least 0 and at most 1"),
         ("pclora(shape='sine')", "allowed: 'linear'"),
-        ("distillation(alpha=1)", "leave the word out"),
+        ("distillation(alpha=1)", "leave the method out"),
         ("pclora+dora", "`pclora` fills the axis `combine`.*`dora`"),
         ("fade+dora", "name one of them"),
         ("pclora+relora", "`pclora` needs `base_unchanged`"),

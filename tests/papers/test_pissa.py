@@ -83,7 +83,7 @@ def test_the_randomised_start_comes_near_the_exact_one():
 
 @pytest.mark.parametrize("niter", [-1, 1.5])
 def test_the_number_of_iterations_is_a_whole_number(niter):
-    with pytest.raises(ValueError, match="is a whole number"):
+    with pytest.raises(ValueError, match=rf"`pissa\(niter={niter}\)`: .*a whole number"):
         lorica.Recipe.parse(f"pissa(niter={niter})")
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorica.interfaces import AdaptersLike, Factors, Pair, RecipeLike, Site, UpdateLike
+from lorica.interfaces import AdaptersLike, Batch, Factors, Pair, RecipeLike, Site, UpdateLike
 
 # -- deltas ----------------------------------------------------------------------------------------
 
@@ -67,9 +67,7 @@ class ApproximatesWeight(abc.ABC):
 
     @abc.abstractmethod
     def approximated(
-        self,
-        adapters: AdaptersLike,
-        batches: Sequence[Mapping[str, Any]],  # Any: a model's inputs
+        self, adapters: AdaptersLike, batches: Sequence[Batch]
     ) -> AbstractContextManager[dict[str, float]]:
         """Within, every layer has such a matrix.
 

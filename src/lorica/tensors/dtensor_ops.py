@@ -52,6 +52,11 @@ def read_full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def read_wide(t: Tensor) -> Tensor:
+    """The whole tensor, as `read_full`, in at least float32."""
+    return read_full(t).to(torch.promote_types(t.dtype, torch.float32))
+
+
 def reshard(model: nn.Module) -> None:
     """After a forward without backward FSDP2's root keeps plain copies of its parameters: what is
     written to those is lost, and an optimizer that holds them moves nothing. No-op elsewhere."""

@@ -12,22 +12,23 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lorica.interfaces import BaseLike, KernelLike, Site, UpdateLike
 from lorica.methods.choice import Choice
+from lorica.tensors.modules import call_after_loading
 
 
 class AbstractCombine(nn.Module, abc.ABC):
-    """Owns what trains beside ΔW (a magnitude, say)."""
+    """Owns what trains in addition to ΔW (a magnitude, say)."""
 
     roles: ClassVar[dict[str, str]] = {}
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(_tell)
+        call_after_loading(self, _loaded)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, base: BaseLike, update: UpdateLike, kernel: KernelLike) -> Tensor:
@@ -38,15 +39,15 @@ class AbstractCombine(nn.Module, abc.ABC):
         """Effective weight (out, in) and bias (out,), in at least float32."""
 
     def start(self, base: BaseLike, update: UpdateLike) -> None:  # noqa: B027
-        """Called once the delta is initialised and its anchor carried: set what depends on W +
-        ΔW."""
+        """Called once, after the delta has its start and the frozen factors that offset it: set
+        what depends on W + ΔW."""
 
     def loaded(self) -> None:  # noqa: B027
-        """Called once the parameters were loaded, by `Adapters.load_state_dict` or by torch's: the
-        place to forget what is derived from them. On every process."""
+        """Called on every process after the parameters were loaded, by `Adapters.load_state_dict`
+        or by torch: discard here what is derived from them."""
 
 
-def _tell(combine: AbstractCombine, _keys: Any) -> None:
+def _loaded(combine: AbstractCombine, _keys: object) -> None:
     combine.loaded()
 
 
@@ -56,7 +57,7 @@ class CombineChoice(Choice, abc.ABC):
 
     axis: ClassVar[str] = "combine"
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
-    # PEFT's own flags under which it computes this combine; None: it can't.
+    # PEFT's own flags with which it computes this combine; None: it can't.
     peft_flags: ClassVar[Mapping[str, object] | None] = None
     peft_tensors: ClassVar[Mapping[str, str]] = {}  # parameter -> suffix of PEFT's key
 

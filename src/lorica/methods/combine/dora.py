@@ -1,16 +1,16 @@
-"""DoRA: magnitude and direction of each weight row apart, over any ΔW.
+"""DoRA: magnitude and direction of each weight row are trained separately, with any ΔW.
 
     V = W + ΔW (out, in);  c = row norms of V (out,);  g = m / c;  W' = diag(g) V
     y = g ∘ (x Vᵀ) + b                                        the bias is not scaled
     ∂L/∂V = diag(g) G with c held constant (`detach`), ∂L/∂m = rowsum(G ∘ V) / c
 
-The paper's matrix is written (in, out); in torch's layout the norm runs over the inputs, one
+The paper writes the matrix as (in, out); in torch's layout the norm runs over the inputs, with one
 magnitude per output feature, as in the authors' code and PEFT. For an embedding the magnitude has
 one entry per output dimension.
 
 Dropout: `update` is y = g ∘ (x Wᵀ + ΔW(drop x)) + b, the meaning of `lora_dropout` everywhere else.
 `authors` is y = x Wᵀ + b + (g − 1) ∘ (drop(x) Wᵀ) + g ∘ ΔW(drop x), the authors' and PEFT's form,
-which drops the magnitude's correction too and pays a second product with W.
+which drops the magnitude's correction too and needs a second product with W.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lorica.interfaces import BaseLike, KernelLike, Site, UpdateLike
 from lorica.methods.combine.base import AbstractCombine, CombineChoice
+from lorica.methods.fields import one_of
 
 
 class DoraCombine(AbstractCombine):
@@ -43,15 +44,15 @@ class DoraCombine(AbstractCombine):
     def _norms(
         self, base: BaseLike, update: UpdateLike, *, keep: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """c (out,), and V where it was formed and is to be kept. A table's V would be too large;
-        one with gradients would be saved for backward."""
+        """c (out,), and V where it was formed and is kept. An embedding's V would be too large,
+        and autograd would save a V with gradients."""
         if self.detach and not update.lookup:
             return update.formed_norms(base, keep=keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             return update.row_norms(base), None
 
     def gain(self, base: BaseLike, update: UpdateLike) -> Tensor:
-        """g = m / c (out,); a row of zeros has c = 0 and stays a row of zeros."""
+        """g = m / c (out,); a row of zeros has c = 0 and remains a row of zeros."""
         return self._over(self._norms(base, update)[0])
 
     def _over(self, c: Tensor) -> Tensor:
@@ -91,16 +92,15 @@ class DoraCombine(AbstractCombine):
 
 @dataclass(frozen=True, kw_only=True)
 class Dora(CombineChoice):
-    """Weight-decomposed adaptation: W' = diag(m / ‖W + ΔW‖) (W + ΔW) over any delta that gives a
+    """Weight-decomposed adaptation: W' = diag(m / ‖W + ΔW‖) (W + ΔW), with any delta that has a
     weight.
 
     m starts at the row norms of W + ΔW, so the function is kept; it trains at the factors' rate
     without weight decay, which would pull the row norms to 0.
 
-    Cost: one number an output; each forward needs the row norms of W + ΔW and backward the layer's
-    output, some 3 % of a step; nothing after merging.
-    When: low ranks, where its paper found the largest gap to LoRA; first at half of LoRA's
-    rank.
+    Cost: one parameter per output; each forward needs the row norms of W + ΔW and backward the
+    layer's output, about 3 % of a step; nothing after merging.
+    When: low ranks, where the paper found the largest gap to LoRA; try half of LoRA's rank first.
 
     Args:
         detach: treat the norm as a constant in backward (default, the authors' choice: less memory,
@@ -115,9 +115,8 @@ class Dora(CombineChoice):
     Reference:
         @inproceedings{liu2024dora,
           title = {DoRA: Weight-Decomposed Low-Rank Adaptation},
-          author = {Liu, Shih-Yang and Wang, Chien-Yi and Yin, Hongxu and Molchanov, Pavlo and Wang,
-          Yu-Chiang Frank
-                    and Cheng, Kwang-Ting and Chen, Min-Hung},
+          author = {Liu, Shih-Yang and Wang, Chien-Yi and Yin, Hongxu and Molchanov, Pavlo and
+                    Wang, Yu-Chiang Frank and Cheng, Kwang-Ting and Chen, Min-Hung},
           booktitle = {ICML}, year = {2024}, eprint = {2402.09353}
         }
     """
@@ -130,10 +129,8 @@ class Dora(CombineChoice):
     peft_tensors: ClassVar[Mapping[str, str]] = {"m": "lora_magnitude_vector"}
 
     def __post_init__(self) -> None:
-        if self.dropout not in ("update", "authors"):
-            raise ValueError(f"`dora(dropout={self.dropout!r})`; allowed: 'update', 'authors'")
-        if not isinstance(self.detach, bool):
-            raise ValueError(f"`dora(detach={self.detach!r})`; allowed: True, False")
+        one_of(self, "dropout", "update", "authors")
+        one_of(self, "detach", True, False)
 
     # Authors: slightly below LoRA's rate; 1e-4 in their LLaMA3-8B runs.
     default_learning_rate: ClassVar[float | None] = 1e-4

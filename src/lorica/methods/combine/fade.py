@@ -1,22 +1,23 @@
-"""Fade: the frozen part of a layer goes out, its update stays.
+"""Fade: the frozen part of a layer fades out, its update remains.
 
-    y = λ·(x (W + carried)ᵀ + b) + x ΔWᵀ + c          λ frozen, c (out,) trained from 0
-    W' = λ(W + carried) + ΔW,   b' = λb + c
+    y = λ·(x (W + F)ᵀ + b) + x ΔWᵀ + c          λ frozen, c (out,) trained from 0
+    W' = λ(W + F) + ΔW,   b' = λb + c
 
-with ΔW the trained delta, A (r, in), B (out, r). At λ = 1 and c = 0 it is the plain sum, at λ = 0
-nothing of the layer but A, B and c is left and W is not multiplied with any more.
+with ΔW the trained delta, A (r, in), B (out, r), and F (out, in) the frozen factors' product. At
+λ = 1 and c = 0 it is the plain sum; at λ = 0 only A, B and c are left of the layer, and the product
+with W is not computed any more.
 
-What is carried frozen beside the delta (the anchor −ΔW₀ of a start that is not zero) fades with W:
-the frozen weight of such a layer is the residual W − ΔW₀, and what must remain at λ = 0 is ΔW, not
-ΔW − ΔW₀. Under the kernels' one order per call only λ = 1 has their form x Wᵀ + update(x); below,
-the two products are computed one after the other.
+The frozen factors (the frozen start −ΔW₀ of an init that is not zero) fade with W: the frozen
+weight of such a layer is the residual W − ΔW₀, and ΔW must remain at λ = 0, not ΔW − ΔW₀. The
+kernels compute x Wᵀ + update(x), the form of λ = 1 only; below 1 the two products are computed one
+after the other.
 
-c stands where the layer has a bias, so that what is merged stays a model that its programs know.
+Only layers with a bias have c, so that a merged model keeps its architecture.
 
-λ is a parameter of one element, so that it is saved and sharded with the rest. Its number is
-remembered with the parameter's version: reading it costs one copy from the device after a change,
-none in between. A gathered copy of a shard keeps its version whatever is written to the shard, so
-who writes or loads λ says so (`fade_`, `loaded`).
+λ is a parameter of one element, so that it is saved and sharded with the rest. Its value is cached
+with the parameter's version: reading it costs one copy from the device after a change, none in
+between. Writing to a shard does not change the version of its gathered copy, so code that writes or
+loads λ resets the cache (`fade_`, `loaded`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from lorica.interfaces import BaseLike, Factors, KernelLike, Site, UpdateLike
 from lorica.methods.combine.base import AbstractCombine, CombineChoice
+from lorica.methods.deltas.base import ones, zeros
 from lorica.methods.optional import OutlivesBase
 from lorica.tensors.dtensor_ops import copy_, read_full
 
@@ -40,11 +42,9 @@ class FadeCombine(AbstractCombine, OutlivesBase):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        like = {"dtype": site.dtype, "device": site.device}
-        self.share = nn.Parameter(torch.ones(1, **like), requires_grad=False)  # λ
-        c = nn.Parameter(torch.zeros(site.out_features, **like)) if site.biased else None
-        self.register_parameter("c", c)
-        self.known: tuple[Tensor, int | None, float] | None = None  # λ, its version, its number
+        self.share = ones(site, 1, trains=False)  # λ
+        self.register_parameter("c", zeros(site, site.out_features) if site.biased else None)
+        self.known: tuple[Tensor, int | None, float] | None = None  # λ, its version, its value
 
     # -- λ
 
@@ -52,7 +52,7 @@ class FadeCombine(AbstractCombine, OutlivesBase):
     def number(self) -> float:
         """λ, rounded to the dtype it is held in."""
         p = self.share
-        version = None if p.is_inference() else p._version  # under inference nobody counts
+        version = None if p.is_inference() else p._version  # inference mode has no versions
         if self.known is None or self.known[0] is not p or self.known[1] != version:
             self.known = p, version, float(read_full(p.detach()))
         return self.known[2]
@@ -68,7 +68,7 @@ class FadeCombine(AbstractCombine, OutlivesBase):
     # -- the layer
 
     def forward(self, x: Tensor, base: BaseLike, update: UpdateLike, kernel: KernelLike) -> Tensor:
-        # A graph reads λ as a tensor: a number would be part of the graph, and made anew for each.
+        # A graph reads λ as a tensor: a number would be a constant, and each value would recompile.
         fade = None if torch.compiler.is_compiling() else self.number
         if fade == 1:
             y = kernel.product(x, base, update)
@@ -77,20 +77,21 @@ class FadeCombine(AbstractCombine, OutlivesBase):
             y = update.delta(dropped, base)
             if fade != 0:
                 frozen = base.linear(x)
-                if (carried := update.frozen_factors) is not None:
-                    z = dropped if update.drop_frozen else x  # as the start falls, so its anchor
-                    B = carried.B * carried.scale
-                    frozen = frozen + F.linear(F.linear(z, carried.A.to(z.dtype)), B.to(z.dtype))
+                if (kept := update.frozen_factors) is not None:
+                    z = dropped if update.drop_frozen else x  # the same dropout as the delta's
+                    B = kept.B * kept.scale
+                    frozen = frozen + F.linear(F.linear(z, kept.A.to(z.dtype)), B.to(z.dtype))
                 y = y + (self.share.to(y.dtype) if fade is None else fade) * frozen
         return y if self.c is None else y + self.c.to(y.dtype)
 
     def effective(self, base: BaseLike, update: UpdateLike) -> tuple[Tensor, Tensor | None]:
         weight = update.delta.weight(base)
+        assert weight is not None  # this combine needs deltas that have one
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         fade, bias = self.number, None if self.c is None else self.c.to(weight.dtype)
         if fade:
-            frozen, b, carried = base.weight().to(weight.dtype), base.bias(), update.frozen_factors
-            frozen = frozen if carried is None else frozen + carried.weight()
+            frozen, b, kept = base.weight().to(weight.dtype), base.bias(), update.frozen_factors
+            frozen = frozen if kept is None else frozen + kept.weight()
             weight = weight + fade * frozen
             bias = None if bias is None or b is None else bias + fade * b
         return weight, bias
@@ -102,15 +103,15 @@ class FadeCombine(AbstractCombine, OutlivesBase):
 
 @dataclass(frozen=True, kw_only=True)
 class Fade(CombineChoice):
-    """The frozen weight and bias enter with a factor λ that a schedule takes from 1 to 0, and each
-    layer that has a bias trains another.
+    """The frozen weight and bias are multiplied with λ, which a schedule takes from 1 to 0, and
+    each layer that has a bias trains a second one.
 
-    Without a schedule λ stays 1 and only that bias is new. Over any delta that has a weight.
-    Embeddings, which have no product to save, are refused. Weight
-    decay pulls on what is to replace W: leave it at 0.
+    Without a schedule λ remains 1 and only that bias is new. It works with any delta that has a
+    weight. Embeddings, which have no product to save, are an error. Weight decay would shrink the
+    update that has to replace W: leave it at 0.
 
-    Cost: LoRA's in training; at λ = 0 the product with W falls away.
-    When: as the part of a compression: a schedule has to move λ.
+    Cost: LoRA's in training; at λ = 0 the product with W is saved.
+    When: as part of a compression: a schedule has to move λ.
 
     Example:
         >>> import torch, lorica
@@ -132,13 +133,15 @@ class Fade(CombineChoice):
 
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight"})
     gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
-    withdraws: ClassVar[frozenset[str]] = frozenset({"lookup"})  # a table has no product to save
+    withdraws: ClassVar[frozenset[str]] = frozenset(
+        {"lookup"}
+    )  # an embedding has no product to save
 
     def build(self, site: Site) -> FadeCombine:
         if site.lookup:
             raise ValueError(
-                f"`fade` cannot stand at {site.name!r}: it takes products with a weight out, and an"
-                " embedding looks rows up without one; allowed are linear layers, so leave the"
+                f"`fade` can't be used at {site.name!r}: it saves the product with a weight, and an"
+                " embedding looks rows up without one. Allowed are linear layers, so leave the"
                 " embedding out of `target_modules`"
             )
         return FadeCombine(site)

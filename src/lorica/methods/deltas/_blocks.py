@@ -1,19 +1,19 @@
-"""What deltas share whose blocks share one matrix: sums over blocks, tiles and shards, without a
-loop over them, and the type that PEFT has for all of them."""
+"""Helpers of the deltas whose blocks share one matrix: sums over blocks, tiles and shards without
+a Python loop, and PEFT's one type for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Site
-from lorica.methods.deltas.base import AbstractDelta, DeltaChoice, PeftForm
-from lorica.tensors.dtensor_ops import read_full, zero_
+from lorica.interfaces import BaseLike, Factors, Site
+from lorica.methods.deltas.base import AbstractDelta, DeltaChoice, PeftForm, zeros
+from lorica.tensors.dtensor_ops import read_full, read_wide, zero_
 from lorica.tensors.matmul import no_autocast
 
 PEFT_TYPE = "MISS"
@@ -30,9 +30,9 @@ def peft_form(init_weights: bool | str, mini_r: int = 1) -> PeftForm:
     )
 
 
-def mode_of(data: Any) -> Any:
-    """`init_weights` of a configuration of PEFT's type, None for another type's. False is a random
-    start under the formula of True."""
+def mode_of(data: Mapping[str, object]) -> object:
+    """`init_weights` of a configuration of PEFT's type; None for another type. False, a random
+    start, has the formula of True."""
     if data.get("peft_type") != PEFT_TYPE:
         return None
     mode = data.get("init_weights")
@@ -41,16 +41,16 @@ def mode_of(data: Any) -> Any:
 
 def block_sum(x: Tensor, r: int) -> Tensor:
     """(..., in) -> (..., r): the sum of all blocks of r consecutive entries, the last one padded
-    with zeros. In x's dtype also under autocast, which would sum a wide copy."""
+    with zeros. Stays in x's dtype under autocast, which would make a float32 copy first."""
     count = x.shape[-1] // r
     with no_autocast(x.device.type):
-        h = x[..., : count * r].unflatten(-1, (count, r)).sum(-2)
+        h = torch.unflatten(x[..., : count * r], -1, (count, r)).sum(-2)
         left = x.shape[-1] - count * r
         return h + F.pad(x[..., count * r :], (0, r - left)) if left else h
 
 
 def tile(t: Tensor, length: int, dim: int = -1) -> Tensor:
-    """`t` over and over along `dim`, cut to `length`."""
+    """`t` repeated along `dim` and cut to `length`."""
     copies = [1] * t.ndim
     copies[dim] = -(-length // t.shape[dim])
     return t.repeat(copies).narrow(dim, 0, length)
@@ -73,18 +73,17 @@ class BlockSum(AbstractDelta):
 
     def __init__(self, site: Site, q: int) -> None:
         super().__init__()
-        self.D = nn.Parameter(torch.zeros(site.r, q, dtype=site.dtype, device=site.device))
+        self.D = zeros(site, site.r, q)
         self.site = site
 
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         r = self.site.r
         if self.site.lookup:  # a one-hot's block sum is one-hot again
             return tile(F.embedding(x % r, self.D), self.site.out_features)
         return tile(block_sum(x, r) @ self.D.to(x.dtype), self.site.out_features)
 
-    def weight(self, base) -> Tensor:
-        D = read_full(self.D)
-        D = D.to(torch.promote_types(D.dtype, torch.float32))
+    def weight(self, base: BaseLike) -> Tensor:
+        D = read_wide(self.D)
         return tile(tile(D.T, self.site.out_features, 0), self.site.in_features)
 
     def factors(self) -> Factors:
@@ -101,7 +100,7 @@ class BlockSum(AbstractDelta):
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(DeltaChoice):
-    """What these deltas declare alike: no scale before ΔW, and the authors' rate on 7B."""
+    """What these deltas have in common: no scale before ΔW, and the authors' rate on 7B."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"r", "lora_dropout", "rank_pattern"})
     preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}

@@ -13,18 +13,19 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorica.interfaces import BaseLike, Factors, Pair, Site
 from lorica.methods.choice import Choice
+from lorica.tensors.modules import call_after_loading
 
 
 class AbstractDelta(nn.Module, abc.ABC):
-    """ΔW of one weight. `roles` names every trained parameter's part, so nobody guesses it from its
-    name."""
+    """ΔW of one weight. `roles` says what each trained parameter is, so that no code has to guess
+    it from the name."""
 
     roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
     scale: float = 1.0
@@ -34,7 +35,7 @@ class AbstractDelta(nn.Module, abc.ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(_tell)
+        call_after_loading(self, _loaded)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, base: BaseLike) -> Tensor:
@@ -69,23 +70,34 @@ class AbstractDelta(nn.Module, abc.ABC):
         """
 
     def loaded(self) -> None:
-        """Called once the parameters were loaded, by `Adapters.load_state_dict` or by torch's: the
-        place to forget or form anew what is derived from them. On every process."""
+        """Called on every process after the parameters were loaded, by `Adapters.load_state_dict`
+        or by torch: discard or recompute here what is derived from them."""
 
 
-def _tell(delta: AbstractDelta, _keys: Any) -> None:
+def _loaded(delta: AbstractDelta, _keys: object) -> None:
     delta.loaded()
+
+
+def zeros(site: Site, *shape: int) -> nn.Parameter:
+    """A parameter of zeros, in the dtype and on the device of what trains at `site`."""
+    return nn.Parameter(torch.zeros(shape, dtype=site.dtype, device=site.device))
+
+
+def ones(site: Site, *shape: int, trains: bool = True) -> nn.Parameter:
+    """A parameter of ones, as `zeros`; frozen where it doesn't train."""
+    value = torch.ones(shape, dtype=site.dtype, device=site.device)
+    return nn.Parameter(value, requires_grad=trains)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftForm:
-    """A type of PEFT's own that computes a delta, beside its LORA for whatever has factors."""
+    """A type of PEFT's own that computes a delta, used instead of its LORA, which needs factors."""
 
     peft_type: str
     tensors: Mapping[str, str]  # trained parameter -> suffix of PEFT's key
     dropout: str  # PEFT's field for `lora_dropout`
     bias: str  # PEFT's value of `bias` for `lora_only`
-    fields: Mapping[str, Any]  # the other fields of PEFT's configuration that tell the formula
+    fields: Mapping[str, object]  # the other fields of PEFT's configuration that set the formula
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +106,7 @@ class DeltaChoice(Choice):
 
     axis: ClassVar[str] = "deltas"
     wraps: ClassVar[bool] = True  # False: no adapter, the weights themselves train
-    takes: ClassVar[frozenset[str]] = frozenset(  # fields of the recipe that mean something here
+    takes: ClassVar[frozenset[str]] = frozenset(  # fields of the recipe that have an effect here
         {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
     )
 
@@ -119,7 +131,7 @@ class DeltaChoice(Choice):
         return self.peft_form() is not None
 
     @classmethod
-    def from_peft(cls, data: Mapping[str, Any]) -> DeltaChoice | None:
+    def from_peft(cls, data: Mapping[str, object]) -> DeltaChoice | None:
         """The choice that computes what PEFT does under a configuration (a dict of its fields), or
         None."""
         return None

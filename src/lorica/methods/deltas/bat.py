@@ -4,9 +4,9 @@
     D (⌈out/r⌉, r, r), zeros;  y_i = (x Wᵀ)_i + Σ_j (W_ij + I) D_i x_j
     ∂L/∂D_i = Σ_j (W_ij + I)ᵀ G_ij              with G = ∂L/∂W'
 
-The paper's Bat-Col (Bat-Row shares D_j along a column instead), its first version's "Bone" and
-PEFT's `bat`. Both ask that r divide in and out; here W is padded with zeros and ΔW cut, which is
-the same where it does. Two orders, N inputs:
+This is the paper's Bat-Col (Bat-Row shares D_j along a column instead), its first version's "Bone"
+and PEFT's `bat`. Both require that r divides in and out; here W is padded with zeros and ΔW cut,
+which is the same where it does. Two orders, N inputs:
 
     form ΔW, then x ΔWᵀ           in·out·(r + N) multiplies
     D_i x_j, then (W_ij + I)      in·out·2N, cheaper below N = r: in generation
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+import torch.utils.checkpoint
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from lorica.interfaces import Site
+from lorica.interfaces import BaseLike, Site
 from lorica.methods.deltas._blocks import Blocks, mode_of, peft_form
-from lorica.methods.deltas.base import AbstractDelta, PeftForm
+from lorica.methods.deltas.base import AbstractDelta, PeftForm, zeros
 from lorica.tensors.dtensor_ops import read_full, zero_
 
 
@@ -49,18 +49,27 @@ def delta_of(W: Tensor, D: Tensor) -> Tensor:
 
 def product(x: Tensor, W: Tensor, D: Tensor) -> Tensor:
     """x ΔWᵀ for x (N, in), in x's dtype and the order with the fewest multiplies."""
-    W, D = W.to(x.dtype), D.to(x.dtype)
-    count, r, _ = D.shape
+    w, d = W.to(x.dtype), D.to(x.dtype)
+    count, r, _ = d.shape
     if x.shape[0] >= r:
-        return F.linear(x, delta_of(W, D))
+        return F.linear(x, delta_of(w, d))
     x = F.pad(x, (0, -x.shape[1] % r))
-    h = (x.view(-1, r) @ D.mT).view(count, *x.shape)  # (out/r, N, in)
-    y = h @ block_rows(W, D).mT + h.unflatten(-1, (x.shape[1] // r, r)).sum(2)  # (out/r, N, r)
+    h = (x.view(-1, r) @ d.mT).view(count, *x.shape)  # (out/r, N, in)
+    sums = torch.unflatten(h, -1, (x.shape[1] // r, r)).sum(2)
+    y = h @ block_rows(w, d).mT + sums  # (out/r, N, r)
     return y.transpose(0, 1).reshape(x.shape[0], count * r)[:, : W.shape[0]]
 
 
-def _as_used(t: Tensor) -> Tensor:
-    """A constant stays one when the product is computed again, whatever may train by then."""
+def _recomputed(x: Tensor, W: Tensor, D: Tensor) -> Tensor:
+    """`product`, computed again in backward: only its arguments are kept, and x and W exist
+    anyway."""
+    module: Any = torch.utils.checkpoint  # Any: torch leaves `checkpoint` half typed
+    return module.checkpoint(product, x, W, D, use_reentrant=False, preserve_rng_state=False)
+
+
+def _constant_or_trained(t: Tensor) -> Tensor:
+    """Detached where it doesn't train now, so that the second computation sees the same, even if
+    it has begun to train by then."""
     return t if t.requires_grad else t.detach()
 
 
@@ -69,17 +78,14 @@ class BlockAffine(AbstractDelta):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        r, count = site.r, -(-site.out_features // site.r)
-        self.D = nn.Parameter(torch.zeros(count, r, r, dtype=site.dtype, device=site.device))
+        self.D = zeros(site, -(-site.out_features // site.r), site.r, site.r)
 
-    def forward(self, x: Tensor, base) -> Tensor:
-        W, D = _as_used(base.weight()), _as_used(self.D)
-        flat = x.reshape(-1, x.shape[-1])
-        # What is kept are the arguments: x and W are there anyhow.
-        y = checkpoint(product, flat, W, D, use_reentrant=False, preserve_rng_state=False)
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
+        W, D = _constant_or_trained(base.weight()), _constant_or_trained(self.D)
+        y = _recomputed(x.reshape(-1, x.shape[-1]), W, D)
         return y.view(*x.shape[:-1], W.shape[0])
 
-    def weight(self, base) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         W, D = read_full(base.weight()), read_full(self.D)
         wide = torch.promote_types(torch.promote_types(W.dtype, D.dtype), torch.float32)
         return delta_of(W.to(wide), D.to(wide))
@@ -92,17 +98,18 @@ class BlockAffine(AbstractDelta):
 class Bat(Blocks):
     """Block affine transformation: ΔW depends on W, so it may have full rank.
 
-    ΔW_ij = (W_ij + I) D_i for the r × r blocks of W; r·out parameters a layer (out rounded up to
+    ΔW_ij = (W_ij + I) D_i for the r × r blocks of W; r·out parameters per layer (out rounded up to
     whole blocks). It is linear in D, and of full rank for almost every W. Each forward forms ΔW
     from W: in·out·r multiplies. Merging is exact. A chain of restarts gains nothing (where r
     divides in): each link multiplies W_ij + I by I + D_i, and so does one alone. There is no scale
-    before ΔW, so `lora_alpha` is an error. `miss` and `bone` share blocks without looking at W, and
+    before ΔW, so `lora_alpha` is an error. `miss` and `bone` share blocks without reading W, and
     are cheaper.
 
     Default rate 2e-5, the authors' on 7B.
 
-    Cost: r·out numbers a layer, in·out·r multiplies a step to form ΔW: slow where r is large.
-    When: few parameters must reach a full-rank change, and time is no matter.
+    Cost: r·out parameters per layer, in·out·r multiplies per step to form ΔW: slow where r is
+    large.
+    When: few parameters must reach a full-rank change, and speed doesn't matter.
 
     Example:
         >>> import torch, lorica
@@ -133,5 +140,5 @@ class Bat(Blocks):
         return site.in_features % site.r == 0 and site.out_features % site.r == 0
 
     @classmethod
-    def from_peft(cls, data: Mapping[str, Any]) -> Bat | None:
+    def from_peft(cls, data: Mapping[str, object]) -> Bat | None:
         return cls() if mode_of(data) == "bat" else None

@@ -1,9 +1,9 @@
-"""Ordinary training of every weight, the yardstick of every comparison.
+"""Ordinary training of every weight, what other methods are compared with.
 
     W ← W − η·update(∂L/∂W)
 
-There is no ΔW apart from the weight: nothing is wrapped, nothing is merged, and what comes out is a
-model.
+There is no ΔW apart from the weight: no layer is wrapped, nothing has to be merged, and the result
+is an ordinary model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lorica.methods.deltas.base import DeltaChoice
 class Full(DeltaChoice):
     """Every weight trains (or the modules that `target_modules` matches, where it is given).
 
-    The weights are the training state: they are held in float32, detaching needs `keep_base=True`,
-    and saving writes an ordinary transformers model. The default rate is a tenth of LoRA's, the
-    usual ratio of the two.
+    The weights themselves train: they are held in float32, detaching needs `keep_base=True`, and
+    saving writes an ordinary transformers model. The default rate is a tenth of LoRA's, the usual
+    ratio of the two.
 
     Example:
         >>> from lorica import Recipe

@@ -3,8 +3,8 @@
     y = x Wᵀ + s·(x Aᵀ) Bᵀ        A (r, in), B (out, r)
     ∂L/∂B = s·G·Aᵀ, ∂L/∂A = s·Bᵀ·G   with G = ∂L/∂W'
 
-The paper draws A from a Gaussian, both public codes from a uniform distribution: that is the init's
-affair, not this file's.
+The paper draws A from a Gaussian, both public implementations from a uniform distribution: an init
+decides that, not this file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Pair, Site
-from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
+from lorica.interfaces import BaseLike, Factors, Pair, Site
+from lorica.methods.deltas.base import AbstractDelta, DeltaChoice, zeros
+from lorica.tensors.dtensor_ops import draw_, zero_
 
 
 class LowRankDelta(AbstractDelta):
@@ -25,16 +26,15 @@ class LowRankDelta(AbstractDelta):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        like = {"dtype": site.dtype, "device": site.device}
-        self.A = nn.Parameter(torch.zeros(site.r, site.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(site.out_features, site.r, **like))
+        self.A = zeros(site, site.r, site.in_features)
+        self.B = zeros(site, site.out_features, site.r)
         self.scale = site.scale
         self.lookup = site.lookup
 
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         return F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
 
-    def weight(self, base) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         return self.factors().weight()
 
     def factors(self) -> Factors:
@@ -44,8 +44,6 @@ class LowRankDelta(AbstractDelta):
         return Pair(self.A, self.B, self.scale, self.lookup)
 
     def restart(self, link: int, generator: torch.Generator) -> None:
-        from lorica.tensors.dtensor_ops import draw_, zero_
-
         draw_(self.A, generator, bound=self.A.shape[1] ** -0.5)
         zero_(self.B)
 
@@ -54,10 +52,10 @@ class LowRankDelta(AbstractDelta):
 class LowRank(DeltaChoice):
     """Two factors: ΔW = s·B·A of rank r.
 
-    `r·(in + out)` parameters a layer; merging is exact. Not to be confused with the choice of the
+    `r·(in + out)` parameters per layer; merging is exact. Not to be confused with the choice of the
     start (`inits`) or of s (`scales`).
 
-    Cost: r·(in + out) numbers a layer.
+    Cost: r·(in + out) parameters per layer.
     When: the default.
 
     Example:

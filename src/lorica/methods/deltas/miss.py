@@ -6,26 +6,27 @@
     mini_r = q: y[o] = y₀[o] + Σ_b h[b]·D[b, o mod q]     D (r, q); h the sum of x's blocks of r
                 ΔW[o, i] = D[i mod r, o mod q]
 
-The first is the form that the paper's section 4.1 names MiSS, with shards as equal as can be. The
+The first form is called MiSS in section 4.1 of the paper, with shards as equal as possible. The
 second is PEFT's `mini`, where inputs share too; with q = out it is the paper's MiSS_e, which is the
-delta `bone` here and what PEFT's `MISS` does by default. PEFT wants q to divide the outputs; here
-the last copy is cut.
+delta `bone` here and PEFT's `MISS` by default. PEFT requires that q divides the outputs; here the
+last copy is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Site
+from lorica.interfaces import BaseLike, Factors, Site
 from lorica.methods.deltas._blocks import Blocks, BlockSum, mode_of, peft_form, spread
-from lorica.methods.deltas.base import AbstractDelta, PeftForm
-from lorica.tensors.dtensor_ops import read_full, zero_
+from lorica.methods.deltas.base import AbstractDelta, PeftForm, zeros
+from lorica.methods.fields import is_whole, whole
+from lorica.tensors.dtensor_ops import read_full, read_wide, zero_
 
 
 class Shards(AbstractDelta):
@@ -33,18 +34,16 @@ class Shards(AbstractDelta):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        like = {"dtype": site.dtype, "device": site.device}
-        self.D = nn.Parameter(torch.zeros(site.r, site.in_features, **like))
+        self.D = zeros(site, site.r, site.in_features)
         self.site = site
 
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         if self.site.lookup:
             return spread(F.embedding(x, self.D.T), self.site.out_features)
         return spread(F.linear(x, self.D.to(x.dtype)), self.site.out_features)
 
-    def weight(self, base) -> Tensor:
-        D = read_full(self.D)
-        D = D.to(torch.promote_types(D.dtype, torch.float32))
+    def weight(self, base: BaseLike) -> Tensor:
+        D = read_wide(self.D)
         return spread(D.T, self.site.out_features).T
 
     def factors(self) -> Factors:
@@ -60,13 +59,13 @@ class Shards(AbstractDelta):
 class Miss(Blocks):
     """Matrix shard sharing: the outputs of a shard share one row of D (r, in).
 
-    ΔW has rank at most r and r·in parameters a layer; merging is exact. There is no scale before
+    ΔW has rank at most r and r·in parameters per layer; merging is exact. There is no scale before
     ΔW, so `lora_alpha` is an error. A chain of restarts gains nothing: every link has the same
     dimensions. Not PEFT's default `MISS`, which shares along the inputs: that is `bone`. Default
     rate 2e-5, the authors' on 7B; a gain of √(out/r) sits in the shards.
 
-    Cost: r·in numbers a layer; the second product is a copy, so a step is cheaper than LoRA's.
-    When: as `bone`, where the outputs are what is alike.
+    Cost: r·in parameters per layer; the second product is a copy, so a step is cheaper than LoRA's.
+    When: as `bone`, where outputs are alike rather than inputs.
 
     Args:
         mini_r: q, PEFT's name and its `mini` form: D (r, q) for every block of r inputs and every q
@@ -95,12 +94,11 @@ class Miss(Blocks):
     )
 
     def __post_init__(self) -> None:
-        q = self.mini_r
-        if q is not None and not (isinstance(q, int) and not isinstance(q, bool) and q >= 1):
-            raise ValueError(
-                f"`miss(mini_r={q!r})`: a whole number of at least 1, e.g. `miss(mini_r=64)`, or"
-                " None for the form that shares along the outputs alone"
-            )
+        whole(
+            self, "mini_r", optional=True,
+            say="a whole number of at least 1, e.g. `miss(mini_r=64)`; leave it out for the form"
+            " that shares along the outputs alone",
+        )  # fmt: skip
 
     def build(self, site: Site) -> AbstractDelta:
         if self.mini_r is None:
@@ -120,7 +118,6 @@ class Miss(Blocks):
         return self.mini_r is not None and site.out_features % self.mini_r == 0
 
     @classmethod
-    def from_peft(cls, data: Mapping[str, Any]) -> Miss | None:
+    def from_peft(cls, data: Mapping[str, object]) -> Miss | None:
         q = data.get("mini_r", 1)
-        whole = isinstance(q, int) and q >= 1
-        return cls(mini_r=q) if mode_of(data) == "mini" and whole else None
+        return cls(mini_r=q) if mode_of(data) == "mini" and is_whole(q) else None

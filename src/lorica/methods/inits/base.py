@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorica.interfaces import Pair
 from lorica.methods.choice import Choice
 from lorica.tensors.dtensor_ops import copy_
 
@@ -27,24 +28,23 @@ class AbstractInit(Choice, abc.ABC):
     axis: ClassVar[str] = "inits"
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
     reads_weight: ClassVar[bool] = False  # False: `fill` gets a weight on the meta device
-    # The value of PEFT's `init_lora_weights` under which it subtracts this very start from the
-    # base.
+    # The value of PEFT's `init_lora_weights` with which it subtracts the same start from the base.
     peft_frozen_start: ClassVar[str | None] = None
 
     @abc.abstractmethod
-    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         """Write the start into `pair.A` (r, in) and `pair.B` (out, r).
 
         Args:
-            weight: the weight (out, in) as it now stands, in at least float32; on the meta device
-                unless the file declares `reads_weight`, so that nothing is gathered for nothing.
-            pair: see `lorica.methods.deltas.base.Pair`.
+            weight: the present weight (out, in), in at least float32; on the meta device unless the
+                file declares `reads_weight`, so that an unread weight is not gathered.
+            pair: see `lorica.interfaces.Pair`.
             generator: on the CPU, seeded by the recipe's seed and the layer's name.
         """
 
 
 @torch.no_grad()
-def fill_(pair, init, weight: Tensor, generator: torch.Generator) -> None:
+def fill_(pair: Pair, init: AbstractInit, weight: Tensor, generator: torch.Generator) -> None:
     """Apply an init to a pair, plain or sharded: filled full-size, then cut."""
     full = dataclasses.replace(pair, A=_like(pair.A), B=_like(pair.B))
     init.fill(weight, full, generator)
@@ -52,5 +52,5 @@ def fill_(pair, init, weight: Tensor, generator: torch.Generator) -> None:
     copy_(pair.B, full.B)
 
 
-def _like(t: Tensor) -> Tensor:
-    return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+def _like(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device))

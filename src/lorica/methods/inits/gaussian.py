@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorica.interfaces import Pair
 from lorica.methods.inits.base import AbstractInit
 from lorica.tensors import dtensor_ops
 
@@ -25,7 +26,7 @@ class Gaussian(AbstractInit):
 
     gives: ClassVar[frozenset[str]] = frozenset({"zero_start"})
 
-    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         random, zero = (pair.B, pair.A) if pair.lookup else (pair.A, pair.B)
         random.copy_(dtensor_ops.draw(random.shape, generator) / pair.A.shape[0])
         zero.zero_()

@@ -12,13 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorica.interfaces import Pair
 from lorica.methods.inits.base import AbstractInit
 from lorica.tensors import dtensor_ops
+from lorica.tensors.linalg import qr
 
 
 @dataclass(frozen=True, kw_only=True)
 class Orthogonal(AbstractInit):
-    """Orthogonal rows in A, zero B: no two directions of the update start out alike.
+    """Orthogonal rows in A, zero B: the update's directions start out orthogonal.
 
     Not PEFT's `orthogonal`, which splits one orthogonal matrix over two non-zero factors.
 
@@ -30,9 +32,9 @@ class Orthogonal(AbstractInit):
 
     gives: ClassVar[frozenset[str]] = frozenset({"zero_start"})
 
-    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         random, zero = (pair.B, pair.A) if pair.lookup else (pair.A, pair.B)
         tall = random if pair.lookup else random.T  # (out, r) or (in, r)
-        q = torch.linalg.qr(dtensor_ops.draw(tall.shape, generator)).Q
+        q, _ = qr(dtensor_ops.draw(tall.shape, generator))
         tall.copy_(q * 3**-0.5)
         zero.zero_()

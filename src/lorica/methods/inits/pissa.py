@@ -4,26 +4,30 @@
 
 so that s·B₀A₀ is the best rank-r approximation for every s. `niter` > 0 replaces the exact SVD by a
 seeded randomised one with that many power iterations; its factors are stored with the adapter, so
-nothing has to be reproduced.
+loading never computes them again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import Pair, RecipeLike
+from lorica.methods.fields import whole
 from lorica.methods.inits.base import AbstractInit
 from lorica.tensors import dtensor_ops
+from lorica.tensors.linalg import qr, svd
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pissa(AbstractInit):
-    """Principal singular values and vectors as the start, anchored so that the function is kept.
+    """Principal singular values and vectors as the start, with the frozen start subtracted so that
+    the function is kept.
 
-    Cost: an SVD a layer at the start (`niter=16`: a sketch), and frozen factors as large as the
+    Cost: an SVD per layer at the start (`niter=16`: a sketch), and frozen factors as large as the
     trained ones.
     When: short runs, and low ranks.
 
@@ -48,26 +52,22 @@ class Pissa(AbstractInit):
     niter: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.niter, int) or self.niter < 0:
-            raise ValueError(f"`pissa(niter={self.niter!r})` is a whole number; 0 is the exact SVD")
+        say = "power iterations, a whole number, e.g. `pissa(niter=16)`; 0: the exact SVD"
+        whole(self, "niter", least=0, say=say)
 
     reads_weight: ClassVar[bool] = True
     peft_frozen_start: ClassVar[str | None] = "pissa"
     default_learning_rate: ClassVar[float | None] = 2e-4
 
-    def default_lora_alpha(self, recipe: Any) -> float | None:
+    def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
         return recipe.scale.alpha_for(1.0, recipe.r)
 
-    def fill(self, weight: Tensor, pair, generator: torch.Generator) -> None:
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         r = pair.A.shape[0]
-        u, s, vh = _range_svd(weight, r, self.niter, generator) if self.niter else _svd(weight)
+        u, s, vh = _range_svd(weight, r, self.niter, generator) if self.niter else svd(weight)
         root = (s[:r] / pair.scale).sqrt()
         pair.B.copy_(u[:, :r] * root)
         pair.A.copy_(root[:, None] * vh[:r])
-
-
-def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(weight, full_matrices=False)
 
 
 def _range_svd(
@@ -77,8 +77,8 @@ def _range_svd(
     directions."""
     k = min(r + 8, *weight.shape)
     probe = dtensor_ops.draw((weight.shape[1], k), generator)
-    q = torch.linalg.qr(weight @ probe.to(weight)).Q  # (out, k)
+    q, _ = qr(weight @ probe.to(weight))  # (out, k)
     for _ in range(niter):
-        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
-    u, s, vh = torch.linalg.svd(q.T @ weight, full_matrices=False)  # (k, in)
+        q, _ = qr(weight @ qr(weight.T @ q)[0])
+    u, s, vh = svd(q.T @ weight)  # (k, in)
     return q @ u, s, vh

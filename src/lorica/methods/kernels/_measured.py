@@ -1,25 +1,27 @@
-"""Orders by measurement: for machines on which multiplies do not tell the time.
+"""Orders by measurement, for machines on which the number of multiplies doesn't predict the time.
 
-    python -m lorica.methods.kernels FILE                    measures and writes
-    with lorica.methods.kernels.base.measured(FILE): ...     (or the environment's LORICA_ORDERS=FILE)
+    python -m lorica.methods.kernels FILE                    measures, and writes the table
+    with lorica.methods.kernels.base.measured(FILE): ...     uses it
 
-A table belongs to a machine, not to an adapter, so no method's text names one. A call takes the
-order of the entry that is nearest in tokens, sizes and rank, each within a factor of two, and equal
-in all else; a call without one goes by arithmetic.
+The environment variable LORICA_ORDERS=FILE uses it everywhere. A table belongs to a machine, not to
+an adapter, so no method's text names one. A call takes the order of the entry that is nearest in
+tokens, sizes and rank, each within a factor of two, and equal in everything else; a call without
+such an entry counts multiplies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +30,7 @@ from lorica.methods.kernels._orders import WIDE, Call, Order, sums_kept
 VARIABLE = "LORICA_ORDERS"
 _SIZES = ("tokens", "in_features", "out_features", "r")
 _DTYPES = {str(t): t for t in (*WIDE, torch.bfloat16, torch.float16)}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Table:
 
     @classmethod
     def read(cls, path: str | Path) -> Table:
-        """What `write` wrote.
+        """Reads what `write` wrote.
 
         Raises:
             ValueError: no file, or no table of orders in it.
@@ -68,37 +71,34 @@ class Table:
             ) from None
 
     def write(self, path: str | Path) -> None:
-        entries = []
-        for call, order in self.entries:
-            told = {**dataclasses.asdict(call), "dtype": str(call.dtype)}
-            entries.append({"call": told, "order": dataclasses.asdict(order)})
+        entries = [
+            {
+                "call": {**dataclasses.asdict(call), "dtype": str(call.dtype)},
+                "order": dataclasses.asdict(order),
+            }
+            for call, order in self.entries
+        ]
         Path(path).write_text(json.dumps({"orders": entries}, indent=1) + "\n", encoding="utf-8")
 
 
 def _alike(call: Call, entry: Call) -> bool:
     """Whether all but the sizes agree."""
-    if call.dropping:  # asked first: to a compiler it may be a symbol, which equals nothing
+    if call.dropping:  # not compared: for a compiler it may be a symbol, which equals nothing
         if not entry.dropping:
             return False
     elif entry.dropping:
         return False
     one, other = (
-        (
-            min(c.frozen_rank, 1),
-            c.dtype,
-            c.device,
-            c.exact,
-            c.needs_x,
-            c.needs_w,
-            c.needs_a,
-            c.needs_b,
-        )
-        for c in (call, entry)
+        (min(c.frozen_rank, 1), c.dtype, c.device, c.exact, *_needs(c)) for c in (call, entry)
     )
     return one == other
 
 
-# Whole numbers alone: the sizes may be a compiler's symbols.
+def _needs(call: Call) -> tuple[bool, ...]:
+    return call.needs_x, call.needs_w, call.needs_a, call.needs_b
+
+
+# Only integer arithmetic: the sizes may be a compiler's symbols.
 
 
 def _sizes(call: Call) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ def _sizes(call: Call) -> tuple[int, ...]:
 
 
 def _near(one: Call, other: Call) -> bool:
-    """Whether they differ by a factor of two at most in each size."""
+    """Whether each size differs by a factor of two at most."""
     for a, b in zip(_sizes(one), _sizes(other), strict=True):
         if a > 2 * b or b > 2 * a:
             return False
@@ -114,21 +114,22 @@ def _near(one: Call, other: Call) -> bool:
 
 
 def _far(call: Call, entry: Call) -> int:
-    """The sum over the sizes of how far they are apart, in thousandths of the entry's."""
+    """The sum of the sizes' differences, in thousandths of the entry's sizes."""
     far = 0
     for a, b in zip(_sizes(call), _sizes(entry), strict=True):
         far += (a - b if a > b else b - a) * 1000 // max(b, 1)
     return far
 
 
-def _call(data: dict[str, Any]) -> Call:
-    call = Call(**{**data, "dtype": _DTYPES[data["dtype"]]})
+def _call(data: Mapping[str, Any]) -> Call:  # Any: a JSON file's values
+    rest = {key: value for key, value in data.items() if key != "dtype"}
+    call = Call(dtype=_DTYPES[data["dtype"]], **rest)
     if not all(type(getattr(call, name)) is int for name in (*_SIZES, "frozen_rank")):
         raise ValueError("sizes are whole numbers")
     return call
 
 
-def _order(data: dict[str, Any]) -> Order:
+def _order(data: Mapping[str, Any]) -> Order:  # Any: a JSON file's values
     order = Order(**data)
     if not all(type(value) is bool for value in dataclasses.astuple(order)):
         raise ValueError("an order is three times true or false")
@@ -140,7 +141,7 @@ _known: str | None = None
 
 
 def current() -> Table | None:
-    """The table in force: that of the innermost `measured`, else the environment's."""
+    """The table in use: that of the innermost `measured`, else the environment's."""
     global _table, _known
     if _known is None:
         _known = os.environ.get(VARIABLE, "")
@@ -149,11 +150,12 @@ def current() -> Table | None:
 
 
 @contextlib.contextmanager
-def measured(path: str | Path | None) -> Iterator[None]:
-    """Within this context calls go by the table in this file; None: by arithmetic.
+def measured(path: str | Path | None) -> Generator[None]:
+    """Within this context calls take their order from the table in this file; None: they count
+    multiplies.
 
     Raises:
-        ValueError: no table of orders is there.
+        ValueError: no file, or no table of orders in it.
     """
     global _table
     table, before = None if path is None else Table.read(path), current()
@@ -168,33 +170,39 @@ def measured(path: str | Path | None) -> Iterator[None]:
 
 
 def seconds(call: Call, rounds: int = 5, seed: int = 0) -> dict[Order, tuple[float, float]]:
-    """{order: (forward, backward)}, the fastest of interleaved rounds, for every lawful order."""
-    from lorica.methods.kernels._linear import _Linear
+    """{order: (forward, backward)} in seconds, the fastest of interleaved rounds, for every lawful
+    order."""
+    from lorica.methods.kernels._linear import linear
 
-    like: dict[str, Any] = {"dtype": call.dtype, "device": call.device}
-    torch.manual_seed(seed)
+    generator = torch.Generator(call.device).manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=call.dtype, device=call.device)
+
     N, m, n = call.tokens, call.in_features, call.out_features
-    x = torch.randn(N, m, **like).requires_grad_(call.needs_x)
-    w = (torch.randn(n, m, **like) / m**0.5).requires_grad_(call.needs_w)
-    a = torch.randn(call.r, m, **like).requires_grad_(call.needs_a)
-    b = torch.randn(n, call.r, **like).requires_grad_(call.needs_b)
-    a2, b2 = torch.randn(call.frozen_rank, m, **like), torch.randn(n, call.frozen_rank, **like)
+    x = draw(N, m).requires_grad_(call.needs_x)
+    w = (draw(n, m) / m**0.5).requires_grad_(call.needs_w)
+    a = draw(call.r, m).requires_grad_(call.needs_a)
+    b = draw(n, call.r).requires_grad_(call.needs_b)
+    a2, b2 = draw(call.frozen_rank, m), draw(n, call.frozen_rank)
     pair = (a2, b2) if call.frozen_rank else (None, None)
-    wanted, dy = [t for t in (x, w, a, b) if t.requires_grad], torch.randn(N, n, **like)
+    wanted, dy = [t for t in (x, w, a, b) if t.requires_grad], draw(N, n)
+
+    def forward_in(order: Order) -> torch.Tensor:
+        rest = (order.forward_sum, order.input_sum, order.outer, False, p, 1, False, "output")
+        return linear(x, w, None, a, b, None, *pair, 1.0, *rest, call.dtype, True)
+
+    def backward_of(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(y, wanted, dy)
+
     p = 0.05 if call.dropping else 0.0
     out: dict[Order, tuple[float, float]] = {}
     for i in range(-1, rounds):
         for order in lawful(call):
-            rest = (order.forward_sum, order.input_sum, order.outer, False, p, 1, False, "output")
-            y, forward = _timed(
-                lambda rest=rest: _Linear.apply(
-                    x, w, None, a, b, None, *pair, 1.0, *rest, call.dtype, True
-                ),
-                call.device,
-            )
+            y, forward = _timed(functools.partial(forward_in, order), call.device)
             backward = 0.0
             if wanted:
-                _, backward = _timed(lambda y=y: torch.autograd.grad(y, wanted, dy), call.device)
+                _, backward = _timed(functools.partial(backward_of, y), call.device)
             if i >= 0:
                 best = out.get(order, (math.inf, math.inf))
                 out[order] = min(best[0], forward), min(best[1], backward)
@@ -202,7 +210,8 @@ def seconds(call: Call, rounds: int = 5, seed: int = 0) -> dict[Order, tuple[flo
 
 
 def lawful(call: Call) -> list[Order]:
-    """Orders that compute this call: all, or without sums where rounding or dropout forbid them."""
+    """Orders that compute this call: all, or those without sums where rounding or dropout rule sums
+    out."""
     if not sums_kept(call):
         return [Order()]
     pick = (False, True)
@@ -210,13 +219,14 @@ def lawful(call: Call) -> list[Order]:
 
 
 def fastest(times: dict[Order, tuple[float, float]]) -> Order:
-    """Forward and backward are chosen apart: no order of one depends on the other's."""
+    """Forward and backward are chosen separately, because neither depends on the other's order."""
     first = min(times, key=lambda order: times[order][0])
     second = min(times, key=lambda order: times[order][1])
     return Order(first.forward_sum, second.input_sum, second.outer)
 
 
-def _timed(call: Callable[[], Any], device: str) -> tuple[Any, float]:
+def _timed(call: Callable[[], T], device: str) -> tuple[T, float]:
+    """What the call returns, and its seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -232,7 +242,7 @@ def tabulate(calls: Iterable[Call], rounds: int = 5) -> Table:
 
 
 def usual(device: str) -> list[Call]:
-    """Shapes of transformers in single precision: on a CPU small ones, about two minutes of it."""
+    """Shapes of transformers in float32: on a CPU small ones, which take about two minutes."""
     large = device != "cpu"
     return [
         Call(tokens=tokens, in_features=m, out_features=n, r=r, device=device)

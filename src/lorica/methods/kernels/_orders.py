@@ -1,14 +1,14 @@
-"""Which order of products is the cheapest for one call: arithmetic on its shapes alone.
+"""Which order of products needs the fewest multiplies for the shapes of one call.
 
-With N tokens, m inputs, n outputs, rank k, in multiplies beside the product with W itself:
+With N tokens, m inputs, n outputs, rank k, multiplies in addition to the product with W itself:
 
     forward    factors  Nk(m + n)               sum  mnk          sum is cheaper from N > mn/(m + n)
     for x      factors  Nkm (+ Nkn for dY B)    sum  mnk
     for A, B   small    2Nk(m + n)              outer  Nmn + 2mnk, which wants a large k
 
-dY B serves x and A both, so the two parts of backward are chosen together. In half precision, and
-where float32 is rounded to TF32 in products, W + ΔW would lose small updates; under dropout no one
-weight exists: no sums there.
+dY B is used for both x and A, so the two parts of backward are chosen together. In half precision,
+and where products round float32 to TF32, W + ΔW would lose small updates; under dropout there is no
+single weight. No sums are formed there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ WIDE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Order:
-    """What is formed on the way: W + ΔW in forward, W + ΔW for the gradient of x, and dYᵀ X for
-    those of A and B."""
+    """What is formed: W + ΔW in forward, W + ΔW for the gradient of x, and dYᵀ X for those of A and
+    B."""
 
     forward_sum: bool = False
     input_sum: bool = False
@@ -36,10 +36,10 @@ class Call:
 
     Args:
         tokens: N, rows of the input.
-        r, frozen_rank: ranks that train, and that are frozen.
-        dtype, device: that the products are computed in, and the device's type.
-        exact: whether products of float32 keep its digits, see `rounds_float32`.
-        needs_x, needs_w, needs_a, needs_b: of what a gradient is wanted.
+        r, frozen_rank: rank of the trained factors, and of the frozen ones.
+        dtype, device: of the products, and the device's type.
+        exact: whether products of float32 keep float32's precision, see `rounds_float32`.
+        needs_x, needs_w, needs_a, needs_b: whether a gradient of each is needed.
     """
 
     tokens: int
@@ -58,7 +58,7 @@ class Call:
 
 
 def threshold(in_features: int, out_features: int) -> int:
-    """Tokens from which W + ΔW is formed in forward, whatever the rank."""
+    """Tokens from which on W + ΔW is formed in forward; it doesn't depend on the rank."""
     return in_features * out_features // (in_features + out_features) + 1
 
 
@@ -69,7 +69,7 @@ def sums_kept(call: Call) -> bool:
 
 
 def choose(call: Call) -> Order:
-    """The order with the fewest multiplies; of equals the one that forms less.
+    """The order with the fewest multiplies; of equal ones the one that forms less.
 
     Example:
         >>> from lorica.methods.kernels.base import Call, choose
@@ -88,14 +88,14 @@ def choose(call: Call) -> Order:
 
 
 def forward_multiplies(call: Call, forward_sum: bool) -> int:
-    """Of one forward, the product with W included."""
+    """Multiplies of one forward, the product with W included."""
     N, m, n = call.tokens, call.in_features, call.out_features
     k = call.r + call.frozen_rank
     return N * m * n + (m * n * k if forward_sum else N * k * (m + n))
 
 
 def backward_multiplies(call: Call, input_sum: bool, outer: bool) -> int:
-    """Of one backward, the product with W included."""
+    """Multiplies of one backward, the product with W included."""
     N, m, n = call.tokens, call.in_features, call.out_features
     r, k = call.r, call.r + call.frozen_rank
     through = call.needs_x and not input_sum

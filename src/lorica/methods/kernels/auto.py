@@ -1,7 +1,7 @@
 """The order with the fewest multiplies for the call's actual shapes.
 
-The candidates are those of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; which one is chosen is
-decided by their shapes at each call, so short batches get the order that suits them.
+The candidates are those of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; one is chosen by the
+shapes of each call, so short batches get the order that suits them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lorica.methods.kernels._orders import Call, Order
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Fused):
-    """Chooses per call by arithmetic.
+    """Chooses the order of each call by counting multiplies.
 
     Args:
-        saves: `output` (default), `product` or `nothing`: what is kept of a layer whose rows are
-            scaled (`dora`) for the scales' gradient. The output is often kept anyway by the
-            activation after it; a product is a tensor of the same size, which no model can change
-            in place; nothing costs one more product.
+        saves: `output` (default), `product` or `nothing`: what a layer whose rows are scaled
+            (`dora`) saves for the scales' gradient. The activation after the layer often saves the
+            output anyway; a product is a tensor of the same size, which no model can change in
+            place; nothing costs one more product.
 
     Example:
         >>> from lorica.methods.kernels.auto import Auto
@@ -32,7 +32,7 @@ class Auto(Fused):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        current()  # a table is read now: within a graph that would make the graph anew
+        current()  # reads the table now: within a graph that would recompile
 
     def order(self, call: Call) -> Order:
         table = current()

@@ -35,11 +35,11 @@ class AbstractKernel(Choice, abc.ABC):
         """g ∘ (x Wᵀ + update(x)) + b: (..., in) -> (..., out).
 
         Args:
-            gain: gives g (out,); None: 1.
+            gain: returns g (out,); None: g = 1.
         """
 
     def threshold(self, in_features: int, out_features: int) -> int | None:
-        """Tokens in a call from which on W + ΔW is materialised; None: never."""
+        """Tokens in a call from which on W + ΔW is formed; None: never."""
         return None
 
 
@@ -50,7 +50,7 @@ def plain(x: Tensor, base: BaseLike, update: UpdateLike, *, gain: RowScale | Non
     g, _ = gain(False)
     y = base.product(x) + update(x, base)
     dtype = y.dtype
-    y = y.to(g.dtype) if y.device.type == "cpu" else y  # which is slow at products of two dtypes
-    y = (y * g).to(dtype)  # with g's own digits, and those of its gradient
+    y = y.to(g.dtype) if y.device.type == "cpu" else y  # a CPU is slow at products of two dtypes
+    y = (y * g).to(dtype)  # in g's precision, and that of its gradient
     offset = base.bias()
     return y if offset is None else y + offset.to(y.dtype)

@@ -1,4 +1,4 @@
-"""The factors' own order everywhere, as one function: W + ΔW is never formed."""
+"""The order that multiplies with the factors, as one function: W + ΔW is never formed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lorica.methods.kernels._orders import Call, Order
 
 @dataclass(frozen=True, kw_only=True)
 class Factored(Fused):
-    """Never forms the effective weight, at the price of two small products more; for layers whose
-    weight is large beside the memory that is left.
+    """Never forms the effective weight, at the cost of two more small products; for layers whose
+    weight is large compared with the free memory.
 
     Args:
         saves: as for `auto`.

@@ -1,10 +1,10 @@
-"""V = W + ΔW formed in forward and formed again in backward, never saved unless asked for.
+"""V = W + ΔW is formed in forward and again in backward, and saved only on request.
 
     forward   V = W + s·BA;  y = x Vᵀ (+ b)
     backward  V again; dX = dY V; dA, dB by the small products
 
 The sum is rounded to x's dtype before use, so in half precision small updates would be lost in W:
-the choice in `auto` leaves half precision to the factors' order.
+`auto` multiplies with the factors there.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lorica.methods.kernels._orders import Call, Order
 
 @dataclass(frozen=True, kw_only=True)
 class Materialised(Fused):
-    """Forms the effective weight at each call; falls back to the factors' order where dropout
-    forbids it.
+    """Forms the effective weight at each call; under dropout, where there is no single weight, it
+    multiplies with the factors.
 
     Args:
-        keep: save the effective weight for backward, in·out elements a layer, instead of forming
-            it again. Default False. Sharding would be undone by it.
+        keep: save the effective weight for backward, in·out elements per layer, instead of forming
+            it again. Default False. With sharding, every process would hold the whole weight.
         saves: as for `auto`.
 
     Example:

@@ -1,4 +1,4 @@
-"""x Wᵀ + s·(x Aᵀ) Bᵀ, two products beside the frozen one, under ordinary autograd."""
+"""x Wᵀ + s·(x Aᵀ) Bᵀ, two products in addition to the frozen one, under ordinary autograd."""
 
 from __future__ import annotations
 

@@ -12,27 +12,35 @@ from __future__ import annotations
 import abc
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import AdaptersLike, Batch, Outputs
 from lorica.methods.choice import Choice
+from lorica.tensors.modules import evaluating
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the objectives see of one micro-batch; they share it."""
+    """What the objectives see of one micro-batch; all of them get the same object.
 
-    outputs: Any
-    batch: Any
-    adapters: Any
-    share: float = 1.0  # of the update, by label tokens: what a penalty is multiplied with
+    Attributes:
+        outputs: what the model returned.
+        batch: the model's inputs; None: `adapters.loss` was called without.
+        share: this micro-batch's part of the optimizer step, by label tokens; a penalty is
+            multiplied with it.
+    """
 
-    @functools.cached_property
-    def reference(self) -> Any:
-        """What the original model says to this batch, without a gradient and without dropout: run
-        on first use, once for all objectives.
+    outputs: Outputs
+    batch: Batch | None
+    adapters: AdaptersLike
+    share: float = 1.0
+
+    @property
+    def inputs(self) -> Batch:
+        """The batch.
 
         Raises:
             ValueError: `adapters.loss` was called without the batch.
@@ -42,19 +50,23 @@ class Context:
                 "this objective compares with the original model, which needs the inputs: call"
                 " `adapters.loss(outputs, batch)`"
             )
-        model: Any = self.adapters.model
+        return self.batch
+
+    @functools.cached_property
+    def reference(self) -> Outputs:
+        """The original model's outputs for this batch, without gradient and dropout; computed on
+        first use, once for all objectives.
+
+        Raises:
+            ValueError: `adapters.loss` was called without the batch.
+        """
+        model = self.adapters.model
         wanted = "hidden_states" in self.adapters.hooks.wanted
-        inputs, config = dict(self.batch), vars(model).get("config")
+        inputs, config = dict(self.inputs), vars(model).get("config")
         if not getattr(config, "is_encoder_decoder", False):  # its decoder's inputs are the labels
             inputs.pop("labels", None)
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.eval()
-            with torch.no_grad(), self.adapters.disabled():
-                return model(**inputs, **({"output_hidden_states": True} if wanted else {}))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(model), torch.no_grad(), self.adapters.disabled():
+            return model(**inputs, **({"output_hidden_states": True} if wanted else {}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,23 @@
-"""Distillation: the adapted model's features are held to those of the original one.
+"""Distillation: keeps the adapted model's features close to those of the original model.
 
     L = α·L_task + (1 − α)·(1/K) Σ_k MSE(h_k, h⁰_k)
 
 over the K blocks' outputs h_k (batch, tokens, width), h⁰ those of the frozen model without its
-adapters. An MSE is the mean over the width and over the tokens that are no padding, in at least
-float32. The embeddings' output, which is no block's, is left out; in an encoder-decoder K counts
-the blocks of both.
+adapters. Each MSE is the mean over the width and over the tokens that are not padding, in at least
+float32. The output of the embeddings, which is not a block's, is left out; in an encoder-decoder K
+counts the blocks of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lorica.interfaces import Batch, Outputs
+from lorica.methods.fields import number
 from lorica.methods.objectives.base import AbstractObjective, Context
 from lorica.methods.optional import Reweights
 from lorica.tensors.matmul import no_autocast
@@ -31,21 +32,21 @@ _FEATURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(AbstractObjective, Reweights):
-    """Blocks' outputs stay close to the original model's while the task is learned.
+    """Blocks' outputs remain close to the original model's while the task is learned.
 
-    For models of transformers, which return their hidden states; the original model runs once more
-    on each micro-batch. A model in evaluation mode keeps no hidden states by itself, so there the
-    adapted model runs once more, too.
+    It works with models of transformers, which return their hidden states; the original model runs
+    once for each micro-batch. A model in evaluation mode doesn't return its hidden states, so the
+    adapted model runs a second time there.
 
-    With accumulated gradients the features' part of a micro-batch counts by its share of the
-    update, as the task's already does.
+    With accumulated gradients the features' part of a micro-batch is weighted by its share of the
+    optimizer step, as the task's loss already is.
 
-    Cost: a forward of the original model a step.
-    When: outputs inside the model have to stay as they were: compression, little data.
+    Cost: a forward of the original model per step.
+    When: the outputs inside the model must not change much: compression, little data.
 
     Args:
-        alpha: weight of the task's loss, in [0, 1); default 0.2, a re-implementation's of the paper
-            (another has 0.1). 1 − alpha is the features' weight.
+        alpha: weight of the task's loss, in [0, 1); default 0.2, from a re-implementation of the
+            paper (another has 0.1). The features have the weight 1 − alpha.
 
     Example:
         >>> from lorica import Recipe
@@ -70,15 +71,11 @@ class Distillation(AbstractObjective, Reweights):
     hooks: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     def __post_init__(self) -> None:
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not number or not 0 <= self.alpha < 1:
-            raise ValueError(
-                f"`distillation(alpha={self.alpha!r})` is in [0, 1), e.g. 0.2; for the task's loss"
-                " alone leave the word out"
-            )
+        say = "a number in [0, 1), e.g. `alpha=0.2`; for the task's loss alone leave the method out"
+        number(self, "alpha", least=0, below=1, say=say)
 
     def loss(self, task_loss: Tensor, context: Context) -> Tensor:
-        reference, batch = context.reference, dict(context.batch)
+        reference, batch = context.reference, context.inputs
         own, original = _features(_student(context, batch), batch), _features(reference, batch)
         with no_autocast(task_loss.device.type):
             distances = [
@@ -89,27 +86,28 @@ class Distillation(AbstractObjective, Reweights):
         return self.alpha * task_loss + context.share * (1 - self.alpha) * feature
 
 
-def _student(context: Context, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def _student(context: Context, batch: Batch) -> Outputs:
     """The adapted model's outputs, with hidden states."""
     model = context.adapters.model
     if any(context.outputs.get(name) is not None for name in _FEATURES):
         return context.outputs
-    outputs = {} if model.training else model(**batch, output_hidden_states=True)
+    outputs: Outputs = {} if model.training else model(**batch, output_hidden_states=True)
     if all(outputs.get(name) is None for name in _FEATURES):
         raise ValueError(
             f"`distillation`: this {type(model).__name__} returns none of {', '.join(_FEATURES)};"
-            " a model of transformers does, from `model(**batch)` itself. Hand what it returns to"
+            " a model of transformers does, from `model(**batch)` itself. Pass what it returns to"
             " `adapters.loss(outputs, batch)`, or leave `distillation` out"
         )
     return outputs
 
 
-def _features(
-    outputs: Mapping[str, Any], batch: Mapping[str, Any]
-) -> list[tuple[Tensor, Tensor | None]]:
+def _features(outputs: Outputs, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
     """(output, padding mask) of every block."""
-    found = [(name, outputs.get(name) or ()) for name in _FEATURES]
-    return [(h, batch.get(_FEATURES[name])) for name, states in found for h in states[1:]]
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for name, mask in _FEATURES.items():
+        states: tuple[Tensor, ...] = outputs.get(name) or ()
+        found += [(h, batch.get(mask)) for h in states[1:]]
+    return found
 
 
 def _distance(h: Tensor, original: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
-"""Orthogonality: a penalty that keeps the factors' directions orthonormal.
+"""Orthogonality: a penalty that keeps each factor's directions orthonormal.
 
     mean (default)   γ·1/(2K) Σ_k ( ‖B_kᵀB_k − I‖ + ‖A_kA_kᵀ − I‖ )       Frobenius norms
     sum              γ·Σ_k ( ‖B_kᵀB_k − I‖² + ‖A_kA_kᵀ − I‖² )
 
-over the K pairs that do not rest, A (r, in), B (out, r). The paper writes the sum of squares; the
-authors' code and PEFT take the mean of norms, whose size does not grow with the number of layers,
-and the published weights (0.1 to 0.5) belong to it. PEFT adds it in evaluation too; here it is for
-training alone.
+over the K pairs that train at present, A (r, in), B (out, r). The paper writes the sum of squares;
+the authors' code and PEFT take the mean of norms, which does not grow with the number of layers,
+and the published weights (0.1 to 0.5) belong to it. PEFT adds it in evaluation too; here it is
+added in training only.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from lorica.methods.fields import number, one_of
 from lorica.methods.objectives.base import AbstractObjective, Context
+from lorica.tensors.linalg import vector_norm
 from lorica.tensors.matmul import no_autocast
 
 
 def _whole(p: Tensor) -> Tensor:
-    """All of p; in backward a shard gets the mean of what the processes have, as of the task's."""
+    """All of p; in backward a shard gets the mean over the processes, as for the task's loss."""
     if not isinstance(p, DTensor):
         return p
     mesh = p.device_mesh
@@ -35,18 +37,18 @@ def _distance(rows: Tensor) -> Tensor:
     """‖RRᵀ − I‖ for R (r, n), in at least float32."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     gram = rows @ rows.T  # (r, r)
-    return torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return vector_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Orthogonality(AbstractObjective):
-    """A penalty on pairs of factors that are not orthonormal, so that no two ranks say the same.
+    """A penalty on pairs of factors that are not orthonormal, so that no two ranks are alike.
 
-    With a trained diagonal between the factors (`svd`) the size of an update is the diagonal's
-    affair; without one the penalty holds the factors, and so the update, at unit size.
+    With a trained diagonal between the factors (`svd`) the diagonal decides the size of an update;
+    without one the penalty keeps the factors, and so the update, at unit size.
 
-    Cost: an r × r product for each factor and step.
-    When: ranks duplicate each other; as the part of `adalora`.
+    Cost: an r × r product per factor and step.
+    When: ranks duplicate each other; as part of `adalora`.
 
     Args:
         weight: γ > 0; default 0.1, the authors' on most tasks (0.3 and 0.5 on some; PEFT's is 0.5).
@@ -73,24 +75,21 @@ class Orthogonality(AbstractObjective):
     gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, bool) or not self.weight > 0:
-            raise ValueError(
-                f"`orthogonality(weight={self.weight!r})` must be positive, e.g. 0.1; without the"
-                " penalty, leave the word out"
-            )
-        if self.form not in ("mean", "sum"):
-            raise ValueError(f"`orthogonality(form={self.form!r})`; allowed: 'mean', 'sum'")
+        say = "a number above 0, e.g. `weight=0.1`; without the penalty, leave the method out"
+        number(self, "weight", above=0, say=say)
+        one_of(self, "form", "mean", "sum")
 
     def loss(self, task_loss: Tensor, context: Context) -> Tensor:
-        device, found = task_loss.device, []
+        device = task_loss.device
+        found: list[Tensor] = []
         with no_autocast(device.type):
             for name, pair in context.adapters.pairs():
                 layer = context.adapters.layers[name]
-                # The base may rest alone; and what rests must get no gradient from here either.
-                resting = {id(layer.get_parameter(n)) for n in layer.frozen_for_now}
-                if id(pair.A) not in resting:
+                # Each factor may be frozen for now, and must then get no gradient from here either.
+                frozen = {id(layer.get_parameter(n)) for n in layer.frozen_for_now}
+                if id(pair.A) not in frozen:
                     found.append(_distance(_whole(pair.A)).to(device))
-                if id(pair.B) not in resting:
+                if id(pair.B) not in frozen:
                     found.append(_distance(_whole(pair.B).T).to(device))
             if not found:
                 return task_loss

@@ -23,7 +23,7 @@ def block_of(path: str) -> str | None:
 
 
 def flaw(pattern: object) -> str | None:
-    """Why this is no pattern that `first_match` can take; None: it is one."""
+    """Why `first_match` can't use this as a pattern; None: it can."""
     for form in ("{}", r"(.*\.)?({})"):
         try:
             re.compile(form.format(pattern))
@@ -42,7 +42,7 @@ class AbstractRank(Choice, abc.ABC):
     axis: ClassVar[str] = "ranks"
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
     reads_patterns: ClassVar[bool] = False  # `rank_pattern` and `alpha_pattern` have an effect
-    # Taken by default where such patterns are given, so that a method's text need not name it.
+    # The default where such patterns are given, so that a method's text need not name it.
     implied: ClassVar[bool] = False
 
     @abc.abstractmethod

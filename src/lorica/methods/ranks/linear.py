@@ -3,8 +3,8 @@
     r_i = first + (last − first)·(i − 1)/(L − 1),   first + last = 2r,   i = 1..L
 
 over the L transformer blocks of the targets, in model order; all layers of a block share r_i, and
-what lies in no block has r. Rounded to the nearest integer; where the sum is then not L·r, the
-blocks that were rounded furthest give way, one rank each.
+layers outside of blocks have r. Rounded to the nearest integer; where the sum is then not L·r, the
+blocks that were rounded furthest are corrected, by one rank each.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
+from lorica.interfaces import RecipeLike
+from lorica.methods.fields import one_of, whole
 from lorica.methods.ranks.base import AbstractRank, block_of
 
 
 def spread(first: Fraction, last: Fraction, blocks: int, r: int) -> list[int]:
-    """Whole ranks of at least 1 from `first` to `last`, r on average; of one block: r."""
+    """Whole ranks of at least 1 from `first` to `last`, r on average; for a single block: r."""
     if blocks == 1:
         return [r]
     exact = [first + (last - first) * i / (blocks - 1) for i in range(blocks)]
@@ -33,22 +34,22 @@ def spread(first: Fraction, last: Fraction, blocks: int, r: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(AbstractRank):
-    """More rank the deeper a block lies, or less: linear from `first` to `last`, r on average.
+    """Ranks that grow or shrink with depth: linear from `first` to `last`, r on average.
 
-    The parameters are those of one rank r for all, where every block has the same targets.
+    The number of parameters is that of rank r everywhere, if every block has the same targets.
 
     Cost: nothing.
-    When: deeper blocks need more rank, or less; as the part of `prilora`.
+    When: deeper blocks need more rank, or less; as part of `prilora`.
 
     Args:
         first, last: ranks of the first and the last block, whole numbers of at least 1. Default r/2
-            and 3r/2, the proportion of the paper's 4 and 12 around 8. Of one given, the other
-            follows; both given, r is their mean.
-        scale: `mean` (default: every layer has the scale that r gives) or `own` (that of its own
+            and 3r/2, the proportion of the paper's 4 and 12 around 8. If one is given, the other
+            follows from r; if both are, r is their mean.
+        scale: `mean` (default: every layer has the scale of rank r) or `own` (that of its own
             rank).
 
     Raises:
-        ValueError: first or last that r leaves no partner of at least 1.
+        ValueError: a first or last for which r would need the other to be below 1.
 
     Example:
         >>> from lorica import Recipe
@@ -70,33 +71,30 @@ class Linear(AbstractRank):
     scale: str = "mean"
 
     def __post_init__(self) -> None:
-        for name in ("first", "last"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not whole:
-                raise ValueError(
-                    f"`{self.name}({name}={value!r})`: a rank is a whole number of at least 1; left"
-                    " out, it follows from `r`"
-                )
-        if self.scale not in ("mean", "own"):
-            raise ValueError(f"`{self.name}(scale={self.scale!r})`; allowed: 'mean', 'own'")
+        for end in ("first", "last"):
+            say = f"a rank is a whole number of at least 1, e.g. `{end}=8`; left out, it follows"
+            whole(self, end, optional=True, say=f"{say} from `r`")
+        one_of(self, "scale", "mean", "own")
         if self.first is not None and self.last is not None:
             mean, odd = divmod(self.first + self.last, 2)
             if odd:
                 raise ValueError(
-                    f"`{self.text()}`: the mean, {mean}.5, is the recipe's `r` and has to be whole;"
+                    f"`{self.text()}`: the mean, {mean}.5, is the recipe's `r` and must be whole;"
                     f" give e.g. `last={self.last + 1}`"
                 )
             for name in ("default_r", "only_r"):
                 object.__setattr__(self, name, mean)
 
-    def assign(self, names: Sequence[str], recipe: Any) -> dict[str, tuple[int, float | None]]:
-        r: int = recipe.r
+    def assign(
+        self, names: Sequence[str], recipe: RecipeLike
+    ) -> dict[str, tuple[int, float | None]]:
+        r = recipe.r
+        assert r is not None  # a recipe of adapters has a rank
         blocks = [*dict.fromkeys(b for n in names if (b := block_of(n)) is not None)]
         along = spread(*self._ends(r), len(blocks), r) if blocks else []
         ranks: dict[str | None, int] = {None: r, **dict(zip(blocks, along, strict=True))}
         given = {n: ranks[block_of(n)] for n in names}
-        return {n: (own, self._alpha(own, recipe)) for n, own in given.items()}
+        return {n: (own, self._alpha(own, r, recipe)) for n, own in given.items()}
 
     def _ends(self, r: int) -> tuple[Fraction, Fraction]:
         name, end = ("last", self.last) if self.first is None else ("first", self.first)
@@ -109,9 +107,9 @@ class Linear(AbstractRank):
         first = low if end is None else Fraction(self.first or 2 * r - end)
         return first, 2 * r - first
 
-    def _alpha(self, own: int, recipe: Any) -> float | None:
-        """What gives a layer of this rank its scale."""
-        r, alpha, scale = recipe.r, recipe.lora_alpha, recipe.scale
+    def _alpha(self, own: int, r: int, recipe: RecipeLike) -> float | None:
+        """The alpha that gives a layer of rank `own` its scale."""
+        alpha, scale = recipe.lora_alpha, recipe.scale
         if alpha is None or own == r or self.scale == "own":
             return alpha
         return scale.alpha_for(scale.factor(alpha, r), own)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lorica.interfaces import RecipeLike
 from lorica.methods.ranks.base import AbstractRank, first_match
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern(AbstractRank):
-    """`rank_pattern` and `alpha_pattern` over `r` and `lora_alpha`; taken by itself where either is
+    """`rank_pattern` and `alpha_pattern` override `r` and `lora_alpha`; the default where either is
     given.
 
     Example:
@@ -23,23 +24,24 @@ class Pattern(AbstractRank):
     reads_patterns: ClassVar[bool] = True
     implied: ClassVar[bool] = True
 
-    def assign(self, names: Sequence[str], recipe: Any) -> dict[str, tuple[int, float | None]]:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(recipe, field):
+    def assign(
+        self, names: Sequence[str], recipe: RecipeLike
+    ) -> dict[str, tuple[int, float | None]]:
+        ranks, alphas, r = recipe.rank_pattern, recipe.alpha_pattern, recipe.r
+        assert r is not None  # a recipe of adapters has a rank
+        for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            for pattern in patterns:
                 if not any(first_match({pattern: 0}, name) for name in names):
                     raise ValueError(
                         f"`{field}` has {pattern!r}, which matches none of the {len(names)} target"
-                        " modules; a pattern ends a module path on whole components, e.g."
-                        f" {names[0]!r}"
+                        " modules; a pattern matches the end of a module path, whole components of"
+                        f" it, e.g. of {names[0]!r}"
                     )
-        out = {}
+        out: dict[str, tuple[int, float | None]] = {}
         for name in names:
-            rank, alpha = (
-                first_match(recipe.rank_pattern, name),
-                first_match(recipe.alpha_pattern, name),
-            )
+            rank, alpha = first_match(ranks, name), first_match(alphas, name)
             out[name] = (
-                recipe.rank_pattern[rank] if rank is not None else recipe.r,
-                recipe.alpha_pattern[alpha] if alpha is not None else recipe.lora_alpha,
+                r if rank is None else ranks[rank],
+                recipe.lora_alpha if alpha is None else alphas[alpha],
             )
         return out

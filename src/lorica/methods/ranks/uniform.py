@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from lorica.interfaces import RecipeLike
 from lorica.methods.ranks.base import AbstractRank
 
 
@@ -19,5 +19,9 @@ class Uniform(AbstractRank):
         'uniform'
     """
 
-    def assign(self, names: Sequence[str], recipe: Any) -> dict[str, tuple[int, float | None]]:
-        return {name: (recipe.r, recipe.lora_alpha) for name in names}
+    def assign(
+        self, names: Sequence[str], recipe: RecipeLike
+    ) -> dict[str, tuple[int, float | None]]:
+        r = recipe.r
+        assert r is not None  # a recipe of adapters has a rank
+        return {name: (r, recipe.lora_alpha) for name in names}

@@ -17,7 +17,7 @@ class AbstractScale(Choice, abc.ABC):
     axis: ClassVar[str] = "scales"
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
     uses_alpha: ClassVar[bool] = True
-    # The value of `use_rslora` under which PEFT computes this s from alpha and r; None: it can't.
+    # The value of `use_rslora` with which PEFT computes this s from alpha and r; None: it can't.
     peft_rslora: ClassVar[bool | None] = None
 
     @abc.abstractmethod
@@ -26,4 +26,4 @@ class AbstractScale(Choice, abc.ABC):
 
     @abc.abstractmethod
     def alpha_for(self, s: float, r: int) -> float | None:
-        """The alpha under which `factor` is s; None where alpha plays no part."""
+        """The alpha with which `factor` is s; None where alpha has no effect."""

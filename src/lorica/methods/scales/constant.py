@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lorica.methods.fields import number
 from lorica.methods.scales.base import AbstractScale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(AbstractScale):
-    """The same s for every rank; giving `lora_alpha` beside it is an error.
+    """The same s for every rank; `lora_alpha` has no effect with it and is an error.
 
     Args:
         s: the factor; default 1.
@@ -25,8 +26,7 @@ class Constant(AbstractScale):
     uses_alpha: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.s > 0:
-            raise ValueError(f"`constant(s={self.s!r})` must be positive")
+        number(self, "s", above=0, say="a number above 0, e.g. `constant(s=1)`")
 
     default_learning_rate: ClassVar[float | None] = 2e-4
 

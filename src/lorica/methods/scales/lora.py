@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lorica.interfaces import RecipeLike
 from lorica.methods.scales.base import AbstractScale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(AbstractScale):
-    """Low-rank adaptation as published: ΔW = (α/r)·B·A beside a frozen W, B = 0 at the start.
+    """Low-rank adaptation as published: ΔW = (α/r)·B·A is added to a frozen W, B = 0 at the start.
 
-    Default α = 2r (s = 2, the usual practice of the field's recipes); default rate 2e-4 (the
-    paper's for GPT-2 and GPT-3, about ten times the rate of full training).
+    Default α = 2r (s = 2, usual practice); default rate 2e-4 (the paper's for GPT-2 and GPT-3,
+    about ten times the rate of full training).
 
-    Cost: r·(in + out) trained numbers a layer; a step costs some 5 % more than with everything
-    frozen; nothing after merging.
+    Cost: r·(in + out) trained parameters per layer; a step costs about 5 % more than with
+    everything frozen; nothing after merging.
     When: always first.
 
     Example:
@@ -39,7 +40,8 @@ class Lora(AbstractScale):
 
     default_learning_rate: ClassVar[float | None] = 2e-4
 
-    def default_lora_alpha(self, recipe: Any) -> float | None:
+    def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
+        assert recipe.r is not None  # known before a default alpha is asked for
         return 2 * recipe.r
 
     def factor(self, alpha: float | None, r: int) -> float:

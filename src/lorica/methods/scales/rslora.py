@@ -1,10 +1,11 @@
-"""s = α/√r: the size of ΔW and of its gradients then does not depend on the rank."""
+"""s = α/√r, so that the sizes of ΔW and of its gradients do not depend on the rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lorica.interfaces import RecipeLike
 from lorica.methods.scales.base import AbstractScale
 
 
@@ -35,7 +36,7 @@ class RsLora(AbstractScale):
 
     default_learning_rate: ClassVar[float | None] = 2e-4
 
-    def default_lora_alpha(self, recipe: Any) -> float | None:
+    def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
         return 8
 
     def factor(self, alpha: float | None, r: int) -> float:

@@ -1,4 +1,4 @@
-"""MoRA: one square matrix in place of two thin ones, of the same number of parameters.
+"""MoRA: one square matrix instead of two thin ones, with the same number of parameters.
 
     ΔW = D·M·C,   M (r̂, r̂), zeros;   r̂ = √((in + out)·r) to the nearest (type 6: even below that)
 
@@ -7,19 +7,19 @@
     2     sums of neighbours      neighbours share       r̂     a multiple of r̂; j ≡ p (mod r̂)
     3     sums of neighbours      y_i = u_{i mod r̂}      r̂
     4     z_p = Σ x̃_j, j ≡ p      neighbours share       r̂
-    6     u^(b) = M·R_b·x^(b) for the n blocks of r̂ of x̃; y = [u^(0) .. u^(n−1)] over and over,
-          cut to out: ΔW has the blocks M·R_b in its diagonal, rank up to min(in, out)
+    6     u^(b) = M·R_b·x^(b) for the n blocks of r̂ of x̃; y = [u^(0) .. u^(n−1)] repeated and cut
+          to out: ΔW has the blocks M·R_b on its diagonal, rank up to min(in, out)
 
-R_b turns the pair (q, q + r̂/2) by b·θ_q, θ_q = 10000^(−2q/r̂). The paper rounds r̂ down, the
-authors' code to the nearest, and so does this file: r̂² may be a little above r·(in + out).
+R_b rotates the pair (q, q + r̂/2) by b·θ_q, θ_q = 10000^(−2q/r̂). The paper rounds r̂ down; the
+authors' code and this file round to the nearest, so r̂² may be slightly above r·(in + out).
 
-ReMoRA is this under a schedule that restarts: M goes into W, M = 0, the next pattern. The authors
-go through types 1, 2 or 1, 2, 3, 4 and keep the type in memory alone, so that their resumed or
-merged run computes with another one; here it is saved. Type 6 fails in their cycle. Here its next
-pattern is the next block first, y = [u^(k) .. u^(n−1) u^(0) .. u^(k−1)] after k restarts, so the
-blocks of ΔW wander over the matrix. All links together stay in a span of 4·r̂² dimensions (types)
-or n·r̂² (type 6). Where out < in, type 6 sees the first ⌈out/r̂⌉ blocks of the input only, and
-others after a restart.
+ReMoRA is this with a schedule that restarts: M is merged into W, M = 0, and the next pattern
+begins. The authors cycle through types 1, 2 or 1, 2, 3, 4 and keep the type in memory only, so that
+their resumed or merged run computes with another type; here it is saved. Type 6 fails in their
+cycle. Here its next pattern puts the next block first, y = [u^(k) .. u^(n−1) u^(0) .. u^(k−1)]
+after k restarts, so the blocks of ΔW move over the matrix. The updates of all restarts together
+span at most 4·r̂² dimensions (types 1 to 4) or n·r̂² (type 6). Where out < in, type 6 reads only the
+first ⌈out/r̂⌉ blocks of the input, and others after a restart.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Site
+from lorica.interfaces import BaseLike, Site
 from lorica.methods.deltas._blocks import spread
 from lorica.methods.deltas.base import DeltaChoice
 from lorica.methods.deltas.mora.rotated import RotatedDelta
 from lorica.methods.deltas.mora.square import Square, cycled, grouped_sum, strided_sum
+from lorica.methods.fields import one_of, refused
 from lorica.tensors.dtensor_ops import read_full
 
 _Map = Callable[[Tensor, int], Tensor]
@@ -51,17 +52,17 @@ ROTATED = 6
 
 
 class SharedDelta(Square):
-    """Types 1 to 4, the type being the pattern."""
+    """Types 1 to 4; the pattern is the type."""
 
     def _product(self, x: Tensor, M: Tensor) -> Tensor:
         compress, decompress = SHARED[self.number()]
         z = compress(x, self.width)
         return decompress(F.linear(z, M.to(z.dtype)), self.site.out_features)
 
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         return self._product(x, self.M)
 
-    def weight(self, base) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         wide = torch.promote_types(self.M.dtype, torch.float32)
         eye = torch.eye(self.site.in_features, dtype=wide, device=self.M.device)
         return self._product(eye, read_full(self.M)).T
@@ -69,21 +70,22 @@ class SharedDelta(Square):
 
 @dataclass(frozen=True, kw_only=True)
 class Mora(DeltaChoice):
-    """One square matrix: an update of much higher rank at LoRA's number of parameters.
+    """One square matrix: an update of much higher rank with LoRA's number of parameters.
 
-    `r` is LoRA's rank of the same size; r̂ = √((in + out)·r). Merging is exact. M has no second
-    factor and no scale: starts, rates by factor and `lora_alpha` mean nothing here. It takes in
-    about r̂²/(in·out) of any wanted change, so it wins where the change has a flat spectrum, and
-    loses by far to LoRA where few directions matter. `mora(type=1)+relora` is the authors' ReMoRA.
+    `r` is the rank of the LoRA with as many parameters; r̂ = √((in + out)·r). Merging is exact. M is
+    one matrix without a scale, so starts, rates per factor and `lora_alpha` have no effect here. It
+    represents about r̂²/(in·out) of any wanted change, so it wins where the change has a flat
+    spectrum, and loses by far to LoRA where few directions matter. `mora(type=1)+relora` is the
+    authors' ReMoRA.
 
-    Cost: LoRA's parameters; turning and summing blocks costs some 10 % of a step.
-    When: much is to be memorised: new facts, continued pre-training.
+    Cost: LoRA's parameters; rotating and summing blocks costs about 10 % of a step.
+    When: much has to be memorised: new facts, continued pre-training.
 
     Args:
-        type: 6 (default, as in the authors' runs at r = 8) turns each block of inputs; 1 to 4 share
-            rows and columns and are for a large r (the authors': 1 at r = 128 and 256).
-        patterns: how many types restarts go through: 4 (default: 1, 2, 3, 4, 1, ...) or 2 (1, 2, 1,
-            ...), from `type` on. Type 6 has shifts instead, and takes no other value.
+        type: 6 (default, as in the authors' runs at r = 8) rotates each block of inputs; 1 to 4
+            share rows and columns and are for a large r (the authors': 1 at r = 128 and 256).
+        patterns: how many types restarts cycle through, starting at `type`: 4 (default: 1, 2, 3, 4,
+            1, ...) or 2 (1, 2, 1, ...; for types 1 and 2). Type 6 shifts blocks instead.
 
     Example:
         >>> from lorica import Recipe
@@ -109,15 +111,11 @@ class Mora(DeltaChoice):
     default_r: ClassVar[int | None] = 8
 
     def __post_init__(self) -> None:
-        if self.type not in (*SHARED, ROTATED) or isinstance(self.type, bool):
-            raise ValueError(f"`mora(type={self.type!r})`; allowed: 1, 2, 3, 4, 6")
-        allowed = (4,) if self.type == ROTATED or self.type > 2 else (2, 4)
-        if self.patterns not in allowed:
-            raise ValueError(
-                f"`mora(type={self.type}, patterns={self.patterns!r})`; allowed with this type:"
-                f" {', '.join(map(str, allowed))}. Types 1 and 2 are the cycle of 2; leave"
-                " `patterns` out otherwise"
-            )
+        one_of(self, "type", *SHARED, ROTATED)
+        one_of(self, "patterns", 2, 4)
+        if self.type > 2 and self.patterns != 4:
+            say = "allowed: 4, the default; 2 is the cycle of types 1 and 2"
+            raise refused(self, "patterns", f"with `type={self.type}` {say}")
 
     def build(self, site: Site) -> Square:
         width = math.floor(math.sqrt((site.in_features + site.out_features) * site.r) + 0.5)

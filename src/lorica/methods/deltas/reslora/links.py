@@ -1,33 +1,58 @@
-"""What links the adapters of consecutive layers, and what one hands to the next within a forward.
+"""Links between the adapters of consecutive layers, and what one passes to the next in a forward.
 
-A layer takes what its predecessor left and leaves its own for the next, so each is read exactly
-once: nothing outlives a forward, and a layer that runs without its predecessor (a checkpoint's
-second forward, a dropped layer) finds nothing and says so, instead of computing with another
-forward's values.
+A layer takes the tensors that its predecessor left and leaves its own for the next layer, so each
+is read exactly once and none outlives a forward. A layer that runs without its predecessor (in a
+checkpoint's second forward, or after a dropped layer) finds nothing and raises an error instead of
+computing with the values of another forward.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Site
-from lorica.methods.deltas.base import AbstractDelta
+from lorica.interfaces import BaseLike, Factors, Site
+from lorica.methods.deltas.base import AbstractDelta, zeros
 from lorica.tensors.dtensor_ops import draw_, zero_
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-def chains(deltas: Mapping[str, AbstractDelta], most: int) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+
+class LinkedDelta(AbstractDelta):
+    """A and B of one layer, and the deltas of earlier layers that it is linked with."""
+
+    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B"}
+    earlier: tuple[Self, ...]  # nearest first; a tuple registers no module
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.A = zeros(site, site.r, site.in_features)
+        self.B = zeros(site, site.out_features, site.r)
+        self.site, self.scale = site, site.scale
+        self.earlier = ()
+        self.shared = False  # a later layer reads what this one computes, too
+
+    def restart(self, link: int, generator: torch.Generator) -> None:
+        draw_(self.A, generator, bound=self.A.shape[1] ** -0.5)
+        zero_(self.B)
+
+
+L = TypeVar("L", bound=LinkedDelta)
+
+
+def chains(deltas: Mapping[str, L], most: int) -> Iterator[tuple[L, tuple[L, ...]]]:
     """Each delta with at most `most` earlier ones of its kind (-1: all), the nearest first.
 
-    Of one kind are paths that differ in their first number, the transformer block's, alone, while
-    the sizes stay the same.
+    Paths of one kind differ only in their first number, the transformer block's. Where the sizes
+    change, a new chain begins.
     """
-    rows: dict[str, list[Any]] = {}
+    rows: dict[str, list[L]] = {}
     for path, delta in deltas.items():
         row = rows.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path, count=1), [])
         if row and _sizes(row[-1]) != _sizes(delta):
@@ -36,39 +61,34 @@ def chains(deltas: Mapping[str, AbstractDelta], most: int) -> Iterator[tuple[Any
         row.append(delta)
 
 
-def _sizes(delta: Any) -> tuple[int, int]:
+def _sizes(delta: LinkedDelta) -> tuple[int, int]:
     return delta.site.in_features, delta.site.out_features
 
 
-class PassingDelta(AbstractDelta):
-    """The input and the middle shortcut: y depends on what earlier layers of this forward saw."""
+class PassingDelta(LinkedDelta):
+    """The input and the middle shortcut: y depends on the inputs of earlier layers."""
 
-    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B"}
-
-    def __init__(self, site: Site, *, middle: bool, word: str) -> None:
-        super().__init__()
-        like = {"dtype": site.dtype, "device": site.device}
-        self.A = nn.Parameter(torch.zeros(site.r, site.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(site.out_features, site.r, **like))
-        self.site, self.scale, self.middle, self.name = site, site.scale, middle, word
-        self.earlier: tuple[PassingDelta, ...] = ()  # nearest first; a tuple registers no module
-        self.shared = False  # the next layer takes what this one leaves
+    def __init__(self, site: Site, *, middle: bool) -> None:
+        super().__init__(site)
+        self.middle = middle
         self.left: tuple[Tensor, ...] = ()  # inputs, or their projections: own, earlier ones'
-        self.merging: Factors | None = None  # what stands for the update in a merge under way
+        self.merging: Factors | None = None  # replaces the update while the model is merged
 
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         A = self.A.to(x.dtype)
         own = F.linear(x, A) if self.middle else x
         before = self._take(own)
         if self.shared:
             self.left = (own, *before)
-        total = sum(before, own)
+        total = own
+        for earlier in before:
+            total = total + earlier
         if not self.middle:
             total = F.linear(total if before else 2 * own, A)
         return F.linear(total, (self.scale * self.B).to(x.dtype))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A checkpoint's second forward may stop early, before all that was left is taken.
+    def __getstate__(self) -> dict[str, Any]:  # Any: a module's attributes
+        # A checkpoint's second forward may stop before the next layer has taken what was left.
         return {**self.__dict__, "left": ()}
 
     def _take(self, own: Tensor) -> tuple[Tensor, ...]:
@@ -80,35 +100,33 @@ class PassingDelta(AbstractDelta):
         if not left or left[0].shape != own.shape:
             raise ValueError(
                 f"{self.site.name!r} adds what {source.site.name!r} computed in the same forward,"
-                " and finds nothing of its shape there. Under gradient checkpointing this is a"
-                " second forward of one layer without the other: turn it off, or let one checkpoint"
-                " hold all linked layers. Dropped layers are no predecessors either. The shortcut"
-                " `block` needs neither"
+                " and there is nothing of its shape. Gradient checkpointing causes this, when it"
+                " repeats the forward of one layer without the other: turn it off, or put all"
+                " linked layers in one checkpoint. Layer dropout causes it, too. The shortcut"
+                " `block` works with both"
             )
         return left[: len(self.earlier)]
 
     def factors(self) -> Factors | None:
-        """None, but while a merge has something else stand for the update."""
+        """None, except within `approximated`."""
         return self.merging
 
     def approximation(self, alphas: Sequence[float], *, collapsed: bool) -> Factors:
         """The update if the k-th earlier input, or projection, were alphas[k] times the own."""
         if self.middle and not collapsed:
-            pairs = zip(alphas, self.earlier, strict=True)
-            return Factors(sum((a * m.A for a, m in pairs), start=self.A), self.B, self.scale)
+            total: Tensor = self.A
+            for alpha, earlier in zip(alphas, self.earlier, strict=True):
+                total = total + alpha * earlier.A
+            return Factors(total, self.B, self.scale)
         return Factors((1 + sum(alphas)) * self.A, self.B, self.scale)
 
-    def weight(self, base) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         if self.merging is None:
             raise ValueError(
                 f"the update of {self.site.name!r} depends on the inputs of other layers, so there"
                 " is no ΔW to merge. Save the adapters as they are; or type"
                 " `with approximated(adapters, batches): lorica.merge(model)` (the function is in"
-                f" `{__package__}`), on the command line `lorica merge --approximate`, which say"
+                f" `{__package__}`), on the command line `lorica merge --approximate`, which report"
                 " what is lost"
             )
         return self.merging.weight()
-
-    def restart(self, link: int, generator: torch.Generator) -> None:
-        draw_(self.A, generator, bound=self.A.shape[1] ** -0.5)
-        zero_(self.B)

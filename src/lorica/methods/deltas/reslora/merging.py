@@ -1,6 +1,6 @@
-"""One matrix in the place of an update that reads earlier layers: an approximation.
+"""Approximates an update that reads earlier layers by one matrix per layer.
 
-α says how much larger an earlier input is than a layer's own:
+α is the ratio of an earlier input's size to that of a layer's own:
 
     inputs       α_{n,k} = mean ‖x_{n−k}‖ / mean ‖x_n‖                  over the batches
     projections  α_{n,k} = mean ‖x_{n−k} A_{n−k}ᵀ‖ / mean ‖x_n A_nᵀ‖    over the batches
@@ -10,31 +10,35 @@
     middle shortcut, inputs          ΔW_n ≈ s·B_n (A_n + Σ_k α_{n,k} A_{n−k})
     middle shortcut, projections     ΔW_n ≈ s·(1 + Σ_k α_{n,k}) B_n A_n
 
-Norms are Frobenius norms of whole batches. α is a size without a direction: where the inputs of
-consecutive layers are not parallel, no α is right.
+Norms are Frobenius norms of whole batches. α has a size but no direction: where the inputs of
+consecutive layers are not parallel, no α is exact.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.interfaces import AdaptersLike, Factors
+from lorica.interfaces import AdaptersLike, Batch, Factors
 from lorica.methods.deltas.reslora.links import PassingDelta
+from lorica.tensors.linalg import vector_norm
+from lorica.tensors.modules import evaluating
 
 logger = logging.getLogger("lorica")
+
+# Called with (module path, delta, its input, its output).
+Look = Callable[[str, PassingDelta, Tensor, Tensor], None]
 
 
 @contextlib.contextmanager
 def approximated(
-    adapters: AdaptersLike, batches: Iterable[Any], *, by: str = "inputs"
-) -> Iterator[dict[str, float]]:
+    adapters: AdaptersLike, batches: Iterable[Batch], *, by: str = "inputs"
+) -> Generator[dict[str, float]]:
     """Within, the update of every layer has a matrix, so that the model can be merged or exported.
 
         with approximated(adapters, batches) as lost:
@@ -43,61 +47,57 @@ def approximated(
     Args:
         adapters: with the input or the middle shortcut.
         batches: keyword arguments of the model, each a mapping; the authors take 100.
-        by: what α is made of: `inputs`, `weights` (input shortcut) or `projections` (middle
+        by: what α is computed from: `inputs`, `weights` (input shortcut) or `projections` (middle
             shortcut).
 
     Returns:
         A context of {module path: ‖y − y'‖ / ‖y‖}, y the update's output over the batches and y'
-        that of the matrix, both on the exact model's inputs. Logged, too.
+        that of the matrix, both on the exact model's inputs. It is logged, too.
 
     Raises:
         ValueError: adapters whose merge is exact; a `by` that the shortcut does not have; a layer
             that no batch reaches.
     """
-    deltas = _deltas(adapters)
-    if not all(isinstance(d, PassingDelta) for d in deltas.values()):
+    deltas = {n: d for n, x in adapters if isinstance(d := x.update.delta, PassingDelta)}
+    if len(deltas) < len(adapters):
         raise ValueError(
-            f"`{adapters.recipe.text()}` has a ΔW in every layer, or none at all; nothing needs an"
-            " approximation. Type `lorica.merge(model)`"
+            f"`{adapters.recipe.text()}` has a ΔW in every layer, or none at all, so there is"
+            " nothing to approximate. Type `lorica.merge(model)`"
         )
-    stand, errors = _stand(adapters, deltas, [*batches], by)
+    matrices, errors = _approximate(adapters, deltas, [*batches], by)
     lines = "\n".join(f"  {name:<50} {error:8.2%}" for name, error in errors.items())
     logger.info("one matrix by %s; lost of each update's output:\n%s", by, lines)
     try:
         for name, delta in deltas.items():
-            delta.merging = stand[name]
+            delta.merging = matrices[name]
         yield errors
     finally:
         for delta in deltas.values():
             delta.merging = None
 
 
-def _deltas(adapters: AdaptersLike) -> dict[str, Any]:
-    return {name: layer.update.delta for name, layer in adapters}
-
-
 @torch.no_grad()
-def _stand(
-    adapters: AdaptersLike, deltas: dict[str, Any], batches: list[Any], by: str
+def _approximate(
+    adapters: AdaptersLike, deltas: Mapping[str, PassingDelta], batches: Sequence[Batch], by: str
 ) -> tuple[dict[str, Factors], dict[str, float]]:
-    """What stands for each update, and its error."""
+    """The matrix of each update as factors, and its error."""
     allowed = ("inputs", "projections" if next(iter(deltas.values())).middle else "weights")
     if by not in allowed:
         raise ValueError(
             f"`by={by!r}` under `{adapters.recipe.text()}`; allowed: {allowed[0]!r}, {allowed[1]!r}"
         )
     if by == "weights":
-        means = _sizes(adapters)
+        means = _sizes(adapters, deltas)
     else:
         means = _norms(adapters.model, deltas, batches, by)
     alphas = {n: _alphas(d, means, by) for n, d in deltas.items()}
-    stand = {
+    matrices = {
         n: d.approximation(alphas[n], collapsed=by == "projections") for n, d in deltas.items()
     }
-    return stand, _errors(adapters.model, deltas, batches, stand)
+    return matrices, _errors(adapters.model, deltas, batches, matrices)
 
 
-def _alphas(delta: PassingDelta, means: dict[str, float], by: str) -> tuple[float, ...]:
+def _alphas(delta: PassingDelta, means: Mapping[str, float], by: str) -> tuple[float, ...]:
     names = [m.site.name for m in delta.earlier]
     if by == "weights":
         before = delta.earlier[0].earlier if delta.earlier else ()
@@ -107,37 +107,44 @@ def _alphas(delta: PassingDelta, means: dict[str, float], by: str) -> tuple[floa
     return tuple(means[name] / means[delta.site.name] for name in names)
 
 
-def _sizes(adapters: AdaptersLike) -> dict[str, float]:
+def _sizes(adapters: AdaptersLike, deltas: Mapping[str, PassingDelta]) -> dict[str, float]:
     """f of every layer; the base stays as it is."""
-    out = {}
+    out: dict[str, float] = {}
     for name, layer in adapters:
-        product = layer.update.delta.approximation((), collapsed=True).weight()
-        out[name] = float((layer.store.weight().to(product.dtype) + product).norm())
+        product = deltas[name].approximation((), collapsed=True).weight()
+        out[name] = float(vector_norm(layer.store.weight().to(product.dtype) + product))
     return out
 
 
-def _norms(model: nn.Module, deltas: Any, batches: list[Any], by: str) -> dict[str, float]:
+def _norms(
+    model: nn.Module, deltas: Mapping[str, PassingDelta], batches: Sequence[Batch], by: str
+) -> dict[str, float]:
     """Mean norm of each layer's input, or of its projection."""
     found: dict[str, list[float]] = {n: [] for n in deltas}
 
     def look(name: str, delta: PassingDelta, x: Tensor, y: Tensor) -> None:
         seen = F.linear(x, delta.A.to(x.dtype)) if by == "projections" else x
-        found[name].append(float(seen.float().norm()))
+        found[name].append(float(vector_norm(seen.float())))
 
     _watch(model, deltas, batches, look)
     if idle := [n for n, norms in found.items() if not sum(norms)]:
         raise ValueError(
-            f"`batches`: none gives {idle[0]!r} an input, so its size is not known there; give"
+            f"`batches`: none gives {idle[0]!r} an input, so the input's size is not known; give"
             " batches that reach every adapted layer"
         )
     return {n: sum(norms) / len(norms) for n, norms in found.items()}
 
 
-def _errors(model: nn.Module, deltas: Any, batches: list[Any], stand: Any) -> dict[str, float]:
+def _errors(
+    model: nn.Module,
+    deltas: Mapping[str, PassingDelta],
+    batches: Sequence[Batch],
+    matrices: Mapping[str, Factors],
+) -> dict[str, float]:
     squares = {n: [0.0, 0.0] for n in deltas}
 
     def look(name: str, delta: PassingDelta, x: Tensor, y: Tensor) -> None:
-        f = stand[name]
+        f = matrices[name]
         near = F.linear(F.linear(x, f.A.to(x.dtype)), (f.scale * f.B).to(x.dtype))
         squares[name][0] += float((y - near).float().square().sum())
         squares[name][1] += float(y.float().square().sum())
@@ -146,19 +153,19 @@ def _errors(model: nn.Module, deltas: Any, batches: list[Any], stand: Any) -> di
     return {n: (lost / all_) ** 0.5 if all_ else 0.0 for n, (lost, all_) in squares.items()}
 
 
-def _watch(model: nn.Module, deltas: Any, batches: list[Any], look: Callable[..., None]) -> None:
-    """Run the batches in evaluation mode and let `look` see each delta's input and output."""
-    modes = {m: m.training for m in model.modules()}
-    hooks = [
-        delta.register_forward_hook(lambda d, args, y, name=name: look(name, d, args[0], y))
-        for name, delta in deltas.items()
-    ]
+def _watch(
+    model: nn.Module, deltas: Mapping[str, PassingDelta], batches: Sequence[Batch], look: Look
+) -> None:
+    """Run the batches in evaluation mode and call `look` with each delta's input and output."""
+
+    def hook(name: str) -> Callable[[PassingDelta, tuple[Tensor, ...], Tensor], None]:
+        return lambda delta, args, y: look(name, delta, args[0], y)
+
+    handles = [delta.register_forward_hook(hook(name)) for name, delta in deltas.items()]
     try:
-        model.eval()
-        for batch in batches:
-            model(**batch)
+        with evaluating(model):
+            for batch in batches:
+                model(**batch)
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+        for handle in handles:
+            handle.remove()

@@ -5,20 +5,20 @@
     input   y_n = x_n W_nᵀ + s·((x_n + x_{n−1}) A_nᵀ) B_nᵀ                x_{−1} := x_0
     middle  y_n = x_n W_nᵀ + s·(x_n A_nᵀ + Σ_k x_{n−k} A_{n−k}ᵀ) B_nᵀ     k = 1..min(P, n)
 
-n counts the layers whose paths differ in the number of their transformer block alone, in model
-order; where in or out features change, the count starts anew. s is that of the layer that adds.
+n counts the layers whose paths differ only in the number of their transformer block, in model
+order; where in or out features change, the count starts again. s is that of the layer that adds.
 
 Under the block shortcut ΔW_n = s·Σ_k B_{n−k} A_{n−k} is a matrix: merging is exact, and the stacked
 A (k·r, in), B (out, k·r) are a plain LoRA of rank k·r. An A and a B belong to up to P + 1 weights
 at once and get a gradient from each, ∂L/∂B_m = Σ_n s·G_n A_mᵀ. They are no pair: no single ΔW is
-s·B_m A_m, so a start that takes B·A out of one weight, or a rule that divides by the metric of that
-product, would be wrong in all the others. For the same reason the update of one layer cannot be put
-away alone.
+s·B_m A_m, so a start that subtracts B·A from one weight, or a rule that divides by the metric of
+that product, would be wrong for all the others. For the same reason one layer cannot be merged and
+restarted alone.
 
-Under the other two, y_n depends on other inputs than x_n (lorica.methods.deltas.reslora.links): there is no
-ΔW_n, and merging is an approximation that has to be asked for, `approximated`.
+Under the other two, y_n depends on inputs other than x_n (see `links`): there is no ΔW_n, and
+merging is an approximation that the user has to ask for, `approximated`.
 
-The authors apply dropout to the sum of the inputs; here each layer's input has its own.
+The authors apply dropout to the sum of the inputs; here each layer's input has its own dropout.
 """
 
 from __future__ import annotations
@@ -26,39 +26,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Site
-from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
-from lorica.methods.deltas.reslora.links import PassingDelta, chains
+from lorica.interfaces import AdaptersLike, BaseLike, Batch, Factors, Site
+from lorica.methods.deltas.base import DeltaChoice
+from lorica.methods.deltas.reslora.links import L, LinkedDelta, PassingDelta, chains
 from lorica.methods.deltas.reslora.merging import approximated as approximated
+from lorica.methods.fields import one_of, whole, without_effect
 from lorica.methods.optional import ApproximatesWeight, LinksDeltas
-from lorica.tensors.dtensor_ops import draw_, zero_
 
 
-class BlockDelta(AbstractDelta):
-    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B"}
+class BlockDelta(LinkedDelta):
+    """The block shortcut: ΔW is a sum of products."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        like = {"dtype": site.dtype, "device": site.device}
-        self.A = nn.Parameter(torch.zeros(site.r, site.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(site.out_features, site.r, **like))
-        self.site, self.scale = site, site.scale
-        self.earlier: tuple[BlockDelta, ...] = ()  # nearest first; a tuple registers no module
-        self.shared = False  # a later layer adds this one's product, too
-
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         f = self.factors()
         h = F.embedding(x, f.A.T) if self.site.lookup else F.linear(x, f.A.to(x.dtype))
         return F.linear(h, (f.scale * f.B).to(h.dtype))
 
-    def weight(self, base) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         return self.factors().weight()
 
     def factors(self) -> Factors:
@@ -70,8 +61,8 @@ class BlockDelta(AbstractDelta):
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.site.name!r} adds the products of {len(self.earlier)} earlier layers, whose"
-                " factors are sharded by another unit, and gathered for that unit's forward alone."
-                " Shard the model as one unit, or use DDP"
+                " factors belong to another FSDP unit, and are gathered only in that unit's"
+                " forward. Shard the model as one unit, or use DDP"
             )
         return Factors(
             torch.cat([m.A for m in linked]), torch.cat([m.B for m in linked], 1), self.scale
@@ -80,30 +71,28 @@ class BlockDelta(AbstractDelta):
     def restart(self, link: int, generator: torch.Generator) -> None:
         if link and (self.earlier or self.shared):
             raise ValueError(
-                f"{self.site.name!r} cannot start afresh alone: its A and B are part of the updates"
-                " of the layers linked with it, which would lose them. Leave the restarting"
-                " schedule out, or the shortcuts, with `pre_num=0`"
+                f"{self.site.name!r} cannot restart alone: its A and B are part of the updates of"
+                " the layers linked with it, which would lose them. Leave out the schedule that"
+                " restarts, or the shortcuts, with `pre_num=0`"
             )
-        draw_(self.A, generator, bound=self.A.shape[1] ** -0.5)
-        zero_(self.B)
+        super().restart(link, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reslora(DeltaChoice, LinksDeltas, ApproximatesWeight):
-    """Residual LoRA: each adapter adds what its predecessors see or do, so gradients reach early
-    layers on a shorter way.
+    """Residual LoRA: each adapter adds the inputs or products of earlier ones, so that gradients
+    reach early layers by a shorter path.
 
-    The parameters are LoRA's, `r·(in + out)` a layer; the products of a layer cost up to P + 1
-    times LoRA's (`block`; the others about LoRA's, but keep activations of earlier layers). A
-    `block` is merged and written for PEFT exactly, with rank (P + 1)·r. `input` and `middle` have
-    no ΔW, so neither `dora` nor a plain merge exists; under gradient checkpointing they work only
-    where linked layers share one checkpoint, and say so where not.
+    The parameters are LoRA's, `r·(in + out)` per layer; the products of a layer cost up to P + 1
+    times LoRA's (`block`; the others about LoRA's, but keep activations of earlier layers). `block`
+    is merged and written for PEFT exactly, with rank (P + 1)·r. `input` and `middle` have no ΔW, so
+    they exclude `dora` and an exact merge; with gradient checkpointing they work only where linked
+    layers share one checkpoint, and raise an error elsewhere.
 
-    Not to be confused with an adapter's own residual path: x_n W_nᵀ is untouched.
+    Not to be confused with an adapter's own residual path: x_n W_nᵀ is unchanged.
 
     Cost: `block`: up to P + 1 times LoRA's products; the others: activations of earlier layers.
-    When: deep models, where LoRA learns slowly in early layers; `block` unless you can do
-    without merging.
+    When: deep models, where LoRA learns slowly in early layers; `block` unless you never merge.
 
     Args:
         shortcut: `block` (default, the one with an exact merge), `input` or `middle`.
@@ -111,8 +100,7 @@ class Reslora(DeltaChoice, LinksDeltas, ApproximatesWeight):
             GLUE script. `input` always links one.
 
     Raises:
-        ValueError: a value that is none of these; layers to be linked whose ranks differ
-            (`middle`).
+        ValueError: any other value; linked layers whose ranks differ (`middle`).
 
     Example:
         >>> import torch, lorica
@@ -138,44 +126,42 @@ class Reslora(DeltaChoice, LinksDeltas, ApproximatesWeight):
     withdraws: ClassVar[frozenset[str]] = frozenset({"separate"})
 
     def __post_init__(self) -> None:
-        if self.shortcut not in ("block", "input", "middle"):
-            raise ValueError(
-                f"`reslora(shortcut={self.shortcut!r})`; allowed: 'block', 'input', 'middle'"
-            )
-        whole = isinstance(self.pre_num, int) and not isinstance(self.pre_num, bool)
-        if not whole or self.pre_num < -1:
-            raise ValueError(
-                f"`reslora(pre_num={self.pre_num!r})`: how many earlier layers, a whole number,"
-                " e.g. `reslora(pre_num=4)`; -1: all of them"
-            )
-        if self.shortcut == "input" and self.pre_num != type(self).pre_num:
-            raise ValueError(
-                f"`reslora(pre_num={self.pre_num})` has no effect under `shortcut='input'`, which"
-                " links one layer; leave it out"
-            )
+        one_of(self, "shortcut", "block", "input", "middle")
+        whole(
+            self, "pre_num", least=-1,
+            say="how many earlier layers, a whole number, e.g. `reslora(pre_num=4)`; -1: all of"
+            " them",
+        )  # fmt: skip
+        if self.shortcut == "input":
+            without_effect(self, "pre_num", 4, "`shortcut='input'` links one layer")
         if self.shortcut != "block":
             object.__setattr__(self, "gives", frozenset({"sides", "wrapped"}))
 
-    def build(self, site: Site) -> AbstractDelta:
+    def build(self, site: Site) -> LinkedDelta:
         if self.shortcut == "block":
             return BlockDelta(site)
-        return PassingDelta(site, middle=self.shortcut == "middle", word=self.name)
+        return PassingDelta(site, middle=self.shortcut == "middle")
 
-    def link(self, deltas: Mapping[str, AbstractDelta]) -> None:
+    def link(self, deltas: Mapping[str, nn.Module]) -> None:
+        # All are of one class, what `build` made; each of the two links its own.
+        self._link({name: d for name, d in deltas.items() if isinstance(d, BlockDelta)})
+        self._link({name: d for name, d in deltas.items() if isinstance(d, PassingDelta)})
+
+    def _link(self, deltas: Mapping[str, L]) -> None:
         most = 1 if self.shortcut == "input" else self.pre_num
         for delta, earlier in chains(deltas, most):
             for other in earlier:
                 if self.shortcut == "middle" and other.site.r != delta.site.r:
                     raise ValueError(
-                        f"`reslora(shortcut='middle')` puts projections of {other.site.name!r}"
-                        f" (r={other.site.r}) through the B of {delta.site.name!r}"
-                        f" (r={delta.site.r}): linked layers have one rank. Leave `rank_pattern`"
-                        " out, or type `shortcut='block'`"
+                        f"`reslora(shortcut='middle')` multiplies projections of"
+                        f" {other.site.name!r} (r={other.site.r}) with the B of"
+                        f" {delta.site.name!r} (r={delta.site.r}): linked layers need one rank."
+                        " Leave `rank_pattern` out, or type `shortcut='block'`"
                     )
                 other.shared = True
             delta.earlier = earlier
 
     def approximated(
-        self, adapters: Any, batches: Sequence[Mapping[str, Any]]
+        self, adapters: AdaptersLike, batches: Sequence[Batch]
     ) -> AbstractContextManager[dict[str, float]]:
         return approximated(adapters, batches)

@@ -1,8 +1,8 @@
-"""PEFT's ADALORA files as the plain LORA that they are: Λ goes into A, s into each layer's alpha.
+"""Turns PEFT's ADALORA files into plain LORA files: Λ goes into A, s into each layer's alpha.
 
     ΔW = (α/(r₀ + 1e-5))·B·(A ∘ E)        A (k, in), E (k, 1), B (out, k), k ≤ r₀ = `init_r`
 
-The divisor is `init_r` whatever rank is left; `r` and `use_rslora` mean nothing there.
+The divisor is `init_r` for any rank that is left; `r` and `use_rslora` have no effect there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorica.methods.fields import is_number, is_whole
+
 _KEYS = tuple(f".lora_{side}" for side in "AEB")
-# How the ranks came to be what they are, and what reading the file anew has no use for.
+# How PEFT trained the ranks, which the plain LORA file doesn't need, and what has no effect there.
 _TRAINING = {
     "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
     "total_step", "use_rslora",
@@ -23,18 +25,19 @@ _TRAINING = {
 
 
 def as_plain(
-    data: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of the LORA file that computes the same; see `DeltaChoice`."""
+    data: Mapping[str, Any],  # Any: a JSON file's values
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # Any: as above
+    """Configuration and tensors of the LORA file that computes the same; see `ReadsAsLora`."""
     init_r, alpha = data.get("init_r"), data.get("lora_alpha")
-    if isinstance(init_r, bool) or not isinstance(init_r, int) or init_r < 1:
+    if not is_whole(init_r):
         raise ValueError(f"`init_r` is {init_r!r}, and has to be a whole number of at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if not is_number(alpha):
         raise ValueError(f"`lora_alpha` is {alpha!r}, and has to be a number")
     scale = (alpha if alpha > 0 else init_r) / (init_r + 1e-5)
     paths = sorted(key.removesuffix(_KEYS[0]) for key in tensors if key.endswith(_KEYS[0]))
     out = {key: value for key, value in tensors.items() if not key.endswith(_KEYS)}
-    ranks = {}
+    ranks: dict[str, int] = {}
     for path in paths:
         A, B = _factors(path, tensors)
         out[f"{path}.lora_A.weight"], out[f"{path}.lora_B.weight"] = A, B
@@ -54,7 +57,7 @@ def as_plain(
 
 
 def _factors(path: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A ∘ E (k, in) and B (out, k) of one layer, of rank 1 with B = 0 where no rank is left."""
+    """A ∘ E (k, in) and B (out, k) of one layer; where no rank is left, rank 1 with B = 0."""
     found = [tensors.get(path + key) for key in _KEYS]
     if any(t is None or t.ndim != 2 for t in found):
         raise ValueError(f"{path}: the file needs a matrix each of {', '.join(_KEYS)}")

@@ -1,12 +1,12 @@
-"""Tensor trains: a matrix as a chain of small cores, one for each part of its rows' and columns'
-numbers.
+"""Tensor trains: a matrix as a chain of small cores, one for each digit of its row and column
+indices.
 
     cores G_k (r_{k−1}, d_k, r_k), r_0 = r_D = 1;  T[j_1 .. j_D] = G_1[:, j_1, :]·…·G_D[:, j_D, :]
 
-The first p parts make up the number of an input, i = (j_p, …, j_1) with j_1 fastest, the others
-that of an output, o = (j_{p+1}, …, j_D) with j_D fastest, both row-major: the index convention of
-the authors' contraction, and the only one here. The cut between them makes T a product of an outer
-and an inner factor, A (r, in) and B (out, r).
+The first p digits are the index of an input, i = (j_p, …, j_1) with j_1 fastest, the others that
+of an output, o = (j_{p+1}, …, j_D) with j_D fastest, both row-major: the index convention of the
+authors' contraction, and the only one here. Cutting the train between them makes T a product of
+two factors, A (r, in) and B (out, r).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorica.tensors.dtensor_ops import copy_, draw
+from lorica.tensors.linalg import vector_norm
 
 Cores = Sequence[Tensor]
 
@@ -34,7 +35,7 @@ def modes(size: int, r: int) -> list[int]:
     """Factors of `size`, largest first, whose cores have the fewest entries at rank r.
 
     The outer core has d·r entries and every other d·r², so the outer mode is large, and the others
-    are prime, but for 4, which costs what 2·2 does and saves a core.
+    are prime, except for 4, which costs as much as 2·2 and saves a core.
     """
     primes = _primes(size)
     outer = {1}
@@ -46,7 +47,8 @@ def modes(size: int, r: int) -> list[int]:
 
 
 def _primes(size: int) -> list[int]:
-    out, prime = [], 2
+    out: list[int] = []
+    prime = 2
     while prime * prime <= size:
         while size % prime == 0:
             out.append(prime)
@@ -70,14 +72,14 @@ def draw_cores(cores: Cores, generator: torch.Generator) -> None:
     """Each uniform, of Frobenius norm 1: ‖T‖ is then about r^(−(D−1)/2)."""
     for core in cores:
         value = draw(core.shape, generator, bound=1.0)
-        copy_(core, (value / value.norm()).to(core.device))
+        copy_(core, (value / vector_norm(value)).to(core.device))
 
 
 # -- two orders of one product ---------------------------------------------------------------------
 
 
-# Products of two matrices throughout: how a larger one is folded depends on whether it has a
-# gradient, and the same cores, frozen and trained, have to give the same bits.
+# Only products of two matrices: torch folds larger ones differently with and without a gradient,
+# and the same cores, frozen and trained, must give the same bits.
 
 
 def factors(cores: Cores, p: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +98,8 @@ def _multiplied_out(cores: Cores) -> Tensor:
 
 
 def through(x: Tensor, cores: Cores, p: int) -> Tensor:
-    """(tokens, in) -> (tokens, out): x Tᵀ, one core after the other, in x's dtype. The rows are the
-    tokens and what is not summed of their inputs, or done of their outputs."""
+    """(tokens, in) -> (tokens, out): x Tᵀ, one core after the other, in x's dtype. Rows of h are
+    tokens times the input digits not yet summed, or the output digits already there."""
     h = x
     for core in cores[:p]:
         matrix = core.to(x.dtype).transpose(0, 1).flatten(0, 1)  # (d_k·r_{k−1}, r_k)
@@ -108,8 +110,8 @@ def through(x: Tensor, cores: Cores, p: int) -> Tensor:
 
 
 def multiplies(cores: Cores, p: int) -> tuple[int, int, int]:
-    """What the two orders cost: of `factors` once, of a token behind that, and of a token
-    `through` the cores."""
+    """Multiplies of the two orders: of `factors` once, then of each token with these factors, and
+    of a token `through` the cores."""
     shapes = [tuple(core.shape) for core in cores]
     once, each, way = 0, 0, 0
     for side in (shapes[:p], [(c, d, b) for b, d, c in reversed(shapes[p:])]):

@@ -1,60 +1,61 @@
 """TT-LoRA: the whole update as a tensor train.
 
     ΔW = α·T,  T (out, in) from cores G_k (r_{k−1}, d_k, r_k), k = 1..D;  d_1·…·d_p = in, the others
-    out; r_0 = r_D = 1, every other bond r;  Σ r_{k−1}·d_k·r_k parameters  (lorica.methods.deltas.tt.trains)
+    out; r_0 = r_D = 1, every other bond r;  Σ r_{k−1}·d_k·r_k parameters  (see `trains`)
 
-α multiplies as it is, without a division by r. The bond between the inputs' cores and the outputs'
-makes ΔW a product of an A (r, in) and a B (out, r) that are trains themselves: its rank is at most
-r, and it is a plain LoRA to whoever asks for factors.
+α is not divided by r. The bond between the inputs' cores and the outputs' makes ΔW a product of an
+A (r, in) and a B (out, r) that are trains themselves: its rank is at most r, and its factors are a
+plain LoRA.
 
-    factors  A and B multiplied out, then x Aᵀ Bᵀ:   once ~ r²·(in + out), a token r·(in + out)
-    through  one core after the other:               a token r·(in + out)·(1 + r/d_1 + …)
+    factors  A and B multiplied out, then x Aᵀ Bᵀ:   once ~ r²·(in + out), per token r·(in + out)
+    through  one core after the other:               per token r·(in + out)·(1 + r/d_1 + …)
 
-`forward` takes the order with fewer multiplies for the shapes it meets: the cores for a few tokens,
+`forward` takes the order with fewer multiplies for the actual shapes: the cores for a few tokens,
 A and B for many. The authors always go through the cores.
 
 The start: each core uniform, divided by its own norm: ‖T‖ ≈ r^(−(D−1)/2). That is not zero, so
-wrapping changes the authors' model. Here `direct` keeps that start, but ΔW = α·(T − T₀), T₀ from
-the first cores, frozen and saved: a few numbers a layer. `zero` has a last core of zeros instead.
-(Their other start, a dense random matrix cut to a train, is left out: ‖ΔW‖ = 5 on 2048 x 2048.)
+attaching changes the authors' model. Here `direct` keeps that start, but ΔW = α·(T − T₀), T₀ from
+the first cores, which are frozen and saved, a few hundred per layer. `zero` starts with a last core
+of zeros instead. (Their other start, a dense random matrix decomposed into a train, is left out:
+‖ΔW‖ = 5 on 2048 x 2048.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.interfaces import Factors, Site
-from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
+from lorica.interfaces import BaseLike, Factors, RecipeLike, Site
+from lorica.methods.deltas.base import AbstractDelta, DeltaChoice, zeros
 from lorica.methods.deltas.tt import trains
+from lorica.methods.fields import is_whole, one_of, refused
 from lorica.methods.scales.base import AbstractScale
 from lorica.tensors.dtensor_ops import copy_, read_full, zero_
 from lorica.tensors.matmul import no_autocast
 
-MOST = 64  # more cores than 2^32 features can have modes
+MOST = 64  # cores: 2^32 features on each side have no more prime factors
 
 
 class TrainDelta(AbstractDelta):
     roles: ClassVar[dict[str, str]] = {f"cores.{k}": "core" for k in range(MOST)}
 
-    def __init__(self, site: Site, shape: Sequence[int], inputs: int, *, anchored: bool) -> None:
+    def __init__(self, site: Site, shape: Sequence[int], inputs: int, *, offset: bool) -> None:
         super().__init__()
-        like = {"dtype": site.dtype, "device": site.device}
-        zeros = [torch.zeros(s, **like) for s in trains.ranks(shape, site.r)]
-        self.cores = nn.ParameterList(zeros)
+        cores = [zeros(site, *s) for s in trains.ranks(shape, site.r)]
+        self.cores = nn.ParameterList(cores)
         self.origin = nn.ParameterList(
-            nn.Parameter(z.clone(), requires_grad=False) for z in zeros if anchored
+            nn.Parameter(c.detach().clone(), requires_grad=False) for c in cores if offset
         )
         self.site, self.scale, self.inputs = site, site.scale, inputs
-        once, each, way = trains.multiplies(zeros, inputs)
+        once, each, way = trains.multiplies(cores, inputs)
         self.few = once / (way - each) if way > each else 0  # fewer tokens go through the cores
 
-    def forward(self, x: Tensor, base) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         tokens = x.numel() // max(x.shape[-1], 1)
         if self.site.lookup or tokens >= self.few:
             f = self.factors()
@@ -66,7 +67,7 @@ class TrainDelta(AbstractDelta):
             y = y - trains.through(rows, list(self.origin), self.inputs)
         return (self.scale * y).view(*x.shape[:-1], y.shape[-1])
 
-    def weight(self, base) -> Tensor:
+    def weight(self, base: BaseLike) -> Tensor:
         return self.factors().weight()
 
     def factors(self) -> Factors:
@@ -74,10 +75,10 @@ class TrainDelta(AbstractDelta):
         start."""
         with no_autocast(self.cores[0].device.type):
             A, B = trains.factors([read_full(c) for c in self.cores], self.inputs)
-            if len(self.origin):
-                first = trains.factors([read_full(c) for c in self.origin], self.inputs)
-                A, B = torch.cat([A, A - first[0]]), torch.cat([B - first[1], first[1]], 1)
-        return Factors(A, B, self.scale)
+            if not len(self.origin):
+                return Factors(A, B, self.scale)
+            A0, B0 = trains.factors([read_full(c) for c in self.origin], self.inputs)
+            return Factors(torch.cat([A, A - A0]), torch.cat([B - B0, B0], 1), self.scale)
 
     def restart(self, link: int, generator: torch.Generator) -> None:
         trains.draw_cores(list(self.cores), generator)
@@ -87,9 +88,18 @@ class TrainDelta(AbstractDelta):
             zero_(self.cores[-1])
 
 
+def _sizes(given: object) -> tuple[int, ...]:
+    """Mode sizes, given as a list or a tuple; empty where it is anything else."""
+    if not isinstance(given, (list, tuple)):
+        return ()
+    values: list[object] = [*given]
+    sizes = tuple(d for d in values if is_whole(d))
+    return sizes if len(sizes) == len(values) else ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StraightScale(AbstractScale):
-    """s = α, whatever the rank.
+    """s = α for every rank.
 
     Example:
         >>> from lorica import Recipe
@@ -108,26 +118,27 @@ class StraightScale(AbstractScale):
 
 @dataclass(frozen=True, kw_only=True)
 class Tt(DeltaChoice):
-    """A tensor train: an update of rank r in a few hundred numbers a layer.
+    """A tensor train: an update of rank r with a few hundred parameters per layer.
 
-    LoRA whose A and B are chains of small cores: parameters grow with the sum of the mode sizes,
-    not with in + out, and so does what it can express. Merging and PEFT's form are exact, the
-    latter of rank 2r (`zero`: r). Leave weight decay at 0: it falls on each of D factors.
+    LoRA whose A and B are chains of small cores: the number of parameters grows with the sum of the
+    mode sizes, not with in + out, and so does what it can express. Merging and PEFT's form are
+    exact, the latter with rank 2r (`zero`: r). Leave weight decay at 0: it acts on each of D
+    factors.
 
-    Cost: a few hundred numbers a layer, LoRA's products, and chains of small ones to form A and
-    B.
+    Cost: a few hundred parameters per layer, LoRA's products, and small ones to form A and B.
     When: adapters have to be tiny: many users, one model.
 
     Args:
         shape: mode sizes, the inputs' first, the outputs' in reverse, as the authors write them
-            (`[16, 8, 4, 4, 4, 4, 8, 16]` for 2048 x 2048); one for all targets, which then have to
-            have these sizes. Default: for each layer the factors of in and of out that need the
-            fewest parameters.
-        start: `direct` (default: the authors', anchored so that the function is kept) or `zero` (a
-            last core of zeros: half the cost, and nothing but that core learns in the first step).
+            (`[16, 8, 4, 4, 4, 4, 8, 16]` for 2048 x 2048); one shape for all targets, which then
+            must have these sizes. Default: for each layer the factors of in and of out that need
+            the fewest parameters.
+        start: `direct` (default: the authors', with the frozen start subtracted so that the
+            function is kept) or `zero` (a last core of zeros: half the cost, and only that core
+            learns in the first step).
 
     Raises:
-        ValueError: a shape that is not that of a target.
+        ValueError: a shape that doesn't fit a target.
 
     Example:
         >>> import torch, lorica
@@ -155,19 +166,20 @@ class Tt(DeltaChoice):
     default_r: ClassVar[int | None] = 5  # this and the rate: the authors' runs on Llama-3.2-1B
     default_learning_rate: ClassVar[float | None] = 5e-3
 
-    def default_lora_alpha(self, recipe: Any) -> float | None:
+    def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
         return 16
 
     def __post_init__(self) -> None:
-        if self.start not in ("direct", "zero"):
-            raise ValueError(f"`tt(start={self.start!r})`; allowed: 'direct', 'zero'")
+        one_of(self, "start", "direct", "zero")
         if self.shape is None:
             return
-        modes = tuple(self.shape) if isinstance(self.shape, (list, tuple)) else ()
-        if not 2 <= len(modes) <= MOST or not all(type(d) is int and d > 0 for d in modes):
-            raise ValueError(
-                f"`tt(shape={self.shape!r})`: 2 to {MOST} whole numbers, e.g. `tt(shape=[16, 8,"
-                " 4, 4, 4, 4, 8, 16])` for 2048 x 2048; left out, each layer gets its own"
+        modes = _sizes(self.shape)
+        if not 2 <= len(modes) <= MOST:
+            raise refused(
+                self,
+                "shape",
+                f"2 to {MOST} whole numbers of at least 1, e.g. `tt(shape=[16, 8, 4, 4, 4, 4, 8,"
+                " 16])` for 2048 x 2048; left out, each layer gets its own",
             )
         object.__setattr__(self, "shape", modes)
 
@@ -179,8 +191,8 @@ class Tt(DeltaChoice):
         if (inputs := trains.split(shape, *sizes)) is None:
             raise ValueError(
                 f"`tt(shape={list(shape)})` does not fit {site.name!r} ({sizes[1]} x {sizes[0]}):"
-                f" the leading sizes have to multiply to {sizes[0]} and the others to {sizes[1]},"
+                f" the leading sizes must multiply to {sizes[0]} and the others to {sizes[1]},"
                 f" e.g. `tt(shape={own})`. Leave `shape` out, so that each layer gets its own, or"
                 " narrow `target_modules`"
             )
-        return TrainDelta(site, shape, inputs, anchored=self.start == "direct")
+        return TrainDelta(site, shape, inputs, offset=self.start == "direct")

@@ -1,10 +1,10 @@
-"""Weights of penalties that follow the run, in fractions p of it.
+"""Weights of penalties that change over the run, p being the fraction that is over.
 
-    one falls:       f + (1 − f)(1 + cos πp)/2
-    others come in:  (p − wait)/ramp, held in [0, 1]
+    one falls:        f + (1 − f)(1 + cos πp)/2
+    the others rise:  (p − wait)/ramp, clamped to [0, 1]
 
-An objective does not see the step, so a schedule of the same file counts it, and leaves the two
-factors of now with the adapters: a mirror of the schedule's state.
+An objective does not know the step, so a schedule of the same method counts it, and puts the two
+present factors into `adapters.signals`, as a copy of the schedule's state.
 """
 
 from __future__ import annotations
@@ -13,52 +13,33 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lorica.interfaces import AdaptersLike, TrainingLike
 from lorica.methods.choice import Choice
+from lorica.methods.fields import number
 from lorica.methods.schedules.base import AbstractSchedule
 
 
-def factors(choice: Choice, adapters: Any) -> tuple[float, float]:
-    """(of what falls, of what comes in) at this step; ones where the recipe has no such schedule.
+def factors(choice: Choice, adapters: AdaptersLike) -> tuple[float, float]:
+    """The falling and the rising factor at this step; ones where the recipe has no such schedule.
 
     Raises:
-        ValueError: no optimizer is bound to `adapters`, so nobody counts.
+        ValueError: no optimizer is bound to `adapters`, so no schedule counts the steps.
     """
-    words = [s.name for s in adapters.recipe.schedules if isinstance(s, MovingWeights)]
-    if not words:
+    names = [s.name for s in adapters.recipe.schedules if isinstance(s, MovingWeights)]
+    if not names:
         return 1.0, 1.0
-    if words[0] not in adapters.signals:
+    if names[0] not in adapters.signals:
         raise ValueError(
-            f"the weights of `{choice.text()}` follow the run, and no optimizer is bound to these"
-            " adapters yet; make it with `lorica.optimizer(adapters, total_steps=...)` before the"
-            " first loss"
+            f"the weights of `{choice.text()}` change over the run, and no optimizer is bound to"
+            " these adapters yet; make it with `lorica.optimizer(adapters, total_steps=...)` before"
+            " the first loss"
         )
-    return adapters.signals[words[0]]
-
-
-def check_number(choice: Choice, name: str, least: float, most: float = math.inf) -> None:
-    """ValueError unless the argument is a finite number in [least, most], whole where `least` is
-    an int, or None where that is the default."""
-    value: Any = getattr(choice, name)
-    default = type(choice).__dataclass_fields__[name].default
-    whole = isinstance(least, int)
-    fits = (
-        isinstance(value, int if whole else (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and least <= value <= most
-    )
-    if not fits and (value is not None or default is not None):
-        raise ValueError(
-            f"`{choice.text()}`: `{name}` is a {'whole ' if whole else ''}number of at least"
-            f" {least:g}"
-            + (f" and at most {most:g}" if most < math.inf else "")
-            + f"; its default: `{name}={default!r}`"
-        )
+    return adapters.signals[names[0]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MovingWeights(AbstractSchedule):
-    """`floor`, `wait`, `ramp`: numbers in [0, 1], the last two together below 1."""
+    """`floor`, `wait`, `ramp`: fractions in [0, 1], the last two together below 1."""
 
     floor: float = 0.1
     wait: float = 0.2
@@ -66,19 +47,19 @@ class MovingWeights(AbstractSchedule):
 
     def __post_init__(self) -> None:
         for name in ("floor", "wait", "ramp"):
-            check_number(self, name, 0.0, 1.0)
+            number(self, name, least=0, most=1, say=f"a number in [0, 1], e.g. `{name}=0.1`")
         if self.wait + self.ramp >= 1:
             raise ValueError(
-                f"`{self.text()}` reaches the whole weights after the run; `wait` and `ramp` are"
-                " parts of it, together below 1"
+                f"`{self.text()}` reaches the full weights only after the run; `wait` and `ramp`"
+                " are fractions of it, together below 1, e.g. `wait=0.2, ramp=0.05`"
             )
 
     def fit(self, total_steps: int | None) -> AbstractSchedule:
         if total_steps is None and self != type(self)(floor=1, wait=0, ramp=0):
             raise ValueError(
-                f"`{self.name}` changes its weights over the run, and this one has no horizon; give"
-                " `total_steps` to `lorica.optimizer`, or hold them constant: beside the word"
-                f" `{type(self)(floor=1, wait=0, ramp=0).text()}`"
+                f"`{self.name}` changes its weights over the run, whose length is not known; give"
+                " `total_steps` to `lorica.optimizer`, or keep the weights constant: add"
+                f" `{type(self)(floor=1, wait=0, ramp=0).text()}` to the method"
             )
         return self
 
@@ -89,21 +70,23 @@ class MovingWeights(AbstractSchedule):
         return f"λ₁ falls to {self.floor:g}·λ₁; λ₂, λ₃ from step {first}, in full from {last} on"
 
     def at(self, part: float) -> tuple[float, float]:
-        """What λ₁, and λ₂ with λ₃, are multiplied with once this part of the run is over."""
+        """The factors of λ₁, and of λ₂ and λ₃, when this fraction of the run is over."""
         rise = (part - self.wait) / self.ramp if self.ramp else float(part >= self.wait)
         falls = self.floor + (1 - self.floor) * (1 + math.cos(math.pi * part)) / 2
         return falls, min(max(rise, 0.0), 1.0)
 
-    def init(self, adapters: Any) -> dict[str, Any]:
+    def init(self, adapters: AdaptersLike) -> dict[str, Any]:  # Any: as the axis declares it
         if all(objective.name != self.name for objective in adapters.recipe.objectives):
             raise ValueError(f"`{self.text()}` has no effect without `{self.name}`; leave it out")
         falls, comes = self.at(0.0)
         return {"falls": falls, "comes": comes}
 
-    def after_step(self, state: dict[str, Any], training: Any) -> None:
+    # Any: as the axis declares it
+    def after_step(self, state: dict[str, Any], training: TrainingLike) -> None:
         part = (training.step + 1) / training.total_steps if training.total_steps else 0.0
         state["falls"], state["comes"] = self.at(part)
         self.restore(state, training)
 
-    def restore(self, state: dict[str, Any], training: Any) -> None:
+    # Any: as the axis declares it
+    def restore(self, state: dict[str, Any], training: TrainingLike) -> None:
         training.adapters.signals[self.name] = state["falls"], state["comes"]
