@@ -14,12 +14,12 @@ the Nmn of the product with W:
                outer    G = dYᵀ X; Bᵀ G, G Aᵀ                          Nmn + 2mnk
 
 These are f1, f2, b1, b3, b4, b5 of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; no other
-order of theirs is ever the cheapest. Forward saves only x for backward (and y for g): V and x Aᵀ
+order of theirs is ever the cheapest. Forward saves only x for backward (and y before the scaling for g): V and x Aᵀ
 are formed again, a dropout mask is drawn again from its seed, and under autocast x is cast again,
 because layers share one x, and a cast copy for each layer would cost more memory.
 
-Products with g are folded into V or B where these are smaller than an activation. With the saved
-output of a layer without bias, ∂L/∂g = (Σ dY ∘ y) / g.
+Products with g are folded into V or B where these are smaller than an activation. From the product
+u = x Vᵀ, ∂L/∂g = Σ dY ∘ u; from the output of a layer without bias, ∂L/∂g = (Σ dY ∘ y) / g.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lorica.methods.kernels.base import AbstractKernel, plain
 from lorica.tensors import dropout
 from lorica.tensors.matmul import added, no_autocast, rounds_float32
 
-SAVES = ("output", "product", "nothing")
+SAVES = ("product", "nothing", "output")
 FEW, PART = 32, 512  # of a product formed in parts: the largest rank, and tokens per part
 SLICE = 64  # rows at a time, to avoid a float32 copy of the whole tensor
 TINY = 2.0**-60  # least |g|, so that y / g recovers what g scaled
@@ -386,13 +386,16 @@ class Fused(AbstractKernel):
     """A kernel that uses the function above; each file says in which order.
 
     Args:
-        saves: what a layer whose rows are scaled (`dora`) saves for the scales' gradient: `output`
-            (default), which the activation after it often saves anyway; `product`, a tensor of the
-            same size that no model can change, also used instead of the output where there is a
-            bias; or `nothing`, at the cost of one more product.
+        saves: what a layer whose rows are scaled (`dora`) saves for the scales' gradient: `product`
+            (default), its output before the scaling, which nothing outside the layer can write to;
+            `nothing`, at the cost of one more product with W; or `output`, its output itself, which
+            an activation after it may save anyway. Choose `output` only where no kernel writes into
+            a layer's output through a pointer, as some fused activations and rotary embeddings do
+            in their backward: torch notices writes by its own operations alone, and the gradient
+            would be wrong without an error. With a bias, `output` saves the product.
     """
 
-    saves: str = "output"
+    saves: str = "product"
 
     def __post_init__(self) -> None:
         one_of(self, "saves", *SAVES)

@@ -19,10 +19,11 @@ class Auto(Fused):
     """Chooses the order of each call by counting multiplies.
 
     Args:
-        saves: `output` (default), `product` or `nothing`: what a layer whose rows are scaled
-            (`dora`) saves for the scales' gradient. The activation after the layer often saves the
-            output anyway; a product is a tensor of the same size, which no model can change in
-            place; nothing costs one more product.
+        saves: `product` (default), `nothing` or `output`: what a layer whose rows are scaled
+            (`dora`) saves for the scales' gradient. `product` is a tensor of the output's size that
+            nothing outside the layer can write to; `nothing` costs one more product with W;
+            `output` needs the least memory, and is right only where no kernel writes into the
+            layer's output through a pointer.
 
     Example:
         >>> from lorica.methods.kernels.auto import Auto
