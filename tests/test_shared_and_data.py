@@ -18,6 +18,7 @@ from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
 from lorica.methods.inits.base import AbstractInit
 from lorica.methods.optional import SharesTensors, StartsFromData
 from lorica.tensors.dtensor_ops import draw
+from lorica.tensors.linalg import sketched_svd
 from models import llama
 
 
@@ -71,30 +72,31 @@ class FromInputs(StartsFromData, AbstractInit):
 
     gives: ClassVar[frozenset[str]] = frozenset({"zero_start"})
     withdraws: ClassVar[frozenset[str]] = frozenset({"restarts"})
-    count: int = 2
-
-    @property
-    def batches(self) -> int:
-        return self.count
+    batches: int = 2
 
     def observe(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], sites: Mapping[str, Site],
+        self, model: nn.Module, layers: Mapping[str, BaseLike], sites: Mapping[str, Site],
         data: Any,
     ) -> Mapping[str, Any]:  # fmt: skip
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         sums = {name: torch.zeros(site.in_features) for name, site in sites.items()}
         for name, layer in layers.items():
-            layer.register_forward_pre_hook(adder(sums[name]))
+            layer.module.register_forward_pre_hook(adder(sums[name]))
         for batch in data:
             model(**batch)
         for layer in layers.values():
-            layer._forward_pre_hooks.clear()
+            layer.module._forward_pre_hooks.clear()
         return sums
 
     def fill_from(self, seen: Any, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         pair.A.zero_()
         pair.A[0] = seen
         pair.B.zero_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByVector(FromInputs):
+    withdraws: ClassVar[frozenset[str]] = frozenset({"restarts", "lookup"})
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
@@ -147,6 +149,32 @@ def test_a_start_is_made_from_the_first_batches_and_needs_none_when_it_is_loaded
     assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
     again = lorica.attach(llama(), Recipe(init=FromInputs(), r=2), initialise=False, verbose=False)
     again.load_state_dict(adapters.state_dict())
+
+
+def test_a_model_without_data_of_its_own_needs_no_batches():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    adapters = lorica.attach(model, Recipe(init=FromInputs(), r=2), verbose=False)
+    assert adapters.summary.trainable == 2 * (8 + 8)
+
+
+def test_an_init_that_reads_input_vectors_refuses_embeddings():
+    with pytest.raises(ValueError, match="`test_shared_and_data` needs an input vector"):
+        recipe = Recipe(init=ByVector(), r=2, target_modules=["embed_tokens"])
+        lorica.attach(llama(), recipe, data=batches(2), verbose=False)
+
+
+@pytest.mark.parametrize("niter", [0, 3])
+def test_a_sketched_svd_is_exact_at_full_width_and_near_where_values_fall(niter):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(9, 7, generator=generator) * torch.tensor(0.1) ** torch.arange(7.0)
+    for k in (7, 5):
+        U, S, Vh = sketched_svd(X, torch.randn(7, k, generator=generator), niter)
+        want = torch.linalg.svdvals(X)[:k]
+        torch.testing.assert_close(S[:3], want[:3], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(U.T @ U, torch.eye(k), rtol=0, atol=1e-5)
+        if k == 7:
+            torch.testing.assert_close(U * S @ Vh, X, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("recipe", "data", "part"), [

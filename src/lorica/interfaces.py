@@ -113,6 +113,11 @@ class BaseLike(Protocol):
     """A frozen weight, presented as W (out, in) however it is stored."""
 
     @property
+    def module(self) -> nn.Module:
+        """The plain module that holds it, as `weight`."""
+        ...
+
+    @property
     def lookup(self) -> bool:
         """The input is a token id."""
         ...

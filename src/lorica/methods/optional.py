@@ -14,7 +14,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorica.interfaces import AdaptersLike, Batch, Factors, Pair, RecipeLike, Site, UpdateLike
+from lorica.interfaces import (
+    AdaptersLike,
+    BaseLike,
+    Batch,
+    Factors,
+    Pair,
+    RecipeLike,
+    Site,
+    UpdateLike,
+)
 
 # -- deltas ----------------------------------------------------------------------------------------
 
@@ -116,14 +125,11 @@ class StartsFromData(abc.ABC):
     anew during training, and so declares `withdraws = {"restarts"}`.
     """
 
-    @property
-    @abc.abstractmethod
-    def batches(self) -> int:
-        """How many batches it reads."""
+    batches: int  # how many batches it reads; a field, so that a user can type it
 
     @abc.abstractmethod
     def observe(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], sites: Mapping[str, Site],
+        self, model: nn.Module, layers: Mapping[str, BaseLike], sites: Mapping[str, Site],
         data: Batches,
     ) -> Mapping[str, Any]:  # fmt: skip  # Any: whatever `fill_from` of this init reads
         """What the data say about each layer: {module path: what `fill_from` reads}.
@@ -133,8 +139,10 @@ class StartsFromData(abc.ABC):
         the same on each (`lorica.tensors.dtensor_ops.sum_over_processes`).
 
         Args:
-            layers: {module path: the plain module that is about to be adapted}, in model order.
+            layers: {module path: the weight that is about to be adapted, with its plain `module`},
+                in model order.
             sites: {module path: its sizes, with the rank and scale that the recipe gives}.
+            data: `batches` batches on the model's device.
 
         Raises:
             ValueError: a layer that no batch reaches; a model that gives no loss where one is
@@ -157,9 +165,13 @@ class RanksFromData(abc.ABC):
 
     @abc.abstractmethod
     def assign_from(
-        self, seen: Mapping[str, Any], names: Sequence[str], recipe: RecipeLike
+        self, seen: Mapping[str, Any], sites: Mapping[str, Site], recipe: RecipeLike
     ) -> dict[str, tuple[int, float | None]]:  # Any: as above
-        """(rank, alpha) of every layer, by module path, in model order; see `AbstractRank`."""
+        """(rank, alpha) of every layer, by module path, in model order; see `AbstractRank`.
+
+        Args:
+            sites: as the init saw them, with the ranks that `assign` gave before there was data.
+        """
 
 
 # -- combine ---------------------------------------------------------------------------------------
@@ -253,6 +265,6 @@ class Reweights(abc.ABC):
 
 __all__ = [
     "ApproximatesWeight", "BringsCurves", "BuildsOtherRank", "ClipsItself",
-    "FitsHorizon", "FreezesLayers", "LinksDeltas", "OutlivesBase", "ReadsAsLora", "RefusesOptim",
-    "Regrows", "Reweights", "TrainsBase",
+    "FitsHorizon", "FreezesLayers", "LinksDeltas", "OutlivesBase", "RanksFromData", "ReadsAsLora",
+    "RefusesOptim", "Regrows", "Reweights", "SharesTensors", "StartsFromData", "TrainsBase",
 ]  # fmt: skip

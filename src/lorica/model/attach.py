@@ -67,7 +67,8 @@ def attach(
         initialise: False leaves the start out, for a caller that writes all of the state at once
             (a load); a rank above the layer's is then let pass, since the file decides.
         data: batches of the training data (keyword arguments of the model, labels included), for a
-            start that is made from them; as many are read as it asks for.
+            start that is made from them; as many are read as it asks for. A model on the meta
+            device needs none.
         ranks: {module path: (rank, alpha)} of every target, instead of the recipe's choice of
             ranks; for a load, where the file decides.
         **fields: fields of `Recipe`, e.g. `r=16`, `target_modules=["q_proj"]`.
@@ -109,8 +110,8 @@ def attach(
     seen: Mapping[str, Any] = {}  # Any: what the init observed of each layer
     if initialise:
         seen = observe(model, recipe, targets, sites, data)
-        if isinstance(recipe.rank, RanksFromData) and ranks is None:
-            ranks = recipe.rank.assign_from(seen, [*sites], recipe)
+        if isinstance(recipe.rank, RanksFromData) and ranks is None and seen:
+            ranks = recipe.rank.assign_from(seen, sites, recipe)
             sites = sites_of(model, recipe, targets, dtype, any_rank=False, ranks=ranks)
 
     adapters = Adapters(model, recipe, dtype)
@@ -211,7 +212,8 @@ def observe(
     model: nn.Module, recipe: Recipe, targets: Targets, sites: Mapping[str, Site],
     data: Iterable[Mapping[str, Any]] | None,
 ) -> Mapping[str, Any]:  # fmt: skip
-    """What the recipe's init reads off a few batches, {module path: ...}; nothing for most inits.
+    """What the recipe's init reads off a few batches, {module path: ...}; nothing for most inits,
+    and for a model on the meta device.
 
     The model is in evaluation mode and frozen meanwhile, and then as it was.
 
@@ -226,19 +228,25 @@ def observe(
             )
         return {}
     name, wanted = recipe.text(), init.batches
+    device = next(model.parameters()).device
+    if data is None and device.type == "meta":
+        return {}
     if data is None:
         raise ValueError(
             f"`{name}` starts from {wanted} batches of the training data, and got none: type"
             f" `lorica.attach(model, {name!r}, data=batches)`, each batch the keyword arguments of"
             " the model, labels included"
         )
-    batches = [*itertools.islice(data, wanted)]
+    batches = [
+        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for batch in itertools.islice(data, wanted)
+    ]
     if len(batches) < wanted:
         raise ValueError(
             f"`{name}` starts from {wanted} batches, and `data` holds {len(batches)}; give more, or"
             " ask for fewer in the method's text"
         )
-    layers = {n: model.get_submodule(n) for n in targets.layers}
+    layers = {n: base(model.get_submodule(n)) for n, base in targets.layers.items()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for p, *_ in before:

@@ -276,9 +276,10 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
         if kind is AbstractBase:
             continue
         recipe.check(kind.gives)
-        if delta.wraps and kind.lookup and "lookup" not in delta.gives:
+        if delta.wraps and kind.lookup and "lookup" not in recipe.given():
+            word = next((c.name for c in recipe.choices if "lookup" in c.withdraws), delta.name)
             raise ValueError(
-                f"{name!r} is an embedding, whose input is a token id; `{delta.name}` needs an"
+                f"{name!r} is an embedding, whose input is a token id; `{word}` needs an"
                 " input vector. Leave it out of `target_modules`"
             )
         if delta.wraps and name in targets.tied and "base_unchanged" not in recipe.given():

@@ -237,6 +237,16 @@ def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(v.shape).to(v.device) for part, v in zip(parts, values, strict=True)]
 
 
+def gather_processes(value: Tensor) -> Tensor:
+    """A plain tensor of every process, stacked: (processes, ...), equal on every one. A collective:
+    every process brings the same shape."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value[None]
+    parts = value.new_zeros(dist.get_world_size(), *value.shape)
+    parts[dist.get_rank()] = value
+    return sum_over_processes([parts])[0]
+
+
 def draw(shape: Sequence[int], generator: torch.Generator, *, bound: float | None = None) -> Tensor:
     """Full-size float32 draw on the CPU, whatever the default device: N(0, 1), or uniform in
     ±bound; the same on every process."""

@@ -28,6 +28,21 @@ def svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, Vh
 
 
+def sketched_svd(X: Tensor, probe: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of X (m, n) with their vectors, by a randomised range finder:
+    (U (m, k), S (k,), Vᵀ (k, n)); exact where k is min(m, n).
+
+    Args:
+        probe: (n, k), random; a few columns more than the components that are wanted.
+        niter: power iterations, each re-orthonormalised.
+    """
+    basis, _ = qr(X @ probe.to(X))  # (m, k)
+    for _ in range(niter):
+        basis, _ = qr(X @ qr(X.T @ basis)[0])
+    U, S, Vh = svd(basis.T @ X)
+    return basis @ U, S, Vh
+
+
 def svdvals(X: Tensor) -> Tensor:
     """Singular values (..., k), the largest first."""
     return _linalg.svdvals(X)

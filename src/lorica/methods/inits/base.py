@@ -5,7 +5,8 @@ that does not give `zero_start` leaves ΔW₀ ≠ 0; the layer then keeps −ΔW
 base is never written to and attaching keeps the model's function. The suite checks every file for
 that.
 
-To add one: copy `gaussian.py` (ΔW = 0 at the start) or `olora.py` (with frozen factors).
+To add one: copy `gaussian.py` (ΔW = 0 at the start), `olora.py` (with frozen factors) or, for a
+start that is made from a few batches, `loraga.py`.
 """
 
 from __future__ import annotations

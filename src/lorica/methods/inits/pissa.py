@@ -18,8 +18,8 @@ from torch import Tensor
 from lorica.interfaces import Pair, RecipeLike
 from lorica.methods.fields import whole
 from lorica.methods.inits.base import AbstractInit
-from lorica.tensors import dtensor_ops
-from lorica.tensors.linalg import qr, svd
+from lorica.tensors.dtensor_ops import draw
+from lorica.tensors.linalg import sketched_svd, svd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +64,11 @@ class Pissa(AbstractInit):
 
     def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
         r = pair.A.shape[0]
-        u, s, vh = _range_svd(weight, r, self.niter, generator) if self.niter else svd(weight)
+        if self.niter:  # with 8 spare directions
+            probe = draw((weight.shape[1], min(r + 8, *weight.shape)), generator)
+            u, s, vh = sketched_svd(weight, probe, self.niter)
+        else:
+            u, s, vh = svd(weight)
         root = (s[:r] / pair.scale).sqrt()
         pair.B.copy_(u[:, :r] * root)
         pair.A.copy_(root[:, None] * vh[:r])
-
-
-def _range_svd(
-    weight: Tensor, r: int, niter: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomised range finder with `niter` re-orthonormalised power iterations and 8 spare
-    directions."""
-    k = min(r + 8, *weight.shape)
-    probe = dtensor_ops.draw((weight.shape[1], k), generator)
-    q, _ = qr(weight @ probe.to(weight))  # (out, k)
-    for _ in range(niter):
-        q, _ = qr(weight @ qr(weight.T @ q)[0])
-    u, s, vh = svd(q.T @ weight)  # (k, in)
-    return q @ u, s, vh
