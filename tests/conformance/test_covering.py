@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from covering import covering, lawful, pairs, spelt
-from walk import every, recipe, same, state_bytes
+from walk import attach, every, recipe, same, state_bytes
 
 import lorica
 from lorica.model.adapters import Adapters
@@ -42,7 +42,7 @@ def model() -> Any:
 
 def begin(method: str) -> tuple[Adapters, torch.optim.Optimizer]:
     made = recipe(method, r=4)
-    adapters = lorica.attach(model(), made, dtype=torch.float64, verbose=False)
+    adapters = attach(model(), made, dtype=torch.float64)
     return adapters, lorica.optimizer(adapters, lr=1e-3, total_steps=2 * STEPS, seed=3)
 
 

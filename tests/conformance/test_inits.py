@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
-from walk import KINDS, adapt, inputs, only, recipe, serves
+from walk import KINDS, Beside, One, adapt, attach, inputs, only, recipe, serves
 
 import lorica
+from lorica.interfaces import Pair, Site
+from lorica.methods.optional import StartsFromData
+from lorica.model.bases.dense import DenseLinear
 from lorica.recipe import registry
 from models import llama, logits, perturb
 
@@ -66,8 +71,7 @@ def test_the_start_follows_from_the_seed_and_the_layers_name_alone(word):
     def starts(method, *names: str, **fields):
         torch.manual_seed(1)
         layers = {n: nn.Linear(8, 6, dtype=torch.float64) for n in ("p", "q", "s")}
-        model = nn.ModuleDict({n: layers[n] for n in names})
-        adapters = lorica.attach(model, recipe(method, r=2, **fields), verbose=False)
+        adapters = attach(Beside(**{n: layers[n] for n in names}), recipe(method, r=2, **fields))
         return {n: layer.update.delta.weight(layer.store) for n, layer in adapters}, {
             n: layer.update.delta.pair() for n, layer in adapters
         }
@@ -95,12 +99,16 @@ def test_the_start_follows_from_the_seed_and_the_layers_name_alone(word):
 @pytest.mark.parametrize("word", INITS)
 def test_fill_is_pure(word):
     """It reads the weight, fills the pair and draws from its generator; nothing else changes."""
-    from lorica.interfaces import Pair
-
-    weight = torch.randn(6, 8, dtype=torch.float64)
-    kept, stream = weight.clone(), torch.get_rng_state()
-    init = registry.build(word, {})
-    pairs = []
+    model = One(nn.Linear(8, 6, dtype=torch.float64))
+    weight = model.layer.weight.detach()
+    kept, init = weight.clone(), registry.build(word, {})
+    fill = init.fill
+    if isinstance(init, StartsFromData):
+        site = Site("layer", 8, 6, 2, 1.0, False, torch.float64, weight.device, True)
+        data = [model.batch(seed) for seed in range(init.batches)]
+        seen = init.observe(model, {"layer": DenseLinear(model.layer)}, {"layer": site}, data)
+        fill = functools.partial(init.fill_from, seen["layer"])
+    stream, pairs = torch.get_rng_state(), []
     for _ in range(2):
         pair = Pair(
             nn.Parameter(torch.full((2, 8), torch.nan, dtype=torch.float64)),
@@ -108,7 +116,7 @@ def test_fill_is_pure(word):
             1.0,
         )
         with torch.no_grad():
-            init.fill(weight, pair, torch.Generator().manual_seed(4))
+            fill(weight, pair, torch.Generator().manual_seed(4))
         assert pair.A.isfinite().all() and pair.B.isfinite().all(), "every entry is written"
         pairs.append(pair)
     assert torch.equal(weight, kept) and torch.equal(torch.get_rng_state(), stream)

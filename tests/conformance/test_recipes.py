@@ -10,7 +10,7 @@ import pytest
 import torch
 from swap_often import SwapOften
 from torch import nn
-from walk import every, recipe
+from walk import Chain, attach, every, recipe
 
 import lorica
 from lorica import Recipe
@@ -93,8 +93,8 @@ def test_two_words_stand_together_or_the_error_names_both_and_a_way_out(pair):
     reordered = Recipe.parse(f"{b}+{a}")
     assert {c.name for c in made.choices} == {c.name for c in reordered.choices}
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
-    adapters = lorica.attach(model, recipe(f"{a}+{b}", r=4), verbose=False)
+    model = Chain(a=nn.Linear(12, 12), b=nn.Linear(12, 12))
+    adapters = attach(model, recipe(f"{a}+{b}", r=4))
     optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=20)
     before = adapters.fingerprint()
     model(torch.randn(3, 12)).square().sum().backward()
@@ -109,7 +109,7 @@ def effective(word: str, **fields) -> torch.Tensor:
     """All effective weights after five steps at one rate, in one row."""
     biased = {"attention_bias": True, "mlp_bias": True}  # where a choice may be about biases
     model = llama(num_hidden_layers=2, vocab_size=31, **biased).double()
-    adapters = lorica.attach(model, recipe(word, r=4, **fields), verbose=False)
+    adapters = attach(model, recipe(word, r=4, **fields))
     optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=5)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_run(word):
     for stream in (0, 7):
         model = llama(num_hidden_layers=1)
         torch.manual_seed(stream)
-        adapters = lorica.attach(model, recipe(word, r=4), verbose=False)
+        adapters = attach(model, recipe(word, r=4))
         optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=9)
         train(adapters, optimizer, 3)
         results.append(adapters.fingerprint())

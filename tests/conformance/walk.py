@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lorica
+import models
 from lorica import Recipe
+from lorica.methods.optional import StartsFromData
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
 from lorica.recipe import registry
@@ -39,15 +42,70 @@ def recipe(method: str, **fields: Any) -> Recipe:
     )
 
 
-class One(nn.Module):
-    """A model of one layer."""
+class Small(nn.Module):
+    """A model of a few layers, with a loss where there are labels."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = self.output(x)
+        return y if labels is None else {"loss": (y - labels).square().sum(), "logits": y}
+
+    def output(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def batch(self, seed: int) -> dict[str, Tensor]:
+        """Random inputs, and labels of 1; the same ones for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        first = next(m for m in self.modules() if next(m.children(), None) is None)
+        if isinstance(first, nn.Embedding):
+            x = torch.randint(0, first.num_embeddings, (4, 5), generator=generator)
+        else:
+            wide = first.nx if isinstance(first, Conv1D) else first.in_features
+            x = torch.randn(4, 5, wide, generator=generator).to(first.weight.dtype)
+        with torch.no_grad():
+            return {"x": x, "labels": torch.ones_like(self.output(x))}
+
+
+class One(Small):
+    """One layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+class Chain(Small):
+    """Layers one after the other, in the order of their names."""
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def output(self, x: Tensor) -> Tensor:
+        for _, layer in sorted(self.named_children()):
+            x = layer(x)
+        return x
+
+
+class Beside(Chain):
+    """Layers of one shape that read the same input, each with a loss of its own."""
+
+    def output(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.children()])
+
+
+def data_for(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]] | None:
+    """The batches that a start of this recipe is made from; None: it is made without."""
+    if not isinstance(recipe.init, StartsFromData):
+        return None
+    seeds = range(recipe.init.batches)
+    if not isinstance(model, PreTrainedModel):
+        return [model.batch(seed) for seed in seeds]
+    most = model.config.vocab_size
+    return [{k: v % most for k, v in models.batch(model, seed).items()} for seed in seeds]
 
 
 def linear(bias: bool = True, dtype: torch.dtype = torch.float64) -> One:
@@ -89,13 +147,18 @@ def one_hot(x: Tensor) -> Tensor:
     return nn.functional.one_hot(x, IN).double() if not x.is_floating_point() else x
 
 
+def attach(model: nn.Module, made: Recipe, **options: Any) -> Adapters:
+    """`lorica.attach`, quietly, with data where the start is made from them."""
+    return lorica.attach(model, made, data=data_for(model, made), verbose=False, **options)
+
+
 def adapt(model: nn.Module, method: str | Recipe, **fields: Any) -> Adapters:
     """Attach to the one layer (or to all), quietly."""
     if isinstance(method, str):
         if isinstance(model, One) and Recipe.parse(method).delta.wraps:  # type: ignore[union-attr]
             fields.setdefault("target_modules", ["layer"])
         method = recipe(method, **fields)
-    return lorica.attach(model, method, verbose=False)
+    return attach(model, method)
 
 
 def only(adapters: Adapters) -> AdaptedLinear:

@@ -113,7 +113,7 @@ class ReadsAsLora(abc.ABC):
 # -- inits and ranks -------------------------------------------------------------------------------
 
 
-Batches = Sequence[Mapping[str, Any]]  # Any: a model's inputs, labels included
+Batches = Sequence[Batch]  # labels included
 
 
 class StartsFromData(abc.ABC):
