@@ -114,8 +114,8 @@ class Switchlora(Paced):
     preset: ClassVar[Mapping[str, str]] = {
         "deltas": "lowrank", "inits": "init.switchlora", "rules": "vectoradamw",
     }  # fmt: skip
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {"pair", "writable_base", "vector_step", "row_state"}
+    needs: ClassVar[frozenset[str]] = frozenset(  # restarts: the init draws the spare vectors, too
+        {"pair", "writable_base", "vector_step", "row_state", "restarts"}
     )
     gives: ClassVar[frozenset[str]] = frozenset({"keeps_function", "sharded"})
     withdraws: ClassVar[frozenset[str]] = frozenset({"base_unchanged"})
