@@ -6,6 +6,8 @@ value counts as zero below r·eps of the largest, as in `torch.linalg.pinv`. Sha
 of this axis; no method by itself.
 """
 
+# pyright: reportConstantRedefinition=false  # the papers' symbols are upper case
+
 from __future__ import annotations
 
 import torch
