@@ -548,3 +548,18 @@ def test_disabled_with_a_kept_base_is_the_original() -> None:
     with adapters.disabled():
         assert torch.equal(model(ids).logits, plain)
     assert torch.equal(model(ids).logits, moved)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_trains_itself_says_how_it_is_stored_and_whether_it_is_a_matrix(family):
+    model = MODELS[family]()
+    tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    adapters = lorica.attach(model, "full", verbose=False)
+    trained = {t.name: t for t in adapters.trained()}
+    hidden = [n for n, t in trained.items() if t.matrix]
+    assert hidden and not any("lm_head" in n or n.rpartition(".")[0] in tables for n in hidden)
+    assert {t.transposed for n, t in trained.items() if t.matrix} == {family == "gpt2"}
+    table = next(iter(tables))
+    model = MODELS[family]()
+    one = lorica.attach(model, "full", target_modules=[table], verbose=False).trained()
+    assert [(t.role, t.lookup, t.matrix) for t in one] == [("weight", True, False)]

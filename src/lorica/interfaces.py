@@ -93,7 +93,15 @@ class Trained:
     # one that trains in full beside the targets
     role: str
     site: str  # path of the layer it belongs to
-    lookup: bool = False  # belongs to an adapted embedding
+    lookup: bool = False  # belongs to an embedding that is adapted or trains itself
+    transposed: bool = False  # a target's weight, stored as (in, out)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it multiplies activations: no table that token ids are looked up in, no vector,
+        nothing that scales others, no head."""
+        hidden = self.role in ("A", "B", "core", "weight") and not self.lookup
+        return hidden and self.parameter.ndim == 2
 
 
 # A model's keyword arguments, and what it returns: each model defines its own, hence Any.

@@ -88,6 +88,12 @@ def test_declared_capabilities_are_there_and_no_others(word):
         assert (pair.E is not None) == ("diagonal" in gives)
 
 
+@pytest.mark.parametrize("word", registry.names("deltas"))
+def test_matrices_train_exactly_where_they_are_not_withdrawn(word):
+    adapters = adapt(KINDS["linear"](), word, r=2)
+    assert any(t.matrix for t in adapters.trained()) == ("matrices" in adapters.recipe.given())
+
+
 @pytest.mark.parametrize("word", WRAPPING)
 def test_a_lookup_works_exactly_where_it_is_declared(word):
     model = KINDS["embedding"]()

@@ -55,6 +55,7 @@ CAPABILITIES: dict[str, str] = {
     "base_unchanged": "the published bytes of the base stay as they are",
     "writable_base": "a dense base weight that may be written to",
     "vector_step": "an optimizer with a step count per row and column",
+    "matrices": "a trained matrix that multiplies activations",
     "row_state": "optimizer state with an entry for every row and column of a factor",
     "row_wise": "an optimizer that moves a row or column of a factor by its own gradient alone",
     "diagonal": "a trained diagonal between the factors",

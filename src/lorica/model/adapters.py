@@ -18,6 +18,7 @@ from lorica.methods.groups.base import at_own_rate
 from lorica.methods.objectives.base import Context
 from lorica.methods.optional import Reweights, TrainsBase
 from lorica.model import state
+from lorica.model.bases.base import base_for
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule, swapped
@@ -104,12 +105,18 @@ class Adapters:
             out += [Trained(f"{site}.{n}", p, role, site) for n, p, role in module.trained()]
         if any(isinstance(s, TrainsBase) and s.trains_base for s in self.recipe.schedules):
             out += [
-                Trained(f"{n}.base.weight", layer.store.parameter, "weight", n)
+                Trained(
+                    f"{n}.base.weight", layer.store.parameter, "weight", n,
+                    lookup=layer.store.lookup, transposed=layer.store.transposed,
+                )
                 for n, layer in self.layers.items()
-            ]
+            ]  # fmt: skip
         parameters = dict(self.model.named_parameters()) if self.direct else {}
         for n, role in self.direct.items():
-            out.append(Trained(n, parameters[n], role, n.rpartition(".")[0]))
+            owner = n.rpartition(".")[0]
+            base = base_for(self.model.get_submodule(owner)) if role == "weight" else None
+            lookup, transposed = (base.lookup, base.transposed) if base else (False, False)
+            out.append(Trained(n, parameters[n], role, owner, lookup, transposed))
         return out
 
     def param_groups(

@@ -113,7 +113,8 @@ class DeltaChoice(Choice):
     def __init_subclass__(cls) -> None:
         if "pair" in cls.gives:
             cls.gives = cls.gives | {"sides"}  # a pair has both
-        cls.gives = cls.gives | {"restarts"}  # see `AbstractDelta.restart`
+        # See `AbstractDelta.restart`; a delta whose parameters are no matrices withdraws those.
+        cls.gives = cls.gives | {"restarts", "matrices"} - cls.withdraws
 
     def most_r(self, in_features: int, out_features: int) -> int | None:
         """The largest `r` for a weight of this shape; None: r is no bound on the rank here."""

@@ -129,6 +129,7 @@ class Bat(Blocks):
 
     needs: ClassVar[frozenset[str]] = frozenset({"base"})
     gives: ClassVar[frozenset[str]] = frozenset({"weight", "sharded", "wrapped"})
+    withdraws: ClassVar[frozenset[str]] = frozenset({"matrices"})  # what trains has three axes
 
     def build(self, site: Site) -> BlockAffine:
         return BlockAffine(site)

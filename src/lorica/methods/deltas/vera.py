@@ -118,6 +118,7 @@ class Vera(DeltaChoice, SharesTensors):
     projection_prng_key: int = 0
 
     gives: ClassVar[frozenset[str]] = frozenset({"factors", "weight", "lookup", "wrapped"})
+    withdraws: ClassVar[frozenset[str]] = frozenset({"matrices"})  # vectors train
     takes: ClassVar[frozenset[str]] = frozenset({"r", "lora_dropout", "rank_pattern"})
     preset: ClassVar[Mapping[str, str]] = {"scales": "constant"}
     requires: ClassVar[frozenset[str]] = frozenset({"scales"})

@@ -161,6 +161,7 @@ class Tt(DeltaChoice):
     gives: ClassVar[frozenset[str]] = frozenset(
         {"factors", "weight", "lookup", "sharded", "wrapped"}
     )
+    withdraws: ClassVar[frozenset[str]] = frozenset({"matrices"})  # what trains has three axes
     preset: ClassVar[Mapping[str, str]] = {"scales": "scale.tt"}
     requires: ClassVar[frozenset[str]] = frozenset({"scales"})
     default_r: ClassVar[int | None] = 5  # this and the rate: the authors' runs on Llama-3.2-1B
