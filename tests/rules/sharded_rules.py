@@ -32,8 +32,11 @@ from lorica import Recipe
 def adapted(method: str, *, shard: bool) -> tuple[lorica.Adapters, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(n, m) for n, m in ((7, 8), (8, 8), (8, 8), (8, 5)))).double()
-    saved = {} if Recipe.parse(method).whole else {"modules_to_save": ["3"]}
-    adapters = lorica.attach(model, method, r=3, verbose=False, **saved)
+    plain = Recipe.parse(method)
+    fields = {} if plain.whole else {"modules_to_save": ["3"]}
+    if "r" in plain.takes:
+        fields["r"] = 3
+    adapters = lorica.attach(model, method, verbose=False, **fields)
     if shard:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in model:
