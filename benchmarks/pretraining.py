@@ -70,6 +70,10 @@ class Entry:
 R = 32
 ENTRIES = (
     Entry("full", "full", None, 4e-3),
+    Entry(
+        "full, muon", "full+muon", None, 4e-3,
+        note="hidden matrices by Muon, the others by AdamW at the same rate",
+    ),
     Entry("lora", "lora", R, 4e-3, note="B = 0 at the start, s = 2"),
     Entry("switchlora", "switchlora", R, 2e-2, note="interval 40, as in the paper"),
     Entry("galore", "galore", R, 2e-2, note="scale 0.25, a new basis every 200 steps"),
