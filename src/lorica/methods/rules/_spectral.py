@@ -6,7 +6,8 @@ value counts as zero below r·eps of the largest, as in `torch.linalg.pinv`. Sha
 of this axis; no method by itself.
 """
 
-# pyright: reportConstantRedefinition=false  # the papers' symbols are upper case
+# The papers' symbols are upper case.
+# pyright: reportConstantRedefinition=false
 
 from __future__ import annotations
 

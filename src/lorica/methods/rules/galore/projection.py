@@ -10,7 +10,8 @@ its matrix alone; every process finds the same bases in it, moves its own part o
 holds the whole state.
 """
 
-# pyright: reportConstantRedefinition=false  # the papers' symbols are upper case
+# The papers' symbols are upper case.
+# pyright: reportConstantRedefinition=false
 
 from __future__ import annotations
 
