@@ -32,6 +32,7 @@ from lorica.formats.peft.config import (
     check_expressions,
     check_values,
     is_synonym,
+    left_out,
     patterns_of,
     recipe_of,
 )
@@ -367,7 +368,9 @@ class AdapterFile:
             ValueError: listing every tensor that is missing, left over or of another shape.
         """
         if self.own is None:
-            return state_of_pefts(adapters, self.plain[1], self.tensor_files[0])
+            config, tensors = self.plain
+            missing = left_out(config)
+            return state_of_pefts(adapters, tensors, self.tensor_files[0], left_out=missing)
         peft = self.form == "peft"
         return state_of_ours(
             adapters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -71,9 +71,17 @@ def state_of_ours(
 
 
 def state_of_pefts(
-    adapters: Adapters, tensors: Mapping[str, Tensor], file: Path
+    adapters: Adapters,
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    *,
+    left_out: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The state out of a file that PEFT wrote; what it doesn't hold stays as `attach` left it.
+
+    Args:
+        file: named in the error.
+        left_out: keys that it need not hold.
 
     Raises:
         ValueError: see `state_of_ours`.
@@ -82,6 +90,7 @@ def state_of_pefts(
         if layer.store.lookup:  # PEFT starts embeddings at zero, whatever the start is
             layer.update.clear_frozen_()
     cuts = places(adapters, dict.fromkeys(adapters.layers, 0))
+    cuts = {n: p for n, p in cuts.items() if p.key in tensors or p.key not in left_out}
     live = {n: t for n, t in adapters.state_dict().items() if n not in cuts}
     left = spare(adapters, tensors, {place.key for place in cuts.values()})
     return {**live, **_cut(adapters, cuts, tensors, file, left)}

@@ -252,6 +252,14 @@ def as_plain(
     return data, tensors
 
 
+def left_out(data: Config) -> frozenset[str]:
+    """Keys of tensors that all layers share and that the file leaves out: they are made anew."""
+    form = _forms().get(str(data.get("peft_type")))
+    if form is None or form.shared_in_file is None or data.get(form.shared_in_file, True):
+        return frozenset()
+    return frozenset(form.shared.values())
+
+
 def own_choice(data: Config) -> DeltaChoice | None:
     """The delta that computes what PEFT does under this configuration, where that is not LORA."""
     found = (c.from_peft(data) for c in _deltas())

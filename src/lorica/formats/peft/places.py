@@ -24,6 +24,7 @@ from lorica.methods.combine.base import CombineChoice
 from lorica.methods.deltas.base import PeftForm
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
+from lorica.model.state import SHARED
 from lorica.tensors.dtensor_ops import read_full
 
 PREFIX = "base_model.model."
@@ -97,6 +98,8 @@ def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
     for site, module in adapters.saved.items():
         for name in module.copy.state_dict() if module.only is None else sorted(module.only):
             out[f"{site}.copy.{name}"] = Place(f"{PREFIX}{site}.{name}")
+    for name, key in form.shared.items() if form is not None else ():
+        out[f"{SHARED}.{name}"] = Place(key)
     return out
 
 

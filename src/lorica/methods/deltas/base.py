@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -91,12 +91,18 @@ def ones(site: Site, *shape: int, trains: bool = True) -> nn.Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftForm:
-    """A type of PEFT's own that computes a delta, used instead of its LORA, which needs factors."""
+    """A type of PEFT's own that computes a delta, used instead of its LORA, which needs factors.
+
+    Tensors that all layers share have one key in PEFT's file. A file whose configuration says that
+    it leaves them out is read with those that the delta makes from its own arguments.
+    """
 
     peft_type: str
     tensors: Mapping[str, str]  # trained parameter -> suffix of PEFT's key
     dropout: str  # PEFT's field for `lora_dropout`
     bias: str  # PEFT's value of `bias` for `lora_only`
+    shared: Mapping[str, str] = field(default_factory=dict[str, str])  # shared tensor -> PEFT's key
+    shared_in_file: str | None = None  # PEFT's field that is false where the file leaves them out
     fields: Mapping[str, object]  # the other fields of PEFT's configuration that set the formula
 
 
