@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import VeraConfig, get_peft_model
+from peft import PeftModel, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -379,3 +381,114 @@ def test_pefts_pair_logits_and_ten_steps_are_the_same(key, d_initial):
         torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(logits(ours.model), logits(theirs), rtol=1e-7, atol=1e-8)
     assert max(b.abs().max() for b, _ in pairs[::2]) > 0.05
+
+
+def written_by_peft(folder, **peft):
+    """An adapter of PEFT's with vectors away from their start, and its logits."""
+    _, theirs = both(torch.float32, **peft)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "vera_lambda" in name:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(folder)
+    return logits(theirs.eval())
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("key", [0, 7])
+def test_an_adapter_of_pefts_is_read(key, save_projection, tmp_path):
+    """Without A and B in the file they are drawn again from its key."""
+    said = written_by_peft(tmp_path, key=key, save_projection=save_projection)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    assert ("base_model.vera_A" in held) == save_projection
+    model = llama()
+    adapters = lorica.load(model, tmp_path)
+    assert adapters.recipe.text() == ("vera" if key == 0 else "vera(projection_prng_key=7)")
+    assert adapters.recipe.r == 24
+    torch.testing.assert_close(logits(model), said, rtol=1e-5, atol=1e-5)
+    if save_projection:
+        assert torch.equal(adapters.state_dict()["shared.A"], held["base_model.vera_A"])
+
+
+def test_what_pefts_file_holds_comes_before_its_key(tmp_path):
+    """PEFT computes with the file's pair, whatever the generator of another version would draw."""
+    written_by_peft(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    held["base_model.vera_A"] *= 2
+    save_file(held, file)
+    adapters = lorica.load(llama(), tmp_path)
+    assert torch.equal(adapters.state_dict()["shared.A"], held["base_model.vera_A"])
+
+
+@pytest.mark.parametrize("lost", ["base_model.vera_A", "base_model.vera_B"])
+def test_a_pair_that_is_missing_though_it_was_saved_is_an_error(lost, tmp_path):
+    written_by_peft(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != lost}, file)
+    with pytest.raises(ValueError, match=f"{lost} is missing"):
+        lorica.load(llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("d_initial", 0), ("projection_prng_key", -1), ("fan_in_fan_out", True)]
+)
+def test_a_configuration_that_is_not_ours_is_refused(field, value, tmp_path):
+    written_by_peft(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(ValueError, match="a VERA adapter with .* is not known here"):
+        lorica.load(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"bias": "lora_only"}])
+def test_peft_reads_ours_with_the_pair_stored_once(fields, tmp_path):
+    base = llama(attention_bias=True)
+    ours = lorica.attach(
+        copy.deepcopy(base), "vera(projection_prng_key=3)", r=24, target_modules=TARGETS,
+        lora_dropout=0.1, verbose=False, **fields,
+    )  # fmt: skip
+    perturb(ours)
+    out = lorica.save(ours, tmp_path / "out")
+    assert {f.name for f in out.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "lorica.json",
+    }  # fmt: skip
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["vera_dropout"]) == ("VERA", 24, 0.1)
+    held = load_file(out / "adapter_model.safetensors")
+    state = ours.state_dict()
+    assert sum(t.numel() for t in held.values()) == sum(t.numel() for t in state.values())
+    said = logits(ours.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), out)
+    torch.testing.assert_close(logits(theirs.eval()), said, rtol=1e-5, atol=1e-5)
+    again = copy.deepcopy(base)
+    assert lorica.load(again, out).fingerprint() == ours.fingerprint()
+    assert torch.equal(logits(again), said)
+
+
+@pytest.mark.parametrize(
+    ("method", "family"), [("dora+vera", "llama"), ("vera", "gpt2"), ("relora(every=2)+vera", "t5")]
+)
+def test_where_pefts_type_is_not_exact_another_form_is(method, family, tmp_path):
+    model = MODELS[family]()
+    base = copy.deepcopy(model)
+    ours = lorica.attach(model, method, r=40, verbose=False)
+    perturb(ours)
+    out = lorica.save(ours, tmp_path / "out")
+    config = out / "adapter_config.json"
+    kind = json.loads(config.read_text())["peft_type"] if config.exists() else None
+    assert kind == (None if "relora" in method else "LORA")
+    said = logits(model)
+    again = copy.deepcopy(base)
+    assert lorica.load(again, out).fingerprint() == ours.fingerprint()
+    torch.testing.assert_close(logits(again), said, rtol=0, atol=1e-5)
+    if kind is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = PeftModel.from_pretrained(base, out).eval()
+        torch.testing.assert_close(logits(theirs), said, rtol=2e-4, atol=2e-4)

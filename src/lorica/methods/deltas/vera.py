@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.interfaces import BaseLike, Factors, Site
-from lorica.methods.deltas.base import AbstractDelta, DeltaChoice
-from lorica.methods.fields import is_number, refused, whole
+from lorica.methods.deltas.base import AbstractDelta, DeltaChoice, PeftForm
+from lorica.methods.fields import is_number, is_whole, refused, whole
 from lorica.methods.optional import SharesTensors
 from lorica.tensors.dtensor_ops import read_full, shard_of, zero_
+
+PEFT_TYPE = "VERA"
+LAST_KEY = 2**63 - 1  # of a generator
 
 
 class VeraDelta(AbstractDelta):
@@ -81,10 +84,10 @@ class Vera(DeltaChoice, SharesTensors):
 
     out + r trained parameters per layer. `r` is the width of the projection and may exceed the
     layer's size; ΔW has rank at most min(r, in, out). Merging is exact. There is no scale before
-    ΔW, so `lora_alpha` is an error. The pair is saved once, not once per layer. A chain of restarts
-    meets the same pair at every link. FSDP2 takes no parameter that several of its groups share:
-    pass the pair to `fully_shard` as `ignored_params`. Not to be confused with LoRA whose A is
-    frozen (`lorafa`), which trains all of B.
+    ΔW, so `lora_alpha` is an error. The pair is saved once, not once per layer; PEFT's `VERA` files
+    are read and written. A chain of restarts meets the same pair at every link. FSDP2 takes no
+    parameter that several of its groups share: pass the pair to `fully_shard` as `ignored_params`.
+    Not to be confused with LoRA whose A is frozen (`lorafa`), which trains all of B.
 
     Default r 256, PEFT's. Default rate 4e-3, the paper's for instruction tuning, ten times its rate
     for LoRA.
@@ -131,7 +134,7 @@ class Vera(DeltaChoice, SharesTensors):
                 self, "d_initial", "a number other than 0, where nothing trains; e.g. 0.1"
             )
         whole(
-            self, "projection_prng_key", least=0, most=2**63 - 1,
+            self, "projection_prng_key", least=0, most=LAST_KEY,
             say="a seed, a whole number of at least 0, e.g. 0",
         )  # fmt: skip
 
@@ -140,6 +143,31 @@ class Vera(DeltaChoice, SharesTensors):
 
     def build(self, site: Site) -> VeraDelta:
         return VeraDelta(site, self.d_initial)
+
+    def peft_form(self) -> PeftForm:
+        return PeftForm(
+            peft_type=PEFT_TYPE,
+            tensors={"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
+            shared={"A": "base_model.vera_A", "B": "base_model.vera_B"},
+            shared_in_file="save_projection",
+            dropout="vera_dropout",
+            bias="vera_only",
+            fields={
+                "d_initial": self.d_initial, "projection_prng_key": self.projection_prng_key,
+                "save_projection": True, "init_weights": True, "fan_in_fan_out": False,
+            },
+        )  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, data: Mapping[str, object]) -> Vera | None:
+        own = cls()
+        d_initial = data.get("d_initial", own.d_initial)
+        key = data.get("projection_prng_key", own.projection_prng_key)
+        if data.get("peft_type") != PEFT_TYPE or data.get("fan_in_fan_out"):
+            return None
+        if not is_number(d_initial) or d_initial == 0 or not is_whole(key, 0, LAST_KEY):
+            return None
+        return cls(d_initial=float(d_initial), projection_prng_key=key)
 
     def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
         r = max(site.r for site in sites)
