@@ -12,6 +12,7 @@ from transformers import BertForTokenClassification
 
 from lorica.data import Labels, prepare
 from lorica.inference import evaluate as module
+from lorica.inference import metrics
 from lorica.inference.evaluate import evaluate, exact_match, figures
 from lorica.inference.generate import Answer, Prompt, Prompter
 from models import bert, gpt2, llama, t5
@@ -110,7 +111,7 @@ def _texts(count: int) -> list[str]:
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_classification_agrees_with_scikit_learn(tokenizer, classes):
-    metrics = pytest.importorskip("sklearn.metrics")
+    sk = pytest.importorskip("sklearn.metrics")
     model = bert(vocab_size=SIZE, num_labels=classes)
     texts, draw = _texts(40), np.random.default_rng(1)
     data = Dataset.from_dict({"text": texts, "label": draw.integers(0, classes, 40).tolist()})
@@ -127,10 +128,10 @@ def test_classification_agrees_with_scikit_learn(tokenizer, classes):
     assert found == pytest.approx(
         {
             "loss": float(torch.nn.functional.cross_entropy(scores, true)),
-            "accuracy": metrics.accuracy_score(true, said),
-            "f1": metrics.f1_score(true, said, average=kind),
-            "matthews": metrics.matthews_corrcoef(true, said),
-            "f1_macro": metrics.f1_score(true, said, average="macro"),
+            "accuracy": sk.accuracy_score(true, said),
+            "f1": sk.f1_score(true, said, average=kind),
+            "matthews": sk.matthews_corrcoef(true, said),
+            "f1_macro": sk.f1_score(true, said, average="macro"),
         },
         rel=1e-5,
     )
@@ -178,6 +179,109 @@ def test_tags_leave_the_ignored_aside(tokenizer):
     assert found["accuracy"] == hits / count
     assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
     assert set(found) == set(figures(ready.report.task, ready.labels))
+
+
+def test_tags_of_spans_are_counted_whole(tokenizer):
+    """Batches of sentences of other lengths give what all sentences at once give."""
+    names = ("O", "B-PER", "I-PER", "B-LOC")
+    model = BertForTokenClassification(bert(vocab_size=SIZE, num_labels=4).config).eval()
+    tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+    draw = np.random.default_rng(0)
+    rows = [
+        {
+            "tokens": ["".join(draw.choice(list("abcdefg"), 3)) for _ in range(n)],
+            "tags": draw.integers(0, 4, n).tolist(),
+        }
+        for n in (3, 9, 1, 6, 12)
+    ]
+    ready = prepare(Dataset.from_list(rows), tokenizer, max_length=96, labels=Labels(names))
+    pairs = []
+    with torch.no_grad():
+        for row in ready.dataset:
+            said = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+            kept = [
+                (names[p], names[t]) for p, t in zip(said, row["labels"], strict=True) if t != -100
+            ]
+            pairs.append(tuple(zip(*kept, strict=True)))
+    wanted = metrics.span_figures(*zip(*pairs, strict=True))
+    assert wanted["recall"] > 0
+    for size in (1, 2, 8):
+        found = evaluate(model, ready, tokenizer, batch_size=size)
+        assert {name: found[name] for name in wanted} == wanted
+        assert set(found) == set(figures(ready.report.task, ready.labels))
+
+
+@pytest.mark.parametrize(
+    "tags, found",
+    [
+        ("O O", []),
+        ("B-a I-a O I-a", [("a", 0, 2), ("a", 3, 4)]),  # IOB1 begins with I-
+        ("I-a B-a I-a", [("a", 0, 1), ("a", 1, 3)]),  # IOB1's B-: a neighbour of the same type
+        ("I-a I-b", [("a", 0, 1), ("b", 1, 2)]),
+        ("B-a E-a S-a B-b", [("a", 0, 2), ("a", 2, 3), ("b", 3, 4)]),  # BIOES
+        ("B-a L-a U-a I-a", [("a", 0, 2), ("a", 2, 3), ("a", 3, 4)]),  # BILOU
+        ("S-a I-a E-a E-a", [("a", 0, 1), ("a", 1, 3), ("a", 3, 4)]),
+        ("B-a-b I-a-b", [("a-b", 0, 2)]),
+        ("B-O I-O", [("O", 0, 2)]),
+    ],
+)
+def test_spans_of_every_scheme(tags, found):
+    assert sorted(metrics.spans(tags.split()), key=lambda span: span[1:]) == found
+
+
+def test_span_figures_in_closed_form():
+    true = [["B-a", "I-a", "O", "B-b"], ["B-a", "O"], ["O"]]
+    said = [["B-a", "I-a", "O", "B-a"], ["B-a", "I-a"], ["B-b"]]
+    # One of four said is right (the first): a wrong type, a wrong end, and one that isn't there.
+    got = metrics.span_figures(said, true)
+    assert got == {"precision": 1 / 4, "recall": 1 / 3, "f1": 2 / 7}
+    assert metrics.span_figures([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
+    assert metrics.span_figures(true, true)["f1"] == 1
+
+
+@pytest.mark.parametrize(
+    "names, marks",
+    [
+        (["O", "B-PER", "I-PER"], True),
+        (["O", "I-PER"], True),
+        (["O", "S-PER"], False),
+        (["B-PER", "X-PER"], False),
+        (["NOUN", "I", "O"], False),
+        (["0", "1"], False),
+    ],
+)
+def test_which_tags_mark_spans(names, marks):
+    assert metrics.mark_spans(names) is marks
+
+
+@pytest.mark.parametrize("share, best", [(0.5, "accuracy"), (0.6, "accuracy"), (0.61, "matthews")])
+def test_accuracy_decides_only_where_classes_are_balanced(share, best):
+    labels = np.repeat([0, 1, -100], [round(100 * share), 100 - round(100 * share), 30])
+    assert metrics.majority(labels) == share
+    scores = metrics.Scores("sequence-classification", ("a", "b"), metrics.majority(labels))
+    assert scores.best == (best, True)
+    assert ("61% of the training labels" in scores.why) == (best == "matthews")
+
+
+def test_one_class_for_everything_is_named(tokenizer, caplog):
+    model = bert(vocab_size=SIZE, num_labels=2)
+    texts = _texts(10)
+    labels = Labels(("no", "yes"))
+    data = Dataset.from_dict({"text": texts, "label": [1] * 7 + [0] * 3})
+    ready = prepare(data, tokenizer, max_length=64, labels=labels)
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([0.0, 1.0])
+    told: list[metrics.Degenerate] = []
+    found = evaluate(model, ready, tokenizer, batch_size=3, on_degenerate=told.append)
+    assert found["accuracy"] == 0.7 and found["matthews"] == 0
+    [alike] = told
+    assert alike.as_dict() == {"class": "yes", "share": 0.7} and alike.predictions == 10
+    assert not caplog.records
+    evaluate(model, ready, tokenizer)
+    assert "all 10 predictions are `yes`, which 70% of the labels are" in caplog.text
+    only = prepare(data.select(range(7)), tokenizer, max_length=64, labels=labels)
+    evaluate(model, only, tokenizer, on_degenerate=told.append)
+    assert len(told) == 1, "where there is one class only, one answer is right"
 
 
 def test_what_cannot_be_measured_is_refused(tokenizer):

@@ -164,7 +164,9 @@ def test_classification_measures_and_keeps_the_head(lorica, bert, classes, tmp_p
         "eval_loss", "eval_accuracy", "eval_f1", "eval_matthews",
     }  # fmt: skip
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert config["metric_for_best_model"] == "accuracy" and config["greater_is_better"]
+    labels = [line.rpartition(",")[2] for line in classes.read_text().splitlines()[1:]]
+    assert max(map(labels.count, labels)) > 0.6 * len(labels)
+    assert config["metric_for_best_model"] == "matthews" and config["greater_is_better"]
     assert "the checkpoint has no weights for it" in ran.err
     assert any("classifier" in k for k in weights(tmp_path / "out"))
 
@@ -185,6 +187,42 @@ def test_regression_and_tags(lorica, bert, tmp_path):
     ran = lorica("train", "--data", tags, "--output-dir", tmp_path / "b", *more)
     assert ran.status == 0, ran.err
     assert set(ran.json["evaluation"]) == {"eval_loss", "eval_accuracy", "eval_f1"}
+
+
+def test_figures_follow_the_labels(lorica, bert, tmp_path):
+    """Tags that mark entities are counted whole; where one class is most of the labels, Matthews
+    decides; and a classifier that gives one class only is named."""
+    more = ("--model", bert, "--eval-fraction", 0.4, "--r", 2, "--json")
+    tags = tmp_path / "tags.jsonl"
+    rows = [{"tokens": ["the", "cat", "sees"], "tags": ["O", "B-A", "I-A"]}] * 6
+    tags.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ran = lorica("train", "--data", tags, "--max-steps", 2, "--output-dir", tmp_path / "a", *more)
+    assert ran.status == 0, ran.err
+    assert set(ran.json["evaluation"]) == {
+        "eval_loss", "eval_accuracy", "eval_f1", "eval_precision", "eval_recall",
+    }  # fmt: skip
+    lines = [f"the cat {'very ' * (i % 5)},{'no' if i % 4 == 0 else 'yes'}" for i in range(48)]
+    file = tmp_path / "uneven.csv"
+    file.write_text("\n".join(["text,label", *lines]) + "\n")
+    how = ("--data", file, *more, "--max-steps", 6, "--eval-steps", 3, "--save-steps", 3)
+    ran = lorica("train", *how, "--learning-rate", 1, "--output-dir", tmp_path / "b")
+    assert ran.status == 0, ran.err
+    assert "the highest matthews is kept (7" in ran.err
+    config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    assert config["metric_for_best_model"] == "matthews" and config["greater_is_better"]
+    alike = ran.json["degenerate"]
+    assert alike["class"] in ("no", "yes")
+    assert alike["share"] == ran.json["evaluation"]["eval_accuracy"]
+    assert f"predictions are `{alike['class']}`" in ran.err and "`--learning-rate`" in ran.err
+    logged = [json.loads(x) for x in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in logged if "eval_loss" in line][-1]["degenerate"]["class"]
+    asked = lorica("train", *how, "--metric-for-best-model", "accuracy", "--output-dir",
+                   tmp_path / "c")  # fmt: skip
+    assert "the highest accuracy is kept; " in asked.err, asked.err
+    measured = lorica("eval", "--model", bert, "--adapter", tmp_path / "b" / "adapter",
+                      "--data", file, "--json")  # fmt: skip
+    assert measured.json["degenerate"] == {"class": alike["class"], "share": measured.json[
+        "metrics"]["accuracy"]}, measured.err  # fmt: skip
 
 
 def test_smoothed_labels_of_an_encoder_decoder_and_of_a_regression(

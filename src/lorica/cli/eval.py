@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from lorica.cli._model import Source
     from lorica.data import Prepared
     from lorica.inference.generate import Prompt
+    from lorica.inference.metrics import Degenerate
+
+logger = logging.getLogger("lorica")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +39,8 @@ class Options(VerbOptions):
 
     The loss is the mean over all label tokens and doesn't depend on the batch size. The other
     metrics depend on the task: perplexity, bits per byte and per character; accuracy, f1 (of class
-    1 if there are two classes, otherwise the mean over classes), f1_macro, matthews; pearson,
-    spearman, mse.
+    1 if there are two classes, otherwise the mean over classes), f1_macro, matthews; precision,
+    recall and f1 of whole entities for B-/I- tags; pearson, spearman, mse.
 
     Args:
         model: folder or hub id of a transformers model. Default: the base that the adapter
@@ -267,9 +271,20 @@ class _Work:
 
         options, tokenizer = self.options, self.source.tokenizer
         size = options.per_device_eval_batch_size
-        found = evaluate(model, self.prepared, tokenizer, batch_size=size, on_batch=progress(what))
+        alike: list[Degenerate] = []
+        found = evaluate(
+            model,
+            self.prepared,
+            tokenizer,
+            batch_size=size,
+            on_batch=progress(what),
+            on_degenerate=alike.append,
+        )
         wanted = options.metrics or tuple(found)
         made: dict[str, Any] = {"metrics": {name: found[name] for name in found if name in wanted}}
+        if alike:
+            made["degenerate"] = alike[0].as_dict()
+            logger.warning(f"{what}: {alike[0]}")
         if prompts is not None:
             match = exact_match(
                 model,

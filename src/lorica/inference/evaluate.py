@@ -11,6 +11,7 @@ The model may be plain, adapted or merged. Figures of classifications and regres
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 from abc import ABC, abstractmethod
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from lorica.data.collate import IGNORED, PackedCollator
 from lorica.data.pack import check_isolation
 from lorica.inference.generate import Decoding, Prompt, generate, room
-from lorica.inference.metrics import Scores, f1
+from lorica.inference.metrics import Degenerate, Scores, f1, mark_spans
 from lorica.tensors.modules import evaluating
 from lorica.training.checks import attached, loaded_for_use, no_effect
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorica.data import Labels, Prepared
+
+logger = logging.getLogger("lorica")
 
 _POSITIONS = 4096  # label tokens whose float32 logits are held at once
 
@@ -59,6 +62,7 @@ def evaluate(
     *,
     batch_size: int = 8,
     on_batch: Callable[[int, int], None] | None = None,
+    on_degenerate: Callable[[Degenerate], None] | None = None,
 ) -> dict[str, float]:
     """A task's figures on prepared data, in evaluation mode and without gradients.
 
@@ -72,6 +76,8 @@ def evaluate(
         tokenizer: the one it was prepared with.
         batch_size: rows a batch; rows of like length go together.
         on_batch: called with (rows done, rows) after each batch.
+        on_degenerate: called where a classifier gives every row the same class and the labels have
+            others. Default: a warning in the log.
 
     Raises:
         ValueError: a model without a head for these labels, or that lets packed examples see each
@@ -100,7 +106,13 @@ def evaluate(
             if on_batch is not None:
                 on_batch(min(at + batch_size, len(order)), len(order))
     effect.check()
-    return work.result()
+    found = work.result()
+    if work.degenerate is not None:
+        if on_degenerate is None:
+            logger.warning(str(work.degenerate))
+        else:
+            on_degenerate(work.degenerate)
+    return found
 
 
 class _Effect:
@@ -143,6 +155,7 @@ class _AbstractTask(ABC):
         self.tokenizer = tokenizer
         self.total: float = 0.0  # nats, or squares: a Python float, so double
         self.count: int = 0
+        self.degenerate: Degenerate | None = None  # known with the result
 
     @staticmethod
     @abstractmethod
@@ -254,7 +267,7 @@ class _Classes(_AbstractTask):
         super().__init__(prepared, tokenizer)
         assert prepared.labels is not None
         self.labels = prepared.labels
-        self.scores = Scores(prepared.report.task, len(self.labels.names))
+        self.scores = Scores(prepared.report.task, self.labels.names)
         self.seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     @staticmethod
@@ -274,15 +287,16 @@ class _Classes(_AbstractTask):
             self.total += total
             self.count += count
         kept = self.scores.reduce(logits, labels)
-        pair = [t.cpu().reshape(-1) for t in (kept, labels)]
+        pair = [t.cpu().reshape(labels.shape) for t in (kept, labels)]
         self.seen.append((pair[0].float().numpy(), pair[1].numpy()))
 
     def more(self) -> dict[str, float]:
         assert self.scores.measure is not None
-        predicted, labels = (np.concatenate(part) for part in zip(*self.seen, strict=True))
+        predicted, labels = (_joined(part) for part in zip(*self.seen, strict=True))
         if not self.labels.regression:
             predicted, labels = predicted.astype(np.int64), labels.astype(np.int64)
-        made = self.scores.measure(predicted, labels, len(self.labels.names))
+        self.degenerate = self.scores.degenerate(predicted, labels)
+        made = self.scores.measure(predicted, labels)
         return {**made, **self.beside(predicted, labels)}
 
     def beside(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -295,6 +309,8 @@ class _Tags(_Classes):
 
     @staticmethod
     def names(labels: Labels | None) -> tuple[str, ...]:
+        if labels is not None and mark_spans(labels.names):
+            return ("loss", "accuracy", "precision", "recall", "f1")
         return ("loss", "accuracy", "f1")
 
     def beside(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -307,6 +323,16 @@ _TASKS: dict[str, type[_AbstractTask]] = {
     "sequence-classification": _Classes,
     "token-classification": _Tags,
 }
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Batches as one; of words (rows, length), the shorter ones end in what counts for nothing."""
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
+    length = max(part.shape[1] for part in parts)
+    return np.concatenate(
+        [np.pad(p, ((0, 0), (0, length - p.shape[1])), constant_values=IGNORED) for p in parts]
+    )
 
 
 def _nats(logits: Tensor, labels: Tensor, wanted: Tensor) -> tuple[float, int]:

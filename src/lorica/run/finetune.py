@@ -121,7 +121,6 @@ def read_data(plan: FineTuning) -> None:
     from lorica.data import detect, prepare
     from lorica.data.lengths import longest
     from lorica.data.tokenise import sample_of
-    from lorica.inference.metrics import Scores
     from lorica.run.load_model import base_name, load_tokenizer, own_labels, read_config
 
     options = plan.options
@@ -181,10 +180,22 @@ def read_data(plan: FineTuning) -> None:
         task=task,
         train=data,
         held=held,
-        scores=Scores(task, 0 if data.labels is None else len(data.labels.names)),
+        scores=_scores(task, data),
         name=absolute(source),
         columns=tuple(train_rows.column_names),
     )
+
+
+def _scores(task: str, data: Prepared) -> Scores:
+    """The task's figures; which of them is the default goes by the labels that are trained on."""
+    import numpy as np
+
+    from lorica.inference.metrics import Scores, majority
+
+    names = () if data.labels is None else data.labels.names
+    if not names or task == "token-classification":
+        return Scores(task, names)
+    return Scores(task, names, majority(np.asarray(data.dataset["labels"][:])))
 
 
 def _rows(options: TrainOptions) -> tuple[str, Dataset, Dataset | None]:
@@ -280,6 +291,7 @@ def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
     if values["eval_strategy"] == "steps" and matches and saves and evals:
         matches = saves == evals  # else the best evaluation may have no checkpoint
     values.setdefault("load_best_model_at_end", matches and not ending)
+    chosen = "metric_for_best_model" in values
     values.setdefault("metric_for_best_model", best)
     name = values["metric_for_best_model"].removeprefix("eval_")
     refuse(
@@ -291,9 +303,10 @@ def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
     values.setdefault("greater_is_better", name not in scores.falling)
     if values["load_best_model_at_end"]:
         wanted = "highest" if values["greater_is_better"] else "lowest"
+        why = f" ({scores.why})" if scores.why and not chosen else ""
         others = ", ".join(other for other in scores.names if other != name)
         logger.info(
-            f"the checkpoint with the {wanted} {name} is kept; `--metric-for-best-model` also takes"
+            f"the checkpoint with the {wanted} {name} is kept{why}; `--metric-for-best-model` also takes"
             f" {others}"
         )
 

@@ -19,6 +19,8 @@ from lorica.run.folder import RunFolder, strict
 
 logger = logging.getLogger("lorica")
 
+DEGENERATE = "eval_degenerate"  # in an evaluation's figures, and no number
+
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes so far: of the accelerator's allocator, or resident of this process."""
@@ -135,9 +137,19 @@ class RunLog(TrainerCallback, ExportableState):
 
     def _eval_line(self, state: Any, logs: dict[str, Any]) -> None:
         figures = {k: v for k, v in logs.items() if k.startswith("eval_") and measures(k)}
-        self._write({"step": state.global_step, **figures, "seconds": round(self.seconds, 3)})
+        alike = logs.get(DEGENERATE)
+        self._write(
+            {"step": state.global_step, **figures, "seconds": round(self.seconds, 3)}
+            | ({} if alike is None else {"degenerate": degenerate(alike)})
+        )
         shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in figures.items())
         self._say(f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
+        if alike is not None and self.main:
+            logger.warning(
+                f"step {state.global_step}: {alike['text']}. Early in a run that is usual; if it"
+                " stays so, give more steps (`--max-steps`), or a higher or lower"
+                " `--learning-rate`"
+            )
         self._rested()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -186,9 +198,14 @@ class StreamPlace(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"place": place, "consumed": self.consumed}}
 
 
+def degenerate(told: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds of an evaluation that gave one class only (`lorica.inference.metrics`)."""
+    return {name: told[name] for name in ("class", "share")}
+
+
 def measures(name: str) -> bool:
-    """Whether it measures the model, not the machine."""
-    return not name.endswith(("_runtime", "_per_second", "_time"))
+    """Whether it is a figure of the model, not of the machine."""
+    return name != DEGENERATE and not name.endswith(("_runtime", "_per_second", "_time"))
 
 
 def clock(seconds: float) -> str:

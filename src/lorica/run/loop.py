@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from lorica import formats
 from lorica.run import checkpoints, config, resume
 from lorica.run.folder import strict
-from lorica.run.log import RunLog, clock, measures, peak_memory
+from lorica.run.log import DEGENERATE, RunLog, clock, degenerate, measures, peak_memory
 from lorica.run.plan import RunPlan
 from lorica.run.token_weighting import TokenWeighted
 from lorica.run.trainer import TrainerMixin
@@ -87,8 +87,8 @@ def _kept_step(plan: RunPlan[Any, Any], state: TrainerState) -> int:
     return best or state.global_step
 
 
-def _evaluation(plan: RunPlan[Any, Any], trainer: RunTrainer) -> dict[str, float] | None:
-    """The figures of the weights that are kept; None: there is nothing to evaluate on."""
+def _evaluation(plan: RunPlan[Any, Any], trainer: RunTrainer) -> dict[str, Any] | None:
+    """What was logged of the weights that are kept; None: there is nothing to evaluate on."""
     if not plan.data.evaluates or plan.arguments.training.eval_strategy == "no":
         return None
     step = _kept_step(plan, trainer.state)
@@ -96,12 +96,14 @@ def _evaluation(plan: RunPlan[Any, Any], trainer: RunTrainer) -> dict[str, float
     found = next((x for x in lines if x["step"] == step and "eval_loss" in x), None)
     if found is None:
         found = trainer.evaluate()
-    return {k: v for k, v in found.items() if k.startswith("eval_") and measures(k)}
+    return found
 
 
 def measured(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> dict[str, Any]:
     """What every verb's result.json holds of the steps and of what was trained."""
-    evaluation = _evaluation(plan, trainer)
+    found = _evaluation(plan, trainer)
+    figures = {k: v for k, v in (found or {}).items() if k.startswith("eval_") and measures(k)}
+    alike = (found or {}).get(DEGENERATE)
     adapters, state, summary = plan.adapters, trainer.state, plan.adapters.summary
     # Not those of metrics.jsonl: in another folder they begin with the resumption.
     lines = [line for line in state.log_history if "loss" in line]
@@ -115,7 +117,8 @@ def measured(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> dict[
         "loss": lines[-1]["loss"] if lines else None,
         "train_loss": mean_loss(lines),
         "learning_rate": plan.arguments.learning_rate,
-        "evaluation": evaluation,
+        "evaluation": None if found is None else figures,
+        "degenerate": None if alike is None else degenerate(alike),
         "best_step": state.best_global_step if best else None,
         "tokens": state.num_input_tokens_seen,
         "seconds": round(log.seconds, 3),
