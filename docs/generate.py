@@ -25,6 +25,7 @@ from lorica.cli.methods import describe
 from lorica.data.shapes import shapes
 from lorica.recipe import registry
 from lorica.recipe.recipe import Recipe
+from lorica.run.options import elsewhere
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/start.md", "docs/choose.md", "docs/data.md")
@@ -112,10 +113,17 @@ def command_line() -> str:
     return table(("command", "what it does"), rows)
 
 
+def names_elsewhere() -> str:
+    """One row per option that other programs call otherwise."""
+    rows = [(f"`{option}`", _ticks(others)) for option, others in elsewhere.table()]
+    return table(("here", "elsewhere"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "axes": axes,
     "defaults": defaults,
     "data-shapes": data_shapes,
+    "names-elsewhere": names_elsewhere,
     "verbs": command_line,
 }
 
@@ -231,7 +239,9 @@ def compatibility_page() -> str:
             Recipe.parse(f"{one}+{other}")
             allowed += 1
         except ValueError as error:
-            found = re.match(r"`(\w+)` cannot be combined with `(\w+)`: .*? needs `(\w+)`", str(error))
+            found = re.match(
+                r"`(\w+)` cannot be combined with `(\w+)`: .*? needs `(\w+)`", str(error)
+            )
             if found is None:
                 reason = str(error).split("; ")[0]
                 by_reason.setdefault((f"`{one}`", reason), []).append(other)

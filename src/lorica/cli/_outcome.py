@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lorica.run.folder import strict
+from lorica.run.options import Group
 
 
 class Others(abc.ABC):
@@ -43,6 +44,7 @@ class VerbOptions:
     json: bool = False
 
     aliases: ClassVar[Mapping[str, str]] = {}  # other names of keys
+    groups: ClassVar[tuple[Group, ...]] = ()  # of `--help`; none: one list
     smaller: ClassVar[str] = "take a smaller model"  # what to type where memory runs out
 
     @classmethod

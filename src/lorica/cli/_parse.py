@@ -13,9 +13,9 @@ import tyro
 import yaml
 from yaml.composer import ComposerError
 
+from lorica.cli import _help
 from lorica.cli._outcome import VerbOptions
-from lorica.run.options import Kind, UsageError, kinds
-from lorica.text import nearest
+from lorica.run.options import Kind, UsageError, Word, elsewhere, kinds
 
 O = TypeVar("O", bound=VerbOptions)  # noqa: E741
 _POSITIONAL = getattr(tyro.conf.Positional[str], "__metadata__")[0]  # noqa: B009
@@ -28,6 +28,9 @@ def parse(options: type[O], words: Sequence[str], *, prog: str) -> O:
         UsageError: an unknown flag or key, a value of the wrong kind; of a file the line is named.
         SystemExit: after `--help` (0), or after an error that the parser has printed itself (2).
     """
+    if options.groups and ("-h" in words or "--help" in words):
+        print(_help.text(options, options.groups, prog))
+        raise SystemExit(0)
     words = _switches(options, words)
     if words and not words[0].startswith("-") and not _positional(options):
         return _read(options, words[1:], prog, Path(words[0]))
@@ -44,19 +47,16 @@ def _read(options: type[O], words: Sequence[str], prog: str, file: Path | None) 
         return made
     table = options.others()
     known = set(_fields(options)) | (set() if table is None else table.names())
-    for key, (_, place) in others.items():
-        if key not in known or table is None:
-            raise UsageError(
-                f"{place}: unknown key `{key}`.{nearest(key, known)} `{prog} --help` lists the"
-                " options; keys are their names with underscores"
-            )
-    for word in unknown:
-        name = word.split("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and (table is None or not table.takes(name)):
-            raise UsageError(
-                f"unknown option `{word}`.{nearest(name, known, flag=True)} `{prog} --help` lists"
-                " the options"
-            )
+    strange = [(key, at) for key, (_, at) in others.items() if key not in known or table is None]
+    if strange:
+        raise UsageError(elsewhere.unknown(strange, known, flag=False, prog=prog))
+    flags = [
+        (word, "")
+        for word in unknown
+        if word.startswith("--") and (table is None or not table.takes(_name(word)))
+    ]
+    if flags:
+        raise UsageError(elsewhere.unknown(flags, known, flag=True, prog=prog))
     if unknown and not unknown[0].startswith("--"):
         raise UsageError(
             f"`{unknown[0]}` is no option: options begin with `--`"
@@ -65,6 +65,10 @@ def _read(options: type[O], words: Sequence[str], prog: str, file: Path | None) 
     assert table is not None
     taken = {key: table.value(key, value, place) for key, (value, place) in others.items()}
     return dataclasses.replace(made, further={**taken, **table.read(unknown)})  # type: ignore[call-arg]
+
+
+def _name(word: str) -> str:
+    return word.split("=")[0].lstrip("-").replace("-", "_")
 
 
 def _fields(options: type) -> dict[str, Kind | None]:
@@ -114,6 +118,8 @@ def _yaml(options: type[O], file: Path) -> tuple[dict[str, Any], dict[str, tuple
 
 
 def _switch(value: Any) -> bool:
+    if isinstance(value, Word):
+        return value.switch
     if not isinstance(value, bool):
         raise ValueError(f"true or false is wanted, not {value!r}")
     return value
@@ -171,7 +177,7 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
                 raise UsageError(f"{place}: a key is a name, not {key!r}")
             if key in out:
                 raise UsageError(f"{place}: `{key}` stands there twice; leave one out")
-            out[key] = (loader.construct_object(value_node, deep=True), place)
+            out[key] = (_value(loader, value_node), place)
         return out
     except UsageError:
         raise
@@ -194,6 +200,18 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """What a key says. YAML 1.1 reads `no` as false: the option's type is to decide, so it stays a
+    word, alone and in a list."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(loader, part) for part in node.value]
+    value = loader.construct_object(node, deep=True)
+    if isinstance(value, bool) and isinstance(node, yaml.ScalarNode):
+        if node.value.lower() not in ("true", "false"):
+            return Word(node.value, value)
+    return value
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
 from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
-from lorica.run.options import PretrainOptions
+from lorica.run.options import GROUPS, Group, PretrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PretrainOptions, VerbOptions):
     __doc__ = PretrainOptions.__doc__
+    groups: ClassVar[tuple[Group, ...]] = GROUPS
     smaller: ClassVar[str] = SMALLER
 
     @classmethod

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
 from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
-from lorica.run.options import TrainOptions
+from lorica.run.options import GROUPS, Group, TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TrainOptions, VerbOptions):
     __doc__ = TrainOptions.__doc__
+    groups: ClassVar[tuple[Group, ...]] = GROUPS
     smaller: ClassVar[str] = SMALLER
 
     @classmethod

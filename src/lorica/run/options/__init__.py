@@ -5,8 +5,10 @@ nothing: neither torch nor transformers is needed to read options, so `--help` a
 answer at once.
 """
 
+from lorica.run.options import elsewhere
 from lorica.run.options.checks import UsageError, checkpoint_path
 from lorica.run.options.data import masking
+from lorica.run.options.groups import GROUPS, Group
 from lorica.run.options.kinds import (
     DTYPE,
     HINT,
@@ -24,6 +26,7 @@ from lorica.run.options.kinds import (
     WHOLES,
     Kind,
     Unsaid,
+    Word,
     choice,
     kinds,
     method_text,
@@ -34,8 +37,8 @@ from lorica.run.options.run import RunOptions
 from lorica.run.options.train import TrainOptions
 
 __all__ = [
-    "DTYPE", "HINT", "JSON", "METHOD", "MODULES", "NAMES", "NUMBER", "PAIRS", "PATH", "PATHS",
-    "SHAPES", "TASKS", "TEXT", "WHOLE", "WHOLES", "Kind", "PretrainOptions", "RunOptions",
-    "TrainOptions", "Unsaid", "UsageError", "checkpoint_path", "choice", "kinds", "masking",
-    "method_text", "shown",
+    "DTYPE", "GROUPS", "HINT", "JSON", "METHOD", "MODULES", "NAMES", "NUMBER", "PAIRS", "PATH",
+    "PATHS", "SHAPES", "TASKS", "TEXT", "WHOLE", "WHOLES", "Group", "Kind", "PretrainOptions",
+    "RunOptions", "TrainOptions", "Unsaid", "UsageError", "Word", "checkpoint_path", "choice",
+    "elsewhere", "kinds", "masking", "method_text", "shown",
 ]  # fmt: skip

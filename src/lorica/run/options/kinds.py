@@ -49,6 +49,8 @@ class Kind(tyro.constructors.PrimitiveConstructorSpec):
         """The value of a YAML node; `null` leaves the option unset."""
         if value is None:
             return None
+        if isinstance(value, Word) and self.nargs == (0, 1):
+            value = value.switch
         if isinstance(value, Mapping):
             mapping: Any = vars(self)["mapping"]
             if mapping is None:
@@ -61,6 +63,21 @@ class Kind(tyro.constructors.PrimitiveConstructorSpec):
         if isinstance(value, list) and self.nargs != "*":
             raise ValueError(f"one {self.metavar} is wanted, not a list")
         return self.instance_from_str([str(v) for v in (value if type(value) is list else [value])])
+
+
+class Word(str):
+    """`no`, `off`, `yes` or `on` in a YAML file: a text, or a switch where the option is one.
+
+    Attributes:
+        switch: what YAML takes it for.
+    """
+
+    switch: bool
+
+    def __new__(cls, text: str, switch: bool) -> Word:
+        made = super().__new__(cls, text)
+        made.switch = switch
+        return made
 
 
 class Unsaid(str):
