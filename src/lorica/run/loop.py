@@ -52,8 +52,7 @@ def begin(
 
 def take_steps(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> None:
     """Train, from the checkpoint where there is one. The weights are then those that are kept."""
-    control = plan.earlier.get("TrainerControl", {}).get("args", {})
-    if plan.checkpoint is not None and control.get("should_training_stop"):
+    if plan.checkpoint is not None and resume.finished_before(plan):
         _restore_finished(plan, plan.checkpoint, trainer, log)  # else one more step is taken
         return
     if plan.checkpoint is not None:

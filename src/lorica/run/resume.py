@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lorica.run.config import absolute, plain
 from lorica.run.options import UsageError
 from lorica.run.plan import RunPlan
 from lorica.run.recipe import curved
+
+logger = logging.getLogger("lorica")
 
 # What may differ between a run and its resumption: it changes neither weights nor their order.
 _FREE = {
@@ -104,6 +107,10 @@ def _refuse_changed(plan: RunPlan[Any, Any], now: Mapping[str, Any], names: set[
     changed = {k for k in names - _FREE if before.get(k) != now.get(k)}
     if _method(before) == _method(now):
         changed.discard("method")
+    if "max_steps" in changed and (longer := _lengthened(plan, before, now)):
+        changed.discard("max_steps")
+        if not changed and plan.main and names >= before.keys():
+            logger.info(longer)
     if changed:
         name = min(changed)
         raise UsageError(
@@ -111,6 +118,44 @@ def _refuse_changed(plan: RunPlan[Any, Any], now: Mapping[str, Any], names: set[
             f" {before.get(name)!r}, not {now.get(name)!r}: leave that option out, or start a run"
             " of its own with another `--output-dir`"
         )
+
+
+def _lengthened(plan: RunPlan[Any, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What to say of a run that is to be longer than it was; "" where it is not.
+
+    Raises:
+        UsageError: something is fitted to the number of steps.
+    """
+    old, new = before.get("max_steps"), now.get("max_steps")
+    if not (isinstance(old, int) and isinstance(new, int) and old < new):
+        return ""
+    from lorica.training.horizon import fitted_curve, fitted_method
+
+    curve = str(before.get("lr_scheduler_type", plan.options.lr_scheduler_type))
+    warmup = float(before.get("warmup_steps", before.get("warmup_ratio", 0.0)))
+    fitted = "" if plan.recipe is None else fitted_method(plan.recipe)
+    if fitted := fitted or fitted_curve(curve, warmup):
+        raise UsageError(
+            f"`--max-steps {new}`: the run had {old} steps, and {fitted} is fitted to that number,"
+            " so a longer run is another one from its first step on. Leave `--max-steps` out, or"
+            " start a run of its own with another `--output-dir`; a run that is to be lengthened"
+            " later takes `--lr-scheduler-type constant` and a method without a schedule"
+        )
+    return (
+        f"the run is lengthened from {old} to {new} steps; nothing before step {old} would have"
+        " been different, and how often it evaluates, saves and logs stays as it was"
+    )
+
+
+def finished_before(plan: RunPlan[Any, Any]) -> bool:
+    """Whether the checkpoint is the end of a run that is no longer than it was."""
+    if plan.checkpoint is None:
+        return False
+    state = _state(plan.checkpoint)
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    steps = plan.arguments.training.max_steps
+    longer = state["global_step"] >= state["max_steps"] and steps > state["max_steps"]
+    return bool(control.get("should_training_stop")) and not longer
 
 
 def _method(options: Mapping[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from lorica.run.guard import Guarded
 from lorica.run.signals import SaveOnSignal
 from lorica.run.token_weighting import counted_labels, share_of_update
 from lorica.training.bind import KEY, bind
+from lorica.training.horizon import fitted_curve
 
 logger = logging.getLogger("lorica")
 
@@ -164,7 +165,14 @@ class TrainerMixin(Guarded):
         if isinstance(inner, AcceleratedOptimizer):
             inner = inner.optimizer
         if KEY not in inner.param_groups[0]:  # else the caller bound it with a horizon of their own
-            bind(inner, self.adapters, total_steps=num_training_steps, seed=self.args.seed)
+            name = self.args.lr_scheduler_type
+            bind(
+                inner,
+                self.adapters,
+                total_steps=num_training_steps,
+                seed=self.args.seed,
+                curve=fitted_curve(getattr(name, "value", name), self.args.warmup_steps),
+            )
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def _get_learning_rate(self) -> float:

@@ -22,6 +22,7 @@ from lorica.model.adapters import Adapters
 from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
 from lorica.tensors.matmul import no_autocast
 from lorica.training.checks import GradientCheck
+from lorica.training.horizon import fitted_method
 from lorica.training.training import Training
 
 logger = logging.getLogger("lorica")
@@ -79,9 +80,12 @@ class _Binding:
         adapters: Adapters,
         optimizer: torch.optim.Optimizer,
         schedules: Sequence[AbstractSchedule],
+        curve: str,
     ) -> None:
         self.adapters = adapters
         self.schedules = schedules
+        self.fitted = fitted_method(adapters.recipe) or curve
+        self.total_steps: int = optimizer.param_groups[0][KEY]["total_steps"]
         self.real = False
         self.rates: list[float | torch.Tensor] = []
         self.gradient_check = GradientCheck(adapters)
@@ -140,7 +144,14 @@ class _Binding:
                 "the optimizer's checkpoint has no state of Lorica: it was written by another"
                 " optimizer. Resume with a checkpoint of this recipe, or start anew"
             )
-        for name in ("version", "method", "seed", "total_steps"):
+        longer = 0 < saved["total_steps"] < own["total_steps"]
+        if longer and self.fitted:
+            raise ValueError(
+                f"the checkpoint has total_steps {saved['total_steps']}, this run"
+                f" {own['total_steps']}, and {self.fitted} is fitted to the length of the run;"
+                " resume with the same total_steps, or start anew in another folder"
+            )
+        for name in ("version", "method", "seed", *(() if longer else ("total_steps",))):
             if saved[name] != own[name]:
                 raise ValueError(
                     f"the checkpoint has {name} {saved[name]!r}, this run {own[name]!r}; resume"
@@ -150,6 +161,7 @@ class _Binding:
     @on_cpu
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
         own = optimizer.param_groups[0][KEY]
+        own["total_steps"] = self.total_steps  # a run may have been lengthened
         states = own.setdefault("schedules", {})
         training = Training(optimizer, self.adapters, own)
         for schedule in self.schedules:  # an empty state may have been dropped on the way
@@ -163,6 +175,7 @@ def bind(
     *,
     total_steps: int | None = None,
     seed: int = 0,
+    curve: str = "",
 ) -> torch.optim.Optimizer:
     """Run the recipe's schedules and the check of gradients on `optimizer`.
 
@@ -171,6 +184,8 @@ def bind(
         the first step.
         total_steps: the horizon, in optimizer steps, where a schedule needs it.
         seed: of the schedules' random draws.
+        curve: what of the caller's learning rate is fitted to `total_steps`: a checkpoint of a
+            shorter run is then refused. Default: nothing is.
 
     Raises:
         ValueError: the optimizer is bound already, or moves parameters by another rule than the
@@ -197,7 +212,7 @@ def bind(
         "seen": torch.zeros(len(sites), dtype=torch.bool),
         "schedules": {s.name: s.init(adapters) for s in schedules},
     }
-    binding = _Binding(adapters, optimizer, schedules)
+    binding = _Binding(adapters, optimizer, schedules, curve)
     plans = {s.name: s.plan(total_steps) for s in schedules}
     if isinstance(recipe.rule, FitsHorizon):
         plans[recipe.rule.name] = recipe.rule.horizon(optimizer, total_steps)
