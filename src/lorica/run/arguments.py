@@ -9,8 +9,9 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from lorica.run.effects import refuse_without_effect
 from lorica.run.options import UsageError
-from lorica.run.options.checks import MOST, flag, refuse
+from lorica.run.options.checks import MOST, refuse
 from lorica.run.plan import RunArguments, RunPlan
 from lorica.run.recipe import curved, curves
 
@@ -101,11 +102,7 @@ def training_arguments(
         f"this run would take {steps:,} steps, and {MOST:,} is the most; give a smaller"
         " `--max-steps`, or fewer tokens or passes",
     )
-    for name in ("fp16", "fp16_full_eval"):
-        refuse(
-            bool(options.further.get(name)) and plan.device.type == "cpu",
-            f"`{flag(name)}` has no effect on a CPU; leave it out, or type `--bf16`",
-        )
+    refuse_without_effect(plan)
     warmup = warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
     warming = math.ceil(warmup * steps)
     # The first step of a warm-up has rate 0: a warm-up of one step would only waste it, and a run
