@@ -218,14 +218,121 @@ def test_every_published_method_cites_its_paper():
             assert entry in text
 
 
-def test_every_published_method_has_a_test_of_its_papers_claims():
-    """The file has the word's name, or that of another word which cites the same paper."""
-    papers = {
-        p.stem.removeprefix("test_") for p in (Path(__file__).parents[1] / "papers").glob("*")
-    }
-    covered = {
-        b for _, w in every() if w in papers for b in registry.source(registry.find(w)).bibtex
-    }
-    for _, word in every():
-        entries = set(registry.source(registry.find(word)).bibtex)
-        assert not entries or entries & covered, f"tests/papers/test_{word}.py is missing"
+# -- the tests of the papers' claims ---------------------------------------------------------------
+
+TESTS = Path(__file__).parents[1]
+
+
+def functions(root: ast.Module) -> dict[str, ast.FunctionDef]:
+    """Every function of a file by name, methods of its classes included."""
+    return {node.name: node for node in ast.walk(root) if isinstance(node, ast.FunctionDef)}
+
+
+def reached(name: str, known: dict[str, ast.FunctionDef]) -> list[ast.AST]:
+    """All nodes of a function and of the functions of the same file that it mentions."""
+    seen, left, out = set(), [name], []
+    while left:
+        if (current := left.pop()) in seen:
+            continue
+        seen.add(current)
+        nodes = list(ast.walk(known[current]))
+        out += nodes
+        mentioned = {n.id for n in nodes if isinstance(n, ast.Name)}
+        mentioned |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+        mentioned |= {n.arg for n in nodes if isinstance(n, ast.arg)}  # fixtures
+        left += mentioned & known.keys()
+    return out
+
+
+def asserts(node: ast.AST) -> bool:
+    """An `assert` of something that isn't a constant, `pytest.raises`, or `assert_close`."""
+    if isinstance(node, ast.Assert):
+        return not isinstance(node.test, ast.Constant)
+    called = node.func if isinstance(node, ast.Call) else None
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    return name in ("raises", "warns", "fail") or name.startswith(("assert_", "gradcheck"))
+
+
+def twins(root: ast.Module) -> dict[str, set[str]]:
+    """Names of the reference modules that a file imports -> what it calls them."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(root):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        package, _, module = node.module.partition(".")
+        for alias in node.names if package == "reference" else ():
+            found.setdefault(module or alias.name, set()).add(alias.asname or alias.name)
+    return found
+
+
+def faults_of_a_paper_test(source: str, allowed: set[str]) -> list[str]:
+    """What keeps a test file from proving anything about a method.
+
+    Args:
+        allowed: reference modules of the method and of those that cite the same paper.
+    """
+    root = ast.parse(source)
+    known = functions(root)
+    tests = [name for name in known if name.startswith("test_")]
+    bare = [n for n in tests if not any(asserts(node) for node in reached(n, known))]
+    out = [] if tests else ["it has no test"]
+    out += [f"`{name}` asserts nothing" for name in bare]
+    called = set().union(*(names for m, names in twins(root).items() if m in allowed), set())
+    used = any(
+        isinstance(node, ast.Name) and node.id in called
+        for name in tests
+        for node in reached(name, known)
+    )
+    if not called:
+        out.append(f"it imports none of {sorted(allowed)} from tests/reference")
+    elif not used:
+        out.append("no test uses the twin that it imports")
+    return out
+
+
+def papers_of() -> dict[str, set[str]]:
+    """Published methods -> the methods that cite one of the same papers, themselves included."""
+    cited = {w: set(registry.source(registry.find(w)).bibtex) for _, w in every()}
+    return {w: {v for v in cited if cited[v] & cited[w]} for w in cited if cited[w]}
+
+
+@pytest.mark.parametrize("word", sorted(papers_of()))
+def test_every_published_method_is_compared_with_its_twin(word):
+    """In a file with the method's name, or that of another method which cites the same paper."""
+    family = papers_of()[word]
+    files = {w: TESTS / "papers" / f"test_{w}.py" for w in sorted(family)}
+    found = {w: path for w, path in files.items() if path.exists()}
+    assert found, f"tests/papers/test_{word}.py is missing"
+    allowed = {w for w in family if (TESTS / "reference" / f"{w}.py").exists()}
+    assert allowed, f"tests/reference/{word}.py is missing"
+    path = found.get(word, next(iter(found.values())))
+    faults = faults_of_a_paper_test(path.read_text(encoding="utf-8"), allowed)
+    assert not faults, f"{path.name}: {'; '.join(faults)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("", "it has no test"),
+        ("from reference import x as twin\ndef test_a():\n    assert True", "asserts nothing"),
+        ("from reference import x as twin\ndef test_a():\n    twin.f()", "asserts nothing"),
+        ("def test_a():\n    assert f() == 1", "imports none of ['x']"),
+        ("from reference import y as twin\ndef test_a():\n    assert twin.f()", "imports none"),
+        ("from reference import x as twin\ndef test_a():\n    assert f()", "no test uses"),
+    ],
+)
+def test_a_paper_test_that_proves_nothing_is_noticed(source, fault):
+    assert any(fault in f for f in faults_of_a_paper_test(source, {"x"}))
+
+
+def test_a_paper_test_may_assert_through_its_helpers():
+    source = """
+from reference.x import step
+
+def check(a):
+    assert a == step()
+
+def test_a():
+    check(1)
+"""
+    assert not faults_of_a_paper_test(source, {"x"})

@@ -108,6 +108,15 @@ def data_for(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]] | None:
     return [{k: v % most for k, v in models.batch(model, seed).items()} for seed in seeds]
 
 
+def chain(sizes: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers from each size to the next, with tanh between them, in float64."""
+    torch.manual_seed(1)
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [*([nn.Tanh()] if layers else []), nn.Linear(fan_in, fan_out)]
+    return nn.Sequential(*layers).double()
+
+
 def linear(bias: bool = True, dtype: torch.dtype = torch.float64) -> One:
     torch.manual_seed(1)
     return One(nn.Linear(IN, OUT, bias=bias, dtype=dtype))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorica
+from reference import sgd as twin
 
 
 @pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.1)])
@@ -36,6 +37,27 @@ def test_decay_is_decoupled_from_momentum():
         A.grad = torch.zeros_like(A)
         made.step()
     torch.testing.assert_close(A.detach(), start * 0.95**4)
+
+
+def test_a_run_over_two_layers_of_unequal_shapes_equals_the_twin():
+    """Momentum and decay at once, each layer with its own state; torch decays through the
+    momentum, so it can't be the judge here."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+    adapters = lorica.attach(model, "sgd(momentum=0.8)", r=2, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=0.1, weight_decay=0.3)
+    values = {t.name: t.parameter.detach().clone() for t in adapters.trained()}
+    states = {name: {} for name in values}
+    x = torch.randn(9, 6, dtype=torch.float64)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        for t in adapters.trained():
+            values[t.name] = twin.step(
+                values[t.name], t.parameter.grad, states[t.name], lr=0.1, momentum=0.8, decay=0.3
+            )
+        optimizer.step()
+    for t in adapters.trained():
+        torch.testing.assert_close(t.parameter.detach(), values[t.name], rtol=1e-12, atol=1e-14)
 
 
 def test_no_momentum_no_state():
