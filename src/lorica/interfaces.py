@@ -33,7 +33,7 @@ class Site:
     name: str  # module path
     in_features: int
     out_features: int
-    r: int
+    r: int  # 0 where the delta takes no `r`
     scale: float  # s in ΔW = s·B·A
     lookup: bool  # the input is a token id: x is one-hot and A is read by column
     dtype: torch.dtype  # of what trains

@@ -91,10 +91,10 @@ class Summary:
                 tensors = f"{g['tensors']:>5} tensor{'s' if g['tensors'] != 1 else ' '}"
                 lines.append(f"  {title:<13}{name:<24}{tensors} {g['elements']:>15,} parameters")
         for shape, info in self.layers.items():
+            rank = f" r={info['r']}," if info["r"] else ""  # 0: the delta has none
             count = f"{info['count']} weight{'s' if info['count'] != 1 else ''}"
             lines.append(
-                f"  adapted      {count} of shape {shape.split(',')[0]}, r={info['r']},"
-                f" s={info['scale']:g}"
+                f"  adapted      {count} of shape {shape.split(',')[0]},{rank} s={info['scale']:g}"
             )
         for name in self.saved:
             new = " (new: the checkpoint has no weights for it)" if name in self.fresh else ""

@@ -384,7 +384,7 @@ def sites_of(
     sites: dict[str, Site] = {}
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
-        r, alpha = given[name]
+        r, alpha = given[name] if "r" in recipe.takes else (0, None)
         wide = torch.promote_types(store.parameter.dtype, dtype)
         site = Site(
             name, store.in_features, store.out_features, r, scale.factor(alpha, r),
