@@ -577,7 +577,11 @@ def counts_steps(cls: type) -> bool:
 
 fault("rules", "rate doubled")(changed_step(double_rate))
 fault("rules", "state of another parameter", has_state)(changed_step(others_state))
-fault("rules", "rows of the gradient reversed")(changed_step(others_gradient))
+# A test that follows the optimizer from a step hook sees the changed gradient, too; so this one is
+# for rules without a count.
+fault("rules", "rows of the gradient reversed", lambda cls: not counts_steps(cls))(
+    changed_step(others_gradient)
+)
 fault("rules", "step count ahead by one", counts_steps)(changed_step(count_ahead))
 
 

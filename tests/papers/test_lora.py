@@ -71,6 +71,21 @@ def test_the_function_depends_on_scale_times_b():
         torch.testing.assert_close(other, outputs[0])
 
 
+def test_two_layers_of_unequal_ranks_are_the_twins_with_s_from_alpha_and_r():
+    """s = α/r of each layer's own r; the pair's word for its scale is not asked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 6)).double()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    adapters = lorica.attach(model, "lora", r=2, lora_alpha=6, rank_pattern={"1": 4}, verbose=False)
+    perturb(adapters, 1.0)
+    expected = x
+    for (_, layer), s in zip(adapters, (6 / 2, 6 / 4), strict=True):
+        pair, base = layer.update.delta.pair(), layer.base
+        with torch.no_grad():
+            expected = twin.forward(expected, base.weight, base.bias, pair.A, pair.B, s)
+    torch.testing.assert_close(model(x).detach(), expected)
+
+
 @pytest.mark.parametrize("r", [1, 3, 5])
 def test_the_update_has_at_most_rank_r(r):
     model, adapters, one = layer(r=r)
