@@ -380,11 +380,13 @@ def sites_of(
     rank, scale, delta = recipe.rank, recipe.scale, recipe.delta
     assert rank is not None and scale is not None  # a delta that wraps meets their needs
     names = list(targets.layers)
-    given = rank.assign(names, recipe) if ranks is None else ranks
+    given = dict.fromkeys(names, (0, None))  # the ranks where the delta takes none
+    if "r" in recipe.takes:
+        given = rank.assign(names, recipe) if ranks is None else ranks
     sites: dict[str, Site] = {}
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
-        r, alpha = given[name] if "r" in recipe.takes else (0, None)
+        r, alpha = given[name]
         wide = torch.promote_types(store.parameter.dtype, dtype)
         site = Site(
             name, store.in_features, store.out_features, r, scale.factor(alpha, r),
