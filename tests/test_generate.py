@@ -378,3 +378,13 @@ def test_mixed_prompt_messages_are_json_text_too(tokenizer):
     rows = [{"prompt": "\x1e" + json.dumps(CHAT[:2])}]
     [prompt] = Prompter(tokenizer, "causal-lm", "plain").rows(Dataset.from_list(rows))
     assert prompt.text.endswith("User: hello\n\nAssistant: ")
+
+
+def test_ids_beyond_the_table_are_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    model = llama(vocab_size=SIZE, max_position_embeddings=64)
+    asks = Prompter(tokenizer, "causal-lm").texts(["once", "a <new> day"])
+    with pytest.raises(ValueError, match=rf"prompt 2: it has the token id {SIZE} \(`<new>`\)"):
+        generate(model, tokenizer, asks, Decoding(max_new_tokens=1))
+    assert len(generate(model, tokenizer, asks[:1], Decoding(max_new_tokens=1))) == 1

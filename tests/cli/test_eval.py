@@ -184,3 +184,19 @@ def test_a_story_model_on_real_data(evaluate, shared):
         "--json", model=model, data=sums,
     )  # fmt: skip
     assert figures(ran)["exact_match"] == 0.0 and ran.json["answers"]["examples"] == 3
+
+
+def test_an_encoder_is_no_language_model_to_measure_or_ask(lorica, bert, tmp_path):
+    """Its logits see the tokens that they are to predict, so a loss would mean nothing."""
+    from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+
+    encoder = tmp_path / "encoder"
+    BertLMHeadModel(BertConfig.from_pretrained(bert)).save_pretrained(encoder)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(encoder)
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "the cat", "labels": 1}\n{"text": "the dog", "labels": 0}\n')
+    ran = lorica("eval", "--model", encoder, "--data", data, "--task", "causal-lm")
+    assert ran.status != 0 and "is no causal language model" in ran.err, ran.err
+    assert "column `labels` looks like a classification" in ran.err
+    ran = lorica("generate", "--model", encoder, "--prompt", "the cat")
+    assert ran.status != 0 and "is no causal language model" in ran.err, ran.err

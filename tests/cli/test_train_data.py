@@ -105,6 +105,17 @@ def test_a_run_that_trains_nothing_is_an_error(train, text, tmp_path):
     assert ran.status == 0 and ran.json["steps"] == 36
 
 
+def test_a_run_without_an_optimizer_step_writes_nothing(train, tmp_path, monkeypatch):
+    """What the plan did not foresee is seen once the Trainer is done."""
+    from lorica.run.loop import RunTrainer
+
+    monkeypatch.setattr(RunTrainer, "train", lambda self, **_: None)
+    ran = train("--dataloader-drop-last", "--num-train-epochs", 1, steps=None)
+    assert ran.status == 1 and "no optimizer step was taken" in ran.err, ran.err
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
 def test_a_warm_up_of_one_step_is_none(train, tmp_path):
     for number, more in enumerate([(), ("--warmup-ratio", 0.1), ("--warmup-ratio", 0.01)]):
         ran = train(*more, out=f"a{number}")

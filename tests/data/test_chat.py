@@ -384,6 +384,10 @@ def test_the_date_of_a_template_can_be_given_again(tmp_path, chatting):
     for text in (
         TEMPLATES["dated"].text,
         TEMPLATES["dated"].text.replace("'%d %b %Y'", '"%d %b %Y"'),
+        # a computed format, and a macro that asks for the time
+        "{% set how = '%d ' ~ '%b %Y' %}" + TEMPLATES["dated"].text.replace("'%d %b %Y'", "how"),
+        "{% macro day(how) %}{{ strftime_now(format=how) }}{% endmacro %}"
+        + TEMPLATES["dated"].text.replace("strftime_now('%d %b %Y')", "day('%d %b %Y')"),
     ):
         chatting.chat_template = text
         made = prepared(tmp_path, chatting, row, now=datetime(2024, 7, 26))

@@ -339,6 +339,22 @@ def test_numbers_are_read_as_their_text(row, said, tmp_path, tokenizer):
     assert trained(made, tokenizer) == said and "three" in trained(made, tokenizer, 1)
 
 
+def test_whole_numbers_among_others_stay_whole(tmp_path, tokenizer):
+    rows = [{"prompt": "1+", "completion": value} for value in (3, 2.5, 4.0)]
+    made = prepare(read(put(tmp_path / "a.jsonl", lines(*rows))), tokenizer, max_length=32)
+    assert [trained(made, tokenizer, i) for i in range(3)] == ["3</s>", "2.5</s>", "4.0</s>"]
+    chats = [
+        {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": value}]}
+        for value in (3, 2.5)
+    ]
+    path = put(tmp_path / "b.jsonl", lines(*chats))
+    made = prepare(read(path), tokenizer, max_length=64, chat_template="plain")
+    assert [trained(made, tokenizer, i) for i in range(2)] == ["3</s>", "2.5</s>"]
+    figures = put(tmp_path / "c.jsonl", lines(*({"text": "a", "label": v} for v in (3, 2.5, 1))))
+    made = prepare(read(figures), tokenizer, max_length=16)
+    assert made.labels.regression and made.dataset["labels"][:] == [3, 2.5, 1]
+
+
 def test_numbers_in_messages(tmp_path, tokenizer):
     chat = [{"role": "user", "content": 4}, {"role": "assistant", "content": 2}]
     path = put(tmp_path / "a.jsonl", lines({"messages": chat}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,18 +86,23 @@ class Source:
         dtype: str,
         check_base: bool = True,
         merged: bool = False,
+        columns: Collection[str] = (),
     ) -> Loaded:
         """The model for a task, with the adapter attached (or merged: then there is no handle), on
         the device that there is.
 
+        Args:
+            columns: the data's, to say which of them look like a classification.
+
         Raises:
-            ValueError: weights that don't fit, or a part of the model that neither the checkpoint
-                nor the adapter has weights for.
+            ValueError: a causal language model that sees later tokens; weights that don't fit; a
+                part of the model that neither the checkpoint nor the adapter has weights for.
         """
         import torch
 
         import lorica
         from lorica import formats
+        from lorica.data import check_causal
         from lorica.formats.compressed import is_packed
         from lorica.model.targets import fresh_modules
         from lorica.run.load_model import load_model, set_padding
@@ -107,6 +112,8 @@ class Source:
         make = _unpacked if is_packed(self.model) else load_model
         model: Any = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
         set_padding(model, task, self.tokenizer)
+        if task == "causal-lm":
+            check_causal(model, columns)
         fresh = fresh_modules(model)
         adapters = None
         if self.adapter is not None:

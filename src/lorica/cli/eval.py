@@ -162,6 +162,7 @@ class _Work:
             labels=prepared.labels,
             dtype=options.dtype,
             check_base=not options.ignore_base_hash,
+            columns=self.dataset.column_names,
         )
         if options.compare_base:
             self._check_comparable(loaded.brought)

@@ -20,6 +20,7 @@ from datetime import datetime
 from functools import cache, cached_property
 from os.path import commonprefix
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Piece
@@ -49,7 +50,7 @@ BUILT_IN = {
 }
 _TOOLS = "{% if tools %}{{ 'Tools: ' }}{{ tools | tojson }}{{ '\\n\\n' }}{% endif %}"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1).)*)\1\s*\)""")
+_FLAGS = "-_0^#"  # of strftime's codes: `%-d`
 _STAND_INS = ("Qx7", "Zk9")  # contents that share no beginning and no end
 
 COMPLETION = frozenset({ASSISTANT})
@@ -380,7 +381,7 @@ class Format:
     @property
     def dated(self) -> bool:
         """Whether the template prints the time."""
-        return self.template is not None and "strftime_now" in self._source(None, undated=True)
+        return self.template is not None and "strftime_now" in self._source(None)
 
     def _check_written(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str
@@ -427,12 +428,13 @@ class Format:
 
         return str(self._guarded(messages, render))
 
-    def _source(self, tools: list[Any] | None, *, undated: bool = False) -> str:
-        """The template's text, with the time in it where that is fixed."""
+    def _source(self, tools: list[Any] | None) -> str:
+        """The template's text, with a clock of its own where the time is fixed."""
         text = self._template.text
         if text is None:
             text = str(self.tokenizer.get_chat_template(tools=tools))  # type: ignore[arg-type]
-        return text if undated or self.now is None else _at(text, self.now)
+        dated = self.now is not None and "strftime_now" in text
+        return _clock(self.now) + text if dated and self.now is not None else text
 
     def _guarded(self, messages: list[dict[str, Any]], render: Callable[[], Any]) -> Any:
         import jinja2
@@ -454,9 +456,25 @@ def _in(part: str, text: str) -> bool:
 
 
 @cache
-def _at(text: str, now: datetime) -> str:
-    """The template with its calls of the clock replaced by what they print at `now`."""
-    return _CLOCK.sub(lambda call: repr(now.strftime(call[2])), text)
+def _clock(now: datetime) -> str:
+    """A macro in the place of the machine's clock, as transformers hands templates no functions.
+
+    It ends in the newline that `trim_blocks` takes away, so the template behind it begins a line.
+    """
+    codes = [flag + letter for flag in ("", *_FLAGS) for letter in ascii_letters]
+    table = {"%%": "%", **{f"%{code}": now.strftime(f"%{code}") for code in codes}}
+    return (
+        "{% macro strftime_now(format) %}"
+        f"{{% set table = {table!r} %}}{{% set s = namespace(text='', code='') %}}"
+        "{% for c in format %}"
+        "{% if s.code %}{% set s.code = s.code ~ c %}"
+        "{% if s.code in table %}{% set s.text = s.text ~ table[s.code] %}{% set s.code = '' %}"
+        f"{{% elif c not in '{_FLAGS}' %}}"
+        "{% set s.text = s.text ~ s.code %}{% set s.code = '' %}{% endif %}"
+        "{% elif c == '%' %}{% set s.code = c %}"
+        "{% else %}{% set s.text = s.text ~ c %}{% endif %}"
+        "{% endfor %}{{ s.text ~ s.code }}{% endmacro %}\n"
+    )
 
 
 def template_of(

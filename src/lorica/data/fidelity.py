@@ -102,11 +102,15 @@ def check_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, embeddings: 
         if str(column.type).startswith(("list", "large_list")):
             most = max(most, compute.max(compute.list_flatten(column)).as_py() or 0)
     if most >= embeddings:
-        token = tokenizer.convert_ids_to_tokens(most)
-        raise ValueError(
-            f"The data has the token id {most} (`{token}`), and the model's table of embeddings "
-            f"ends at {embeddings - 1}: the tokenizer has {len(tokenizer)} tokens, and the model "
-            f"was not resized for them. Add the rows, `model.resize_token_embeddings("
-            f"{len(tokenizer)})`, save the model and name that folder, or take the tokenizer that "
-            "the model was published with."
-        )
+        raise ValueError(f"The data: {beyond(most, tokenizer, embeddings)}")
+
+
+def beyond(most: int, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> str:
+    """What to say of a token id that a model has no embedding for."""
+    token, size = tokenizer.convert_ids_to_tokens(most), len(tokenizer)
+    return (
+        f"it has the token id {most} (`{token}`), and the model's table of embeddings ends at"
+        f" {embeddings - 1}: the tokenizer has {size} tokens, and the model was not resized for"
+        f" them. Add the rows, `model.resize_token_embeddings({size})`, save the model and name"
+        " that folder, or take the tokenizer that the model was published with."
+    )

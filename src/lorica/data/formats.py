@@ -336,7 +336,9 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
     for index, value in enumerate(values):
         if value is not None:
             seen.setdefault(families.get(type(value), type(value).__name__), index)
-    if seen.keys() == {"number", "str"}:  # each stays what it is; a shape decides what it takes
+    kinds = {type(value) for value in values if value is not None}
+    # Each stays what it is (as a text 3 is `3`, not `3.0`); a shape decides what it takes.
+    if seen.keys() == {"number", "str"} or kinds == {int, float}:
         return pa.array([keep_as_json(value) for value in values], type=pa.string())
     if len(seen) > 1:
         one, other = list(seen.values())[:2]
@@ -356,7 +358,8 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
             ) from error
     try:
         array = pa.array(values)
-        if array.to_pylist() == values:
+        back = array.to_pylist()
+        if back == values and repr(back) == repr(values):  # 3 == 3.0, and they are other texts
             return array
     except UnicodeEncodeError as error:
         raise ValueError(

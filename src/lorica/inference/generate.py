@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorica.data.chat import COMPLETION, Format, template_of
 from lorica.data.encode import Added, Encoder, assembled
+from lorica.data.fidelity import beyond
 from lorica.data.lengths import longest
 from lorica.data.samples import (
     ASSISTANT,
@@ -404,7 +405,7 @@ def generate(
 
     Raises:
         ValueError: a prompt that leaves no room before the model's last position, or `on_text` for
-            more than one answer.
+            more than one answer; a token id that the model has no embedding for.
     """
     decoding = Decoding() if decoding is None else decoding
     if batch_size < 1:
@@ -417,6 +418,7 @@ def generate(
             f" {decoding.num_return_sequences} answer(s) each: one greedy or drawn answer of one"
             " prompt can be streamed. Leave it out"
         )
+    _check_ids(model, tokenizer, prompts)
     new = [room(model, tokenizer, prompt, decoding) for prompt in prompts]
     for prompt, tokens in zip(prompts, new, strict=True):
         if tokens < 1:
@@ -450,6 +452,17 @@ def generate(
                 if on_batch is not None:
                     on_batch(done, len(prompts))
     return answers
+
+
+def _check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> None:
+    """Refuses what would end in an IndexError, or on a GPU in a failed kernel."""
+    table: Any = model.get_input_embeddings()
+    embeddings = int(table.weight.shape[0])
+    for prompt in prompts:
+        if (most := max(prompt.ids)) >= embeddings:
+            raise ValueError(f"{prompt.place}: {beyond(most, tokenizer, embeddings)}")
 
 
 def room(
