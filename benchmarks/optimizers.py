@@ -167,7 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     count, layers = (3, 6) if options.quick else (options.rounds, 24)
-    others = [w for w in registry.names("optim") if w != BASELINE]
+    others = [w for w in registry.names("rules") if w != BASELINE]
     rules = [BASELINE, *(w for w in others if Recipe.parse(w).delta.wraps)]
 
     whole = rounds({rule: whole_step(rule) for rule in rules}, count)
