@@ -218,9 +218,9 @@ def provenance(folder: Path, options, tokens: int, seconds: float) -> str:
         )
     return f"""# Where this model comes from
 
-A Llama of {parameters:,} parameters, trained from random weights by this project on text that its
-own task world generates (`lorica.embedded`, the training side of the old tasks). No other data and no
-other model went into it. The weights are stored as float16; `config.json` asks for float32.
+A Llama of {parameters:,} parameters, trained from random weights by this project on text that it
+generates itself (`lorica.embedded`, the training side of the old tasks). No other data and no other
+model went into it. The weights are stored as float16; `config.json` asks for float32.
 
 - command: `python benchmarks/base_model.py --out DIR --seed {options.seed} \
 --steps {options.steps} --threads {options.threads}`

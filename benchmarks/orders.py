@@ -4,8 +4,8 @@
 
 One adapted layer alone, float32, forward and backward of every lawful order, interleaved, over a
 grid of sizes, tokens and ranks. The choice is made by counting multiplies
-(`lorica.methods.kernels.base.choose`); here its time stands beside that of the fastest order. A shape counts as
-met where the chosen one is within 3 % of it.
+(`lorica.methods.kernels.base.choose`); here its time is compared with that of the fastest order. A
+shape counts as met where the chosen one is within 3 % of it.
 """
 
 from __future__ import annotations

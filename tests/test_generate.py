@@ -1,4 +1,4 @@
-"""lorica.inference.generate: prompts are training's; batches, streams and merging change nothing."""
+"""Generation: prompts are training's; batches, streams and merging change nothing."""
 
 from __future__ import annotations
 

@@ -160,7 +160,8 @@ def test_no_input_of_the_test_side_is_trained_on():
 
 def test_the_import_is_light():
     code = (
-        "import sys; from lorica import world; embedded.generate('old', 9, seed=0); embedded.base_path();"
+        "import sys; from lorica import embedded; embedded.generate('old', 9, seed=0);"
+        "embedded.base_path();"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

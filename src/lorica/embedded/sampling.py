@@ -89,7 +89,8 @@ def generate(kind: str, n: int, *, seed: int, side: str = "train") -> list[dict[
         )
     if n < 0:
         raise ValueError(
-            f"`n` is {n} in lorica.embedded.generate; it must be 0 or more: type n={-n} for as many."
+            f"`n` is {n} in lorica.embedded.generate; it must be 0 or more: type n={-n} for as"
+            " many."
         )
     rng = Random(f"{kind}/{side}/{seed}")
     order: list[AbstractTask] = []

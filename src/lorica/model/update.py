@@ -50,7 +50,8 @@ class Update(nn.Module):
         if isinstance(A, DTensor):
             raise ValueError(
                 "finished updates cannot be kept as frozen factors in a model that is sharded,"
-                " since its parameters cannot grow; put them into the base instead, with `accumulate='base'`"
+                " since its parameters cannot grow; put them into the base instead, with"
+                " `accumulate='base'`"
             )
         device, dtype = A.device, self._dtype
         right, left = A.to(device, dtype), B.to(device, dtype)

@@ -306,8 +306,8 @@ def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
         why = f" ({scores.why})" if scores.why and not chosen else ""
         others = ", ".join(other for other in scores.names if other != name)
         logger.info(
-            f"the checkpoint with the {wanted} {name} is kept{why}; `--metric-for-best-model` also takes"
-            f" {others}"
+            f"the checkpoint with the {wanted} {name} is kept{why}; `--metric-for-best-model` also"
+            f" takes {others}"
         )
 
 

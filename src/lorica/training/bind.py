@@ -197,8 +197,8 @@ def bind(
     if not recipe.rule.made(optimizer):
         raise ValueError(
             f"this {type(optimizer).__name__} does not move parameters by `{recipe.rule.name}`, the"
-            f" rule of `{recipe.text()}`: make the optimizer with `lorica.optimizer(adapters, ...)`,"
-            " or leave the rule out of the method"
+            f" rule of `{recipe.text()}`: make the optimizer with `lorica.optimizer(adapters,"
+            " ...)`, or leave the rule out of the method"
         )
     schedules = [s.fit(total_steps) for s in recipe.schedules]
     sites = {t.site for t in adapters.trained()}

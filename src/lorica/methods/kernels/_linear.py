@@ -14,8 +14,8 @@ the Nmn of the product with W:
                outer    G = dYᵀ X; Bᵀ G, G Aᵀ                          Nmn + 2mnk
 
 These are f1, f2, b1, b3, b4, b5 of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; no other
-order of theirs is ever the cheapest. Forward saves only x for backward (and y before the scaling for g): V and x Aᵀ
-are formed again, a dropout mask is drawn again from its seed, and under autocast x is cast again,
+order of theirs is ever the cheapest. Forward saves only x for backward (and, for g, y before the
+scaling): V and x Aᵀ are formed again, a dropout mask is drawn again from its seed, and under autocast x is cast again,
 because layers share one x, and a cast copy for each layer would cost more memory.
 
 Products with g are folded into V or B where these are smaller than an activation. From the product
