@@ -15,8 +15,9 @@ the Nmn of the product with W:
 
 These are f1, f2, b1, b3, b4, b5 of Cherniuk et al., RunLoRA, arXiv 2312.03415, 2023; no other
 order of theirs is ever the cheapest. Forward saves only x for backward (and, for g, y before the
-scaling): V and x Aᵀ are formed again, a dropout mask is drawn again from its seed, and under autocast x is cast again,
-because layers share one x, and a cast copy for each layer would cost more memory.
+scaling): V and x Aᵀ are formed again, a dropout mask is drawn again from its seed, and under
+autocast x is cast again, because layers share one x, and a cast copy for each layer would cost more
+memory.
 
 Products with g are folded into V or B where these are smaller than an activation. From the product
 u = x Vᵀ, ∂L/∂g = Σ dY ∘ u; from the output of a layer without bias, ∂L/∂g = (Σ dY ∘ y) / g.
