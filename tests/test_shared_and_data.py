@@ -201,3 +201,9 @@ def test_ranks_of_a_file_come_before_the_recipes():
     adapters = lorica.attach(llama(), "lora", r=2, ranks=ranks, verbose=False)
     got = {n: (layer.site.r, layer.site.scale) for n, layer in adapters}
     assert got == {n: (r, 6.0 / r) for n, (r, _) in ranks.items()}
+
+
+def test_ranks_have_to_name_every_target():
+    with pytest.raises(ValueError, match=r"nothing for the target '.*k_proj' \(13 such.*exclude"):
+        ranks = {"model.layers.0.self_attn.q_proj": (2, 2.0)}
+        lorica.attach(llama(), "lora", r=2, ranks=ranks, verbose=False)

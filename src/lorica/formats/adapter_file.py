@@ -52,9 +52,11 @@ from lorica.formats.safe_files import (
 )
 from lorica.formats.stored_state import not_finite, state_of_ours, state_of_pefts, write_state
 from lorica.interfaces import Factors
+from lorica.methods.optional import RanksFromData
 from lorica.methods.ranks.base import first_match
 from lorica.model.adapters import Adapters
 from lorica.recipe.recipe import Recipe
+from lorica.text import shorten
 
 _SUFFIXES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",
@@ -67,12 +69,14 @@ class AttachAs(NamedTuple):
 
     Attributes:
         initialise: the start has to be computed from the base, as PEFT does when it loads the file.
+        ranks: (rank, alpha) of each layer, where they followed from data; None: the recipe says.
     """
 
     recipe: Recipe
     fresh: tuple[str, ...]
     dtype: torch.dtype
     initialise: bool
+    ranks: Mapping[str, tuple[int, float | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -329,7 +333,14 @@ class AdapterFile:
         sizes = [size for t in self.tensors.values() for size in t.shape]
         for layer in self.own.layers.values() if self.own is not None else ():
             sizes += [layer.in_features, layer.out_features]
-        rank, most = max([recipe.r or 0, *recipe.rank_pattern.values()]), max(sizes, default=0)
+        own = ranks_from_data(recipe, self.layers if self.own is not None else {}) or {}
+        ranks = [recipe.r or 0, *recipe.rank_pattern.values(), *(r for r, _ in own.values())]
+        rank, most = max(ranks), max(sizes, default=0)
+        if bad := [name for name, (r, _) in own.items() if r < 1]:
+            return (
+                f"{self.config_file}: the layer {shorten(bad[0])} has rank 0, where at least 1 is"
+                " expected; the file was changed. Copy the folder again from where it came"
+            )
         if rank <= most or self.form == "model":
             return None
         return (
@@ -357,7 +368,8 @@ class AdapterFile:
         if self.own is not None:
             recipe = self.own.parse_recipe(self.folder)
             check_patterns(patterns_of(self.own.recipe), plain_modules(model), self.config_file)
-            return AttachAs(recipe, self.own.fresh, self.own.torch_dtype, False)
+            ranks = ranks_from_data(recipe, self.own.layers)
+            return AttachAs(recipe, self.own.fresh, self.own.torch_dtype, False, ranks)
         recipe, frozen_start = recipe_for(model, self.plain[0], self.config_file)
         return AttachAs(recipe, (), torch.float32, frozen_start)
 
@@ -388,6 +400,20 @@ class AdapterFile:
             ValueError: see `state_for`; nothing is written then.
         """
         write_state(adapters, self.state_for(adapters))
+
+
+def ranks_from_data(
+    recipe: Recipe, layers: Mapping[str, LayerInfo]
+) -> dict[str, tuple[int, float | None]] | None:
+    """(rank, alpha) of each layer as it was saved, where the ranks followed from data and the
+    recipe can't tell them; None: it can."""
+    scale = recipe.scale
+    if not isinstance(recipe.rank, RanksFromData) or scale is None:
+        return None
+    return {
+        name: (layer.r, scale.alpha_for(layer.scale, max(layer.r, 1)))
+        for name, layer in layers.items()
+    }
 
 
 _ALWAYS = "write the number in, or save the adapter again with PEFT, which writes it always"

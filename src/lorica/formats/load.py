@@ -118,6 +118,7 @@ def _attach(model: nn.Module, file: AdapterFile, *, verbose: bool) -> Adapters:
             keep_base=True,  # so that an error in `load` leaves the model as it was
             verbose=verbose,
             initialise=wanted.initialise,
+            ranks=wanted.ranks,
         )
     except ValueError as error:
         base = file.base

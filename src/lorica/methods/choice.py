@@ -60,6 +60,7 @@ CAPABILITIES: dict[str, str] = {
     "row_wise": "an optimizer that moves a row or column of a factor by its own gradient alone",
     "diagonal": "a trained diagonal between the factors",
     "restarts": "a start that can be made again during training",
+    "input_components": "principal components of each layer's inputs, which an init has observed",
     "zero_start": "ΔW = 0 at the start without frozen factors",
     "keeps_function": "an event that leaves the model's function as it was",
     "sharded": "the same arithmetic on sharded tensors",

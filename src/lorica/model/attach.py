@@ -69,8 +69,8 @@ def attach(
         data: batches of the training data (keyword arguments of the model, labels included), for a
             start that is made from them; as many are read as it asks for. A model on the meta
             device needs none.
-        ranks: {module path: (rank, alpha)} of every target, instead of the recipe's choice of
-            ranks; for a load, where the file decides.
+        ranks: {module path: (rank, alpha)} that every target is built with, instead of the recipe's
+            choice of ranks; for a load, where the file decides.
         **fields: fields of `Recipe`, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Raises:
@@ -106,13 +106,15 @@ def attach(
     refuse(model, recipe, targets)
     sites: dict[str, Site] = {}
     if wraps:
-        sites = sites_of(model, recipe, targets, dtype, any_rank=not initialise, ranks=ranks)
+        sites = sites_of(
+            model, recipe, targets, dtype, any_rank=not initialise, ranks=ranks, as_built=True
+        )
     seen: Mapping[str, Any] = {}  # Any: what the init observed of each layer
     if initialise:
         seen = observe(model, recipe, targets, sites, data)
         if isinstance(recipe.rank, RanksFromData) and ranks is None and seen:
-            ranks = recipe.rank.assign_from(seen, sites, recipe)
-            sites = sites_of(model, recipe, targets, dtype, any_rank=False, ranks=ranks)
+            found = recipe.rank.assign_from(seen, sites, recipe)
+            sites = sites_of(model, recipe, targets, dtype, any_rank=False, ranks=found)
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -126,9 +128,12 @@ def attach(
             recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
         if isinstance(recipe.delta, SharesTensors):
             share(recipe.delta, layers, seeded(f"{recipe.seed}/shared"))
-        for name, layer in layers.items() if initialise else ():
-            start(layer, recipe, f"{recipe.seed}/{name}", seen.get(name))
-            refuse_idle(layer, recipe)
+        for name, layer in layers.items():
+            if initialise:
+                start(layer, recipe, f"{recipe.seed}/{name}", seen.get(name))
+                refuse_idle(layer, recipe)
+            else:
+                reserve(layer, recipe)
         wrapped = {n: TrainedModule(model.get_submodule(n), dtype) for n in targets.saved}
         wrapped |= bias_modules(model, recipe, targets, dtype)
         if keep_base and not adapters.base_unchanged and not in_place:
@@ -303,6 +308,14 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: Any = None) -> N
             update.delta.restart(0, seeded(key))
         if not on_meta:
             layer.combine.start(store, update)
+
+
+def reserve(layer: AdaptedLinear, recipe: Recipe) -> None:
+    """Make room for a start that is not zero, whose state a caller will write: a sharded model
+    cannot grow any more, and the summary counts what is there."""
+    pair, init = layer.update.delta.pair(), recipe.init
+    if pair is not None and init is not None and "zero_start" not in init.gives:
+        layer.update.add_frozen_(torch.zeros_like(pair.right()), torch.zeros_like(pair.B))
 
 
 # -- steps of attach

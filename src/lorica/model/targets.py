@@ -366,16 +366,17 @@ def check_ranks(recipe: Recipe, sites: Mapping[str, tuple[int, int, int]]) -> No
 
 def sites_of(
     model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, *, any_rank: bool,
-    ranks: Mapping[str, tuple[int, float | None]] | None = None,
+    ranks: Mapping[str, tuple[int, float | None]] | None = None, as_built: bool = False,
 ) -> dict[str, Site]:  # fmt: skip
     """Where each adapter will be: sizes, rank and scale of every target.
 
     Args:
         any_rank: let ranks above the layers' pass, for a caller whose file decides.
         ranks: {module path: (rank, alpha)}; default: the recipe's choice of ranks decides.
+        as_built: `ranks` are what the layers are built with, not what they shall end with.
 
     Raises:
-        ValueError: see `check_ranks`.
+        ValueError: see `check_ranks`; `ranks` that lack a target.
     """
     rank, scale, delta = recipe.rank, recipe.scale, recipe.delta
     assert rank is not None and scale is not None  # a delta that wraps meets their needs
@@ -383,6 +384,13 @@ def sites_of(
     given = dict.fromkeys(names, (0, None))  # the ranks where the delta takes none
     if "r" in recipe.takes:
         given = rank.assign(names, recipe) if ranks is None else ranks
+    if missing := [n for n in names if n not in given]:
+        raise ValueError(
+            f"`ranks` holds nothing for the target {missing[0]!r} ({len(missing)} such layer(s) of"
+            f" {len(names)}), and has to name every target; leave those out with `exclude_modules`,"
+            " or take the model that the ranks are of"
+        )
+    built_already = as_built and ranks is not None
     sites: dict[str, Site] = {}
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
@@ -393,7 +401,9 @@ def sites_of(
             store.lookup, wide if wide is torch.float64 else dtype, store.parameter.device,
             store.bias() is not None,
         )  # fmt: skip
-        built = delta.built_rank(site, recipe) if isinstance(delta, BuildsOtherRank) else r
+        built = r
+        if isinstance(delta, BuildsOtherRank) and not built_already:
+            built = delta.built_rank(site, recipe)
         if built != r:
             site = dataclasses.replace(site, r=built, scale=scale.factor(alpha, built))
         sites[name] = site
