@@ -604,3 +604,21 @@ def test_two_processes_equal_one(pretrain, tiny, shards, tmp_path, streaming):
     assert two["tokens"] == one.json["tokens"] and two["tokens_per_step"] == 8 * 16
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("words", [(), ("--streaming",)])
+@pytest.mark.parametrize("method", ["loraga(batches=2)", "eva(batches=2)"])
+def test_a_start_is_made_of_the_first_rows(pretrain, lorica, tmp_path, die, shards, method, words):
+    words = (*small(method), *words, "--save-steps", 2)
+    straight = pretrain(*words, out="straight", data=shards)
+    assert straight.status == 0, straight.err
+    assert f"`{method}` starts from 2 batches" in straight.err
+    die(3)
+    assert pretrain(*words, out="killed", data=shards).status == 1
+    die(None)
+    resumed = lorica("pretrain", "--output-dir", tmp_path / "killed", "--resume", "--json")
+    assert resumed.status == 0, resumed.err
+    assert same(tmp_path / "straight", tmp_path / "killed")
+    assert "starts from 2 batches" not in resumed.err
+    counted = pretrain(*words, "--dry-run", out="dry", data=shards)
+    assert counted.status == 0, counted.err  # from shapes alone

@@ -440,3 +440,47 @@ def test_what_is_done_at_the_end_alone_keeps_the_end(train, tmp_path, method):
     for more in (["--load-best-model-at-end"], ["--early-stopping-patience", 2]):
         ran = train(*words, *more, steps=8, out="other")
         assert ran.status == 2 and "at the end of a run only" in ran.err, ran.err
+
+
+def cut_off(monkeypatch, at: int) -> None:
+    """The power goes after this step."""
+    from lorica.run.log import RunLog
+
+    step_end = RunLog.on_step_end
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == at:
+            raise RuntimeError("the power went")
+        return step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunLog, "on_step_end", die)
+
+
+@pytest.mark.parametrize("method", ["loraga(batches=3)", "eva(batches=20)"])
+def test_a_start_is_made_of_training_rows_and_a_resumed_run_needs_none(
+    method, train, lorica, tmp_path, monkeypatch
+):
+    """20 batches of 4 are more than the 48 rows, which then come again."""
+    words = ("--method", method, "--r", 2, "--save-steps", 2)
+    straight = train(*words, out="straight")
+    assert straight.status == 0, straight.err
+    assert (
+        f"`{method}` starts from" in straight.err and "batches of 4 training rows" in straight.err
+    )
+    other = train(*words, "--seed", 7, out="other")
+    assert other.json["adapter_sha256"] != straight.json["adapter_sha256"]
+
+    cut_off(monkeypatch, 3)
+    assert train(*words, out="killed").status == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def refuse(*args):
+        raise AssertionError("a resumed run has its start in the checkpoint")
+
+    monkeypatch.setattr("lorica.model.attach.observe", refuse)
+    resumed = lorica("train", "--output-dir", tmp_path / "killed", "--resume", "--json")
+    assert resumed.status == 0, resumed.err
+    assert resumed.json["adapter_sha256"] == straight.json["adapter_sha256"]
+    assert resumed.json["loss"] == straight.json["loss"]
+    assert resumed.json["summary"] == straight.json["summary"]

@@ -350,6 +350,7 @@ def load_model(plan: FineTuning) -> None:
     import lorica
     from lorica.data import check_causal, check_isolation
     from lorica.run import load_model as loading
+    from lorica.run.start_from_data import attach_options
 
     options, data = plan.options, plan.data
     model: Any = loading.load_model(
@@ -375,7 +376,8 @@ def load_model(plan: FineTuning) -> None:
     plan.model, plan.collator = model, collator
     if options.adapter is None:
         assert plan.recipe is not None
-        plan.adapters = lorica.attach(model, plan.recipe)
+        start = attach_options(plan, lambda _: data.train.dataset)
+        plan.adapters = lorica.attach(model, plan.recipe, **start)
     else:
         _load_adapter(plan, options.adapter)
     if options.learning_rate is not None:

@@ -28,6 +28,7 @@ from lorica.run.pretrain_data import PretrainingData, read_text
 from lorica.run.start import started
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.optim import Optimizer
     from transformers import TrainerCallback
 
@@ -130,6 +131,7 @@ def build_model(plan: Pretraining) -> None:
     import lorica
     from lorica.data.stream import collate
     from lorica.run.cost import count
+    from lorica.run.start_from_data import attach_options
 
     options = plan.options
     how: dict[str, Any] = {"dtype": torch.float32}
@@ -142,13 +144,22 @@ def build_model(plan: Pretraining) -> None:
     assert plan.recipe is not None
     plan.model, plan.collator = model, collate
     plan.pad_token_id, plan.parameters = model.config.pad_token_id, count(model)
-    plan.adapters = lorica.attach(model, plan.recipe, fresh=(), verbose=False)
+    start = attach_options(plan, lambda count: _pool(plan.data, count))
+    plan.adapters = lorica.attach(model, plan.recipe, fresh=(), verbose=False, **start)
     defaults = plan.adapters.summary.defaults
     defaults.pop("learning_rate", None)  # of its parts some are for fine-tuning
     if options.learning_rate is None:
         rate = plan.arguments.learning_rate
         defaults["learning_rate"] = {"value": rate, "from": plan.rate_from}
     _describe(plan)
+
+
+def _pool(data: PretrainingData, count: int) -> np.ndarray:
+    """Rows to draw a few batches from: all, or of a stream the first."""
+    if data.streamed is not None:
+        return data.streamed.head(count)
+    assert data.rows is not None
+    return data.rows
 
 
 def _describe(plan: Pretraining) -> None:
