@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -142,6 +143,21 @@ def test_things_are_declared_not_looked_for():
             assert not (isinstance(node, ast.Name) and node.id == "hasattr"), (
                 f"{path}:{node.lineno}"
             )
+
+
+def test_imports_run_one_way():
+    """The contracts of pyproject.toml, on the very sources that the suite runs."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE.parent)}
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+    ]
+    ran = subprocess.run(
+        [*command, "--no-cache"], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "0 broken" in ran.stdout, ran.stdout + ran.stderr
 
 
 # -- what users see --------------------------------------------------------------------------------
