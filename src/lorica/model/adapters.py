@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorica.interfaces import Pair, Trained
+from lorica.interfaces import Batch, Outputs, Pair, Trained
 from lorica.methods.groups.base import at_own_rate
 from lorica.methods.objectives.base import Context
 from lorica.methods.optional import Reweights, TrainsBase
@@ -141,7 +141,7 @@ class Adapters:
 
     # -- loss and reference
 
-    def loss(self, outputs: Any, batch: Any = None, *, share: float = 1.0) -> Tensor:
+    def loss(self, outputs: Outputs, batch: Batch | None = None, *, share: float = 1.0) -> Tensor:
         """The task's loss (`outputs["loss"]`, 0-d) with the recipe's objectives applied.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lorica.interfaces import Site
+from lorica.interfaces import Batch, Site
 from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, StartsFromData
 from lorica.model.adapters import HANDLE, Adapters
 from lorica.model.bases.base import AbstractBase
@@ -46,7 +46,7 @@ def attach(
     keep_base: bool = False,
     verbose: bool = True,
     initialise: bool = True,
-    data: Iterable[Mapping[str, Any]] | None = None,  # Any: a model's inputs
+    data: Iterable[Batch] | None = None,
     ranks: Mapping[str, tuple[int, float | None]] | None = None,
     **fields: Any,  # Any: of `Recipe`
 ) -> Adapters:
@@ -215,8 +215,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 def observe(
     model: nn.Module, recipe: Recipe, targets: Targets, sites: Mapping[str, Site],
-    data: Iterable[Mapping[str, Any]] | None,
-) -> Mapping[str, Any]:  # fmt: skip
+    data: Iterable[Batch] | None,
+) -> Mapping[str, Any]:  # fmt: skip  # Any: as each init needs it
     """What the recipe's init reads off a few batches, {module path: ...}; nothing for most inits,
     and for a model on the meta device.
 
@@ -281,7 +281,7 @@ def share(
         layer.update.delta.register_shared(made[device, dtype])
 
 
-def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: Any = None) -> None:
+def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -> None:
     """Fill a new layer's pair, freeze the negative of a start that is not zero beside it, and let
     the combine begin.
 

@@ -17,10 +17,12 @@ from lorica.methods.choice import AXES, Choice
 from lorica.recipe.registry import axis_of, build, normalise, unknown
 from lorica.text import cut
 
+Arguments = Mapping[str, Any]  # Any: each method has arguments of its own
+Part = tuple[str, dict[str, Any]]  # a name and its arguments; Any: as above
 _PART = re.compile(r"\s*([A-Za-z][\w-]*(?:\.[\w-]+)?)\s*(?:\((.*)\))?\s*", re.S)
 
 
-def choices_of(method: str | Mapping[str, Any]) -> dict[str, Any]:
+def choices_of(method: str | Arguments) -> dict[str, Any]:
     """Fields of `Recipe` that `method`, a text or a mapping {name: {argument: value}}, fills.
 
     Raises:
@@ -33,7 +35,7 @@ def choices_of(method: str | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(cut(str(error))) from None
 
 
-def _parts(method: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _parts(method: str | Arguments) -> list[Part]:
     if isinstance(method, Mapping):
         return [(str(name), dict(arguments or {})) for name, arguments in method.items()]
     if not method.strip():
@@ -50,7 +52,7 @@ def _parts(method: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [_part(part, method) for part in parts]
 
 
-def _part(part: str, method: str) -> tuple[str, dict[str, Any]]:
+def _part(part: str, method: str) -> Part:
     match = _PART.fullmatch(part)
     if match is None:
         raise ValueError(
@@ -82,7 +84,7 @@ def _place(text: str) -> tuple[str, str]:
     return axis, name
 
 
-def _choices(given: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def _choices(given: list[Part]) -> dict[str, Any]:
     """Fields of Recipe from names: the user's first, then those that a method's preset adds."""
     by_axis: dict[str, list[Choice]] = {}
     for name, arguments in given:

@@ -12,9 +12,8 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import lorica.methods
 from lorica.methods.choice import AXES, CAPABILITIES, Choice, source
@@ -83,7 +82,7 @@ def unknown(name: str) -> str:
     return f"unknown method `{name}`: {hint} Known methods: {', '.join(sorted(every))}"
 
 
-def build(name: str, arguments: Mapping[str, Any], axis: str | None = None) -> Choice:
+def build(name: str, arguments: Mapping[str, object], axis: str | None = None) -> Choice:
     """Make the choice.
 
     Raises:
@@ -100,4 +99,5 @@ def build(name: str, arguments: Mapping[str, Any], axis: str | None = None) -> C
             raise ValueError(
                 f"`{name}` has no argument `{argument}`; its arguments: {allowed}. Instead {hint}"
             )
-    return cls(**arguments)
+    make: Callable[..., Choice] = cls
+    return make(**arguments)

@@ -16,7 +16,7 @@ from typing import Any
 from lorica.interfaces import AdaptersLike, TrainingLike
 from lorica.methods.choice import Choice
 from lorica.methods.fields import number
-from lorica.methods.schedules.base import AbstractSchedule
+from lorica.methods.schedules.base import AbstractSchedule, State
 
 
 def factors(choice: Choice, adapters: AdaptersLike) -> tuple[float, float]:
@@ -82,11 +82,11 @@ class MovingWeights(AbstractSchedule):
         return {"falls": falls, "comes": comes}
 
     # Any: as the axis declares it
-    def after_step(self, state: dict[str, Any], training: TrainingLike) -> None:
+    def after_step(self, state: State, training: TrainingLike) -> None:
         part = (training.step + 1) / training.total_steps if training.total_steps else 0.0
         state["falls"], state["comes"] = self.at(part)
         self.restore(state, training)
 
     # Any: as the axis declares it
-    def restore(self, state: dict[str, Any], training: TrainingLike) -> None:
+    def restore(self, state: State, training: TrainingLike) -> None:
         training.adapters.signals[self.name] = state["falls"], state["comes"]
