@@ -112,8 +112,6 @@ class Source:
         make = _unpacked if is_packed(self.model) else load_model
         model: Any = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
         set_padding(model, task, self.tokenizer)
-        if task == "causal-lm":
-            check_causal(model, columns)
         fresh = fresh_modules(model)
         adapters = None
         if self.adapter is not None:
@@ -132,6 +130,8 @@ class Source:
                 )
                 + f"A model trained for {task} is wanted, or an adapter that brings these"
             )
+        if task == "causal-lm":
+            check_causal(model, columns)
         if merged:
             model = lorica.merge(model)
             adapters = None
