@@ -79,7 +79,7 @@ def test_exclude_and_layers():
     ({"exclude_modules": r".*"}, ["no module is left to adapt after `exclude_modules`"]),
     ({"layers_to_transform": [7]}, ["no target module in block 7", "blocks: [0, 1]"]),
     ({"rank_pattern": {"proj": 2}}, ["`rank_pattern` has 'proj'", "matches none of the 14",
-                                     "on whole components", "q_proj"]),
+                                     "whole components of it", "q_proj"]),
     ({"alpha_pattern": {"lm_head": 2}}, ["`alpha_pattern` has 'lm_head'"]),
     ({"modules_to_save": ["headd"]}, ["`modules_to_save`: 'headd'", "did you mean"]),
     ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},

@@ -138,7 +138,7 @@ def test_draws_are_deterministic_balanced_and_prefix_stable(kind, side):
 
 
 def test_draws_are_the_same_in_another_process():
-    code = "from lorica import world; print(embedded.generate('old', 40, seed=5, side='test'))"
+    code = "from lorica import embedded; print(embedded.generate('old', 40, seed=5, side='test'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(embedded.generate("old", 40, seed=5, side="test"))
 

@@ -404,7 +404,9 @@ def test_refusals_of_runs_and_places():
     with pytest.raises(ValueError, match="is not one step"):
         PcLora(fade=0.01).fit(20)
     model = llama(num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"'model\.embed_tokens'.*looks rows up"):
+    with pytest.raises(
+        ValueError, match=r"'model\.embed_tokens' is an embedding.*`fade` needs an input vector"
+    ):
         lorica.attach(model, "fade", r=4, target_modules=["embed_tokens"], verbose=False)
     two = lorica.attach(model, "pclora(alpha=0.1)+distillation(alpha=0.5)", r=4, verbose=False)
     with pytest.raises(ValueError, match="two weights"):

@@ -453,8 +453,8 @@ def test_ids_that_the_tokenizer_has_not(subjects, tmp_path):
 @pytest.mark.parametrize(
     "labels, match",
     [
-        (["20261122", "3"], "can't teach so many"),
-        ([10**9, 0], "can't teach so many"),
+        (["20261122", "3"], "can't teach 2"),
+        ([10**9, 0], "can't teach 2"),
     ],
 )
 def test_a_class_for_every_number_up_to_a_huge_one(labels, match):

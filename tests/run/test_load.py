@@ -24,7 +24,7 @@ import lorica
 from lorica import formats
 from lorica.data.lengths import longest
 from lorica.run.load_model import _task, load_base
-from lorica.run.token_weighting import TokenWeighted
+from lorica.run.token_weighting import counted_labels
 from models import llama
 
 
@@ -73,6 +73,6 @@ def test_an_adapter_of_the_hub_finds_the_bases_tokenizer(tmp_path: Path, monkeyp
 def test_a_trainer_that_does_not_say_shifts_no_labels():
     labels = torch.tensor([[3, 4, -100]])
     older: Any = SimpleNamespace()
-    assert TokenWeighted._labels(older, {"labels": labels}) == 2
+    assert counted_labels(older, {"labels": labels}) == 2
     newer: Any = SimpleNamespace(_loss_shifts_labels=True)
-    assert TokenWeighted._labels(newer, {"labels": labels}) == 1
+    assert counted_labels(newer, {"labels": labels}) == 1

@@ -108,7 +108,7 @@ def read(
     given = tuple(header) if header is not None else None
     options = Options(given, txt_split, table=bool(columns) and not Path(source).is_dir())
     if is_embedded(source):
-        _check_options([Path(source)], options)
+        _check_options([Path(source)], options, tables=False)
         dataset = embedded(str(source), split, max_samples)
     elif _is_local(source):
         dataset = _local(source, split, options)
@@ -380,11 +380,15 @@ def _split_of(file: Path, folder: Path) -> str | None:
     return None
 
 
-def _check_options(files: list[Path], options: Options) -> None:
-    """An option that no file has a use for was meant for something else."""
+def _check_options(files: list[Path], options: Options, *, tables: bool = True) -> None:
+    """An option that no file has a use for was meant for something else.
+
+    Args:
+        tables: False: none of them is a table, whatever its name.
+    """
     suffixes = {suffix_of(file)[0] for file in files}
-    tables = any(is_table(file, options) for file in files) or suffixes & {".csv", ".tsv"}
-    if options.header is not None and not tables:
+    found = any(is_table(file, options) for file in files) or suffixes & {".csv", ".tsv"}
+    if options.header is not None and not (tables and found):
         raise ValueError(
             f"`header` was given for {files[0]}: only tables, such as .csv and .tsv files, can "
             "lack a header line. Leave it out; to rename columns use `columns`."

@@ -110,6 +110,8 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative, in which saved products are constants
             formed = None
             g = None if gain is None else _apart_from_zero(gain, ctx.rest[-1])
+            if u is not None and x is not None:
+                u = None  # formed again from x, with its derivative
             if h is not None or u is not None:
                 raise RuntimeError(
                     "this layer saved a product for backward, which a second derivative would"
