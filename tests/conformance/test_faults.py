@@ -25,7 +25,7 @@ TESTS = Path(__file__).parents[1]
 TABLE = TESTS.parent / "build" / "faults.tsv"
 
 
-def tests_of(word: str) -> Path | None:
+def own_tests(word: str) -> Path | None:
     """The file with the method's name, or that of another method which cites the same paper."""
     papers = {w: set(registry.source(registry.find(w)).bibtex) for _, w in every()}
     family = [word, *(w for w in sorted(papers) if papers[w] & papers[word])]
@@ -33,12 +33,12 @@ def tests_of(word: str) -> Path | None:
     return next((path for path in paths if papers[word] and path.exists()), None)
 
 
-CELLS = [(w, name) for _, w in every() if tests_of(w) for name in faults_of(w)]
+CELLS = [(w, name) for _, w in every() if own_tests(w) for name in faults_of(w)]
 
 
 def cell(word: str, name: str) -> dict[str, Any]:
     """What the plugin reports of a run of the method's tests with the fault in place."""
-    path = tests_of(word)
+    path = own_tests(word)
     assert path is not None
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
