@@ -53,6 +53,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
+from lorica.methods.optional import StartsFromData
 from lorica.recipe import registry
 
 RUN = 60  # steps over which the optimizer's step is averaged
@@ -99,6 +100,12 @@ class Part:
             model: Any = LlamaForCausalLM(config)
         return model.to(self.dtype)
 
+    def batch(self, seed: int) -> dict[str, torch.Tensor]:
+        """Random tokens, their own labels."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 2048, (self.rows, self.tokens), generator=generator).to(self.device)
+        return {"input_ids": ids, "labels": ids}
+
     def __str__(self) -> str:
         kind = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         kind += ", bfloat16 autocast" if self.autocast else ""
@@ -132,9 +139,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.net.train()
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(0, 2048, (self.part.rows, self.part.tokens), generator=generator)
-        self.ids = ids.to(self.part.device)
+        self.ids = self.part.batch(1)["input_ids"]
 
     def step(self) -> None:
         self.gradients()
@@ -407,6 +412,8 @@ def ours(part: Part, method: str, r: int | None, **fields: Any) -> Runner:
     fixed = any(c.only_r is not None for c in recipe.choices)
     if r is not None and "r" in recipe.takes and not fixed:
         fields["r"] = r
+    if isinstance(recipe.init, StartsFromData):
+        fields["data"] = [part.batch(seed) for seed in range(recipe.init.batches)]
     adapters = lorica.attach(net, method, verbose=False, **fields)
     optimizer = lorica.optimizer(adapters, lr=1e-4, total_steps=RUN)
     stir(adapters)

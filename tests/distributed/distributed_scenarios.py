@@ -36,6 +36,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import lorica
 from lorica.interfaces import Pair
 from lorica.methods.inits.base import fill_
+from lorica.methods.optional import StartsFromData
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.recipe import registry
 from lorica.recipe.recipe import Recipe
@@ -588,6 +589,50 @@ def ddp_follows_one_process() -> None:
     for method in ("lora", "dora+olora"):
         _follows(method, wrap=_ddp)
         _follows(method, wrap=_ddp, dtype=torch.float32, atol=1e-5, schedules=())
+
+
+@_on(2)
+def starts_from_data_are_the_same_on_every_process() -> None:
+    """From batches of each process' own, and from the same ones on all, which is then the start
+    that one process makes."""
+    torch.manual_seed(0)
+    model = _llama()
+    for word in registry.names("inits"):
+        kind = registry.find(word)
+        if not issubclass(kind, StartsFromData):
+            continue
+
+        def begin(first: int, word: str = word) -> dict[str, Tensor]:
+            ids = [_tokens(i) for i in range(first, first + 3)]
+            seen = [{"input_ids": i, "labels": i} for i in ids]
+            method = f"{word}(batches=3)"
+            base = copy.deepcopy(model)
+            adapters = lorica.attach(base, method, r=3, data=seen, verbose=False)
+            pairs = {n: (p.A.detach(), p.B.detach()) for n, p in adapters.pairs()}
+            return {f"{n}.{i}": t for n, both in pairs.items() for i, t in enumerate(both)}
+
+        own = begin(10 * dist.get_rank())
+        for other in _on_every_process(own):
+            _equal_states(other, own, 0)
+        same = begin(0)
+        alone = _on_every_process(same)[0]
+        _equal_states(same, alone, 0)
+        assert any(t.shape != own[n].shape or not torch.equal(t, own[n]) for n, t in same.items())
+        world = dtensor_ops.dist.get_world_size
+        try:
+            dtensor_ops.dist.get_world_size = lambda *_: 1  # as if there were one process
+            single = begin(0)
+        finally:
+            dtensor_ops.dist.get_world_size = world
+        for name, t in single.items():  # signs are free
+            _same(t.abs(), same[name].abs(), f"{word} {name}", atol=1e-3 * float(t.abs().max() + 1))
+
+
+@_on(2)
+def tensors_of_every_process_are_stacked() -> None:
+    rank = dist.get_rank()
+    got = dtensor_ops.gather_processes(torch.full((2, 3), float(rank)))
+    assert got.shape == (2, 2, 3) and got[:, 0, 0].tolist() == [0.0, 1.0]
 
 
 INTERVALS = ("every", "interval", "update_proj_gap", "deltaT")

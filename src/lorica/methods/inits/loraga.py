@@ -15,7 +15,7 @@ bytes and the layer carries −B₀, A₀. The gradient is taken in evaluation m
 (there: in training mode).
 
 G is never held for all layers: they are taken in groups of 1 GiB in float32, and each group has a
-backward of its own through every batch.
+backward of its own through every batch (at the peak, a batch's gradients and their sum: 2 GiB).
 """
 
 from __future__ import annotations
