@@ -140,7 +140,7 @@ _METHODS = "lorica.methods."
 
 
 def method_name(cls: type) -> str:
-    """The name of the file, or of the folder, that a choice's class stands in.
+    """The name of the file, or of the folder, that holds a choice's class.
 
     Example:
         >>> from lorica.methods.combine.dora import Dora

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorica.run.trainer import TrainerMixin as TrainerMixin
 
 
-def __getattr__(name: str) -> Any:  # transformers' Trainer is heavy: imported by whoever needs it
+def __getattr__(name: str) -> Any:  # transformers' Trainer is heavy: imported on first use
     if name not in _WHERE:
         raise AttributeError(f"module 'lorica.run' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,1 +1,1 @@
-"""PEFT's files: written where PEFT's formula is exact, read whoever wrote them."""
+"""PEFT's files: written where PEFT's formula is exact, read whichever program wrote them."""

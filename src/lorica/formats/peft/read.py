@@ -175,7 +175,7 @@ def spare(adapters: Adapters, tensors: Mapping[str, Tensor], used: set[str]) -> 
                 problems.append(f"{key} differs from {PREFIX}{owner}.{leaf}")
             continue
         if wrapper == "original_module" and owner in adapters.saved:
-            continue  # what the trained copy stands in for
+            continue  # the frozen original of a trained copy
         frozen = dict(module.named_parameters(recurse=False)) if module is not None else {}
         if wrapper != "base_layer" or leaf not in frozen:
             problems.append(f"{key} belongs to nothing in this model")

@@ -98,7 +98,7 @@ def config(
 
     The user's r, alpha and `use_rslora` stay where they are true of the file; where something is
     frozen, or s differs between layers, alpha = s·rank is written for each layer. `ranks` and
-    `scales` (of every layer) stand for the adapters' own where the factors were written otherwise.
+    `scales` (of every layer) replace the adapters' own where the factors were written otherwise.
     """
     recipe = adapters.recipe
     if ranks is not None and scales is not None:

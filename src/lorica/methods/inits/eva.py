@@ -333,7 +333,7 @@ class _Reader:
         return self._followed.get(name, name)
 
     def unconverged(self, needed: Mapping[str, int]) -> list[str]:
-        """Leads whose first components, so many, are not all converged."""
+        """Leads whose first `needed` components have not all converged."""
         out: list[str] = []
         for name in self.leads:
             cosines = self._cosines.get(name)
