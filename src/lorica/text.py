@@ -1,11 +1,14 @@
-"""Text of error messages: what they quote, cut to what a person reads, and what they suggest."""
+"""Text of error messages: what they quote, cut to what a person reads, and what they suggest; and
+whether a text can name a file at all."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 _LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
@@ -55,6 +58,35 @@ def nearest(name: str, known: Iterable[str], *, flag: bool = False) -> str:
         return ""
     found = spelt[close[0]]
     return f" Did you mean `{'--' + found.replace('_', '-') if flag else found}`?"
+
+
+def to_path(name: str | Path) -> Path:
+    """The path that a text names, `~` replaced. Whether something lies there is not asked.
+
+    Raises:
+        ValueError: no file can have this name. The operating system's own errors about it would
+            come from wherever the path is first looked at.
+
+    Example:
+        >>> to_path("~nobody-of-this-name/rows.csv")
+        Traceback (most recent call last):
+            ...
+        ValueError: '~nobody-of-this-name/rows.csv': `~` names no user here. Check the name
+    """
+    text = str(name)
+    fault = None
+    if CONTROL.search(text):
+        fault = "a path is of printable characters"
+    elif any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
+        fault = "a part of a path has at most 255 bytes"
+    elif len(os.fsencode(text)) > 4000:
+        fault = "a path has at most 4,000 bytes"
+    else:
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            fault = "`~` names no user here"
+    raise ValueError(f"{shorten(text)}: {fault}. Check the name")
 
 
 def no_memory(error: BaseException) -> bool:

@@ -365,11 +365,43 @@ def test_rows_that_no_reader_can_take(tmp_path, name, data, match):
     assert type(error.value) is ValueError and str(tmp_path / name) in str(error.value)
 
 
-def test_a_name_that_is_none():
-    for name in ("\ud800", "a\x1b[2J.jsonl"):
-        with pytest.raises(ValueError, match="is of printable characters") as error:
-            read(name)
-        assert str(error.value).isascii()
+NO_PATHS = {
+    "a" * 300: "at most 255 bytes",
+    "d/" * 3000 + "d": "at most 4,000 bytes",
+    "~nobody-of-this-name/a": "names no user here",
+    "a\x00b": "printable characters",
+    "a\x1b[2J.jsonl": "printable characters",
+    "\ud800": "printable characters",
+}
+
+
+@pytest.mark.parametrize("name", NO_PATHS, ids=range(len(NO_PATHS)))
+def test_a_name_that_no_file_can_have(name, tmp_path, monkeypatch):
+    """The operating system's own error came from wherever the path was first looked at."""
+    from lorica.data.chat import template_of
+    from lorica.data.stream import has_txt
+    from lorica.run.options import PATH, PATHS, TrainOptions, UsageError
+    from lorica.run.options.kinds import RESUME
+
+    monkeypatch.chdir(tmp_path)
+    adapters = lorica.attach(models.llama(), "lora", r=2, verbose=False)
+    how = {"method": "lora", "r": 2}
+    for use in (
+        lambda: read(name), lambda: has_txt([name]), lambda: lorica.load(models.llama(), name),
+        lambda: lorica.save(adapters, name), lambda: load_model.check_source(name),
+        lambda: template_of(None, name, starts=False), lambda: PATH.from_yaml(name),
+        lambda: PATHS.from_yaml([name]), lambda: RESUME.from_yaml(name),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=NO_PATHS[name]) as error:
+            use()
+        assert type(error.value) is ValueError and str(error.value).isascii()
+    for field in ("deepspeed", "fsdp_config", "accelerator_config"):
+        with pytest.raises(UsageError, match=NO_PATHS[name]):
+            TrainOptions(**how, further={field: name}).check()
+    for field in ("output_dir", "data", "model", "eval_data", "adapter"):
+        with pytest.raises(UsageError, match=NO_PATHS[name]):
+            TrainOptions(**how, **{field: name}).check()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_arrow_says_is_printable(tmp_path):

@@ -16,6 +16,7 @@ from yaml.composer import ComposerError
 from lorica.cli import _help
 from lorica.cli._outcome import VerbOptions
 from lorica.run.options import Kind, UsageError, Word, elsewhere, kinds
+from lorica.text import to_path
 
 O = TypeVar("O", bound=VerbOptions)  # noqa: E741
 _POSITIONAL = getattr(tyro.conf.Positional[str], "__metadata__")[0]  # noqa: B009
@@ -143,7 +144,7 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
             twice.
     """
     try:
-        with open(file.expanduser(), encoding="utf-8", opener=_at_once) as open_file:
+        with open(to_path(file), encoding="utf-8", opener=_at_once) as open_file:
             text = open_file.read(LONGEST + 1)
             if not text and stat.S_ISFIFO(os.fstat(open_file.fileno()).st_mode):
                 raise UsageError(
@@ -155,8 +156,12 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
                 f"cannot read {file}: it has more than {LONGEST:,} characters, and no run needs"
                 " that many. A YAML file may stand first; options begin with `--`"
             )
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).split(". ")[0]
+        if isinstance(error, UnicodeDecodeError):
+            reason = "it is no UTF-8 text"
         raise UsageError(
             f"cannot read {file}: {reason}. A YAML file may stand first; options begin with `--`"
         ) from None

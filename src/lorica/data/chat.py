@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, cached_property
 from os.path import commonprefix
-from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Piece
 from lorica.data.turns import READ, REASONING, ROLES
 from lorica.data.words import excerpt, listing
-from lorica.text import nearest
+from lorica.text import nearest, to_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -503,7 +502,7 @@ def template_of(
         return Template(chosen, bos + _TOOLS + BUILT_IN[chosen], False)
     name, text = "given", chosen
     if "{" not in chosen:
-        path = Path(chosen).expanduser()
+        path = to_path(chosen)
         if not path.is_file():
             names = [*BUILT_IN, "none"]
             raise ValueError(

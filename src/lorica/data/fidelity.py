@@ -28,7 +28,8 @@ class Loss:
 
     Attributes:
         share: of all characters that are no white space, 0 to 1.
-        characters: those that are lost most often, at most 10.
+        characters: those that are lost most often, at most 10; one that can't be printed is
+            written as Python does.
     """
 
     share: float
@@ -72,7 +73,10 @@ def text_loss(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Loss:
         before = _plain(text)
         total += len(before)
         lost += Counter(before) - Counter(_plain(back))
-    common = " ".join(character for character, _ in lost.most_common(10))
+    common = " ".join(
+        character if character.isprintable() else ascii(character)[1:-1]
+        for character, _ in lost.most_common(10)
+    )
     return Loss(sum(lost.values()) / max(total, 1), common)
 
 

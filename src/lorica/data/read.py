@@ -28,7 +28,7 @@ from lorica.data.formats import (
 from lorica.data.words import INDEX, listing, visible
 from lorica.embedded.source import dataset as embedded
 from lorica.embedded.source import is_embedded
-from lorica.text import nearest
+from lorica.text import nearest, to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,11 +100,7 @@ def read(
             f"`txt_split` is {txt_split!r} for {source}: it must be one of {listing(TXT_SPLITS)}."
             + nearest(txt_split, TXT_SPLITS)
         )
-    if not str(source).isprintable():
-        raise ValueError(
-            f"{ascii(str(source))} was given as data: a path or a hub id is of printable "
-            "characters. Check the name, or rename the file."
-        )
+    to_path(source)
     given = tuple(header) if header is not None else None
     options = Options(given, txt_split, table=bool(columns) and not Path(source).is_dir())
     if is_embedded(source):
@@ -230,7 +226,7 @@ def _first(dataset: Dataset, limit: int | None) -> Dataset:
 
 def _is_local(source: str | Path) -> bool:
     """Whether `source` means a path: it exists, or it looks like nothing but one."""
-    path = Path(source).expanduser()
+    path = to_path(source)
     if isinstance(source, Path) or path.exists():
         return True
     text = str(source)
@@ -242,7 +238,7 @@ def _is_local(source: str | Path) -> bool:
 def _local(source: str | Path, split: str | None, options: Options) -> Dataset:
     import datasets
 
-    path = Path(source).expanduser()
+    path = to_path(source)
     if not path.exists():
         raise ValueError(_missing(path))
     inside: dict[Path, bytes] = {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorica.data.chat import COMPLETION, Format, template_of
@@ -21,6 +20,7 @@ from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import Shape, detect
 from lorica.data.words import strings
 from lorica.embedded.source import TEST, TRAIN, is_embedded
+from lorica.text import to_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,7 +201,7 @@ def has_txt(sources: Sequence[str]) -> bool:
 
 
 def _is_txt(source: str) -> bool:
-    path = Path(source).expanduser()
+    path = to_path(source)
     files = data_files(path) if path.is_dir() else [path]
     return any(suffix_of(file)[0] == ".txt" for file in files)
 

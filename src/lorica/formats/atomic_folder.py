@@ -16,6 +16,7 @@ from typing import overload
 import torch.distributed as dist
 
 from lorica.formats.safe_files import OWN_CONFIG, PEFT_CONFIG, entries
+from lorica.text import to_path
 
 # What a save writes, so what overwriting replaces; everything else in the folder is the user's.
 _OURS = re.compile(
@@ -43,7 +44,7 @@ def check_free(path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_
         ValueError: a file is there; a folder with other things in it; a result of the same kind and
             `overwrite` is not given.
     """
-    if path.exists() and not path.is_dir():
+    if to_path(path).exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file; name a folder that does not exist yet")
     if not path.exists() or all(_LEFT.fullmatch(entry.name) for entry in path.iterdir()):
         return

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.text import CONTROL, shorten
+from lorica.text import CONTROL, shorten, to_path
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -230,7 +230,7 @@ def locate(path: str | Path) -> Path:
     Raises:
         ValueError: no such folder, no adapter in it, or the hub can't be reached.
     """
-    folder = Path(path)
+    folder = to_path(path)
     if not folder.exists():
         if not _HUB_ID.fullmatch(str(path)):
             raise ValueError(

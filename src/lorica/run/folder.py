@@ -28,6 +28,7 @@ from typing import Any
 
 from lorica.run import checkpoints, lock
 from lorica.run.options import UsageError, checkpoint_path
+from lorica.text import to_path
 
 logger = logging.getLogger("lorica")
 
@@ -51,7 +52,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = to_path(path)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

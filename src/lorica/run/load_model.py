@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorica.text import to_path
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,7 +70,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 def check_source(name: str) -> None:
     """A name that can only mean a folder has to be one."""
-    path = Path(name).expanduser()
+    path = to_path(name)
     looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if (looks or path.exists()) and not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"

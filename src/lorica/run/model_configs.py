@@ -22,11 +22,10 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.run.options import UsageError
-from lorica.text import nearest
+from lorica.text import nearest, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -126,7 +125,7 @@ def _read(name: str) -> PretrainedConfig:
 
     from lorica.run.load_model import read_config
 
-    path = Path(name).expanduser()
+    path = to_path(name)
     if not path.exists() and ("/" not in name or path.suffix == ".json"):
         raise UsageError(
             f"`--model-config {name}` is no shape, file or folder; the shapes:"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorica.text import cut
+from lorica.text import cut, to_path
 
 MOST = 10**9  # steps, epochs, rows: a larger number is a slip of the finger
 MOST_TOKENS = 10**15
@@ -70,13 +70,27 @@ def check_above_zero(name: str, value: float | None) -> None:
 
 
 def check_path(name: str, value: str | tuple[str, ...] | None) -> None:
-    """An option that names files is no empty text.
+    """An option that names files; None: it was not given.
 
     Raises:
-        UsageError: it is.
+        UsageError: it is empty, or no file can have this name.
     """
-    empty = value == "" or (isinstance(value, tuple) and "" in value)
-    refuse(empty, f"`{flag(name)} ''`: a path is wanted; leave it out for none")
+    for path in value if isinstance(value, tuple) else (value,):
+        refuse(path == "", f"`{flag(name)} ''`: a path is wanted; leave it out for none")
+        if path is not None:
+            path_option(name, path)
+
+
+def path_option(name: str, value: str) -> Path:
+    """The path that an option names.
+
+    Raises:
+        UsageError: no file can have this name.
+    """
+    try:
+        return to_path(value)
+    except ValueError as error:
+        raise UsageError(f"`{flag(name)}`: {error}") from None
 
 
 def check_not_both(one: str, a: Any, other: str, b: Any, why: str) -> None:
@@ -99,5 +113,5 @@ def check_not_both(one: str, a: Any, other: str, b: Any, why: str) -> None:
 
 def checkpoint_path(resume: str | None) -> Path:
     """The folder that `--resume PATH` names, with its name even from within."""
-    path = Path(resume or "").expanduser()
+    path = to_path(resume or "")
     return path.resolve() if path.name in ("", "..") else path

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from lorica.text import nearest, shorten
+from lorica.text import nearest, shorten, to_path
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
@@ -192,12 +192,17 @@ def _first(words: Sequence[str]) -> str:
 def _paths(words: Sequence[str]) -> tuple[str, ...]:
     if not words or "" in words:
         raise ValueError("one or more files, folders or hub ids are wanted")
-    return tuple(words)
+    return tuple(_path([word]) for word in words)
+
+
+def _path(words: Sequence[str]) -> str:
+    to_path(words[0])  # an empty one is refused with its option's name
+    return words[0]
 
 
 TEXT = Kind("TEXT", _first)
-PATH = Kind("PATH", _first)
-FOLDER = _Folder("PATH", _first)
+PATH = Kind("PATH", _path)
+FOLDER = _Folder("PATH", _path)
 PATHS = Kind("PATH ...", _paths, nargs="*")
 METHOD = Kind("METHOD", _first, mapping=method_text)
 WHOLE = Kind("INT", _whole)
@@ -207,7 +212,7 @@ MODULES = Kind("NAMES|REGEX|all-linear", _modules, nargs="*")
 WHOLES = Kind("INT ...", _wholes, nargs="*")
 JSON = Kind("JSON", _json, mapping=dict)
 PAIRS = Kind("NAME=COLUMN ...", _pairs, nargs="*", mapping=dict)
-RESUME = Kind("[PATH]", lambda words: words[0] if words else "last", nargs=(0, 1))
+RESUME = Kind("[PATH]", lambda words: _path(words) if words else "last", nargs=(0, 1))
 DTYPE = choice("auto", "float32", "bfloat16", "float16")
 
 

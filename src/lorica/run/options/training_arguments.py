@@ -9,12 +9,19 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from lorica.run.options.checks import MOST, UsageError, check_whole, flag, is_number, refuse
+from lorica.run.options.checks import (
+    MOST,
+    UsageError,
+    check_whole,
+    flag,
+    is_number,
+    path_option,
+    refuse,
+)
 
 NEED_EVALUATION = (
     "eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end",
@@ -63,5 +70,5 @@ def _check(name: str, value: Any) -> None:
             f" `{flag(name.replace('steps', 'strategy'))} no`",
         )
     if name in _FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
-        exists = Path(value).expanduser().is_file()
+        exists = path_option(name, value).is_file()
         refuse(not exists, f"{given}: there is no such file; name one of JSON")
