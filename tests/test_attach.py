@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import lorica
-from lorica import Adapters, Recipe
+from lorica import Adapters, Recipe, formats
+from lorica.formats.compressed import compress
 from lorica.model.layer import AdaptedLinear
+from lorica.training.bind import bind
 from models import MODELS, batch, bert, bert_masked, gpt2, llama, logits, perturb, qwen2, train
 from tolerance import rounding
 
@@ -97,6 +101,60 @@ def test_biases_train_beside_the_frozen_ones(make, bias):
     assert all(t.parameter.grad is not None for t in own), "each is in the forward"
     lorica.merge(model)
     torch.testing.assert_close(logits(model), adapted, rtol=1e-9, atol=1e-9)
+
+
+CALLS: dict[str, Callable[[Adapters, Path], object]] = {
+    "save": lambda a, path: lorica.save(a, path),
+    "merge_to": lambda a, path: formats.merge_to(a, path),
+    "export": lambda a, path: formats.export(a, path),
+    "compress": lambda a, path: compress(a),
+    "restore": lambda a, path: formats.restore(a, path),
+    "optimizer": lambda a, path: lorica.optimizer(a),
+    "bind": lambda a, path: bind(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), a),
+    "param_groups": lambda a, path: a.param_groups(0.1),
+    "trained": lambda a, path: a.trained(),
+    "pairs": lambda a, path: list(a.pairs()),
+    "layers": lambda a, path: a.layers,
+    "saved": lambda a, path: a.saved,
+    "iterate": lambda a, path: list(a),
+    "length": lambda a, path: len(a),
+    "loss": lambda a, path: a.loss({"loss": torch.zeros(())}),
+    "disabled": lambda a, path: a.disabled().__enter__(),
+    "state_dict": lambda a, path: a.state_dict(),
+    "load_state_dict": lambda a, path: a.load_state_dict({}),
+    "fingerprint": lambda a, path: a.fingerprint(),
+    "hash_base": lambda a, path: a.hash_base(),
+    "base_parameters": lambda a, path: a.base_parameters(),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("take_out", [lorica.merge, lorica.detach])
+def test_a_released_handle_says_so_at_every_call(take_out, method, tmp_path):
+    adapters = attached(method=method, keep_base=True, r=4 if method == "lora" else None)
+    kept = lorica.save(adapters, tmp_path / "kept")
+    optimizer = lorica.optimizer(adapters)
+    adapters.hash_base()
+    take_out(adapters.model)
+    public = {n for n in vars(Adapters) if not n.startswith("_")} - {"of", "check_attached"}
+    assert public <= set(CALLS)
+    for name, call in CALLS.items():
+        path = kept if name == "restore" else tmp_path / name
+        with pytest.raises(ValueError, match=f"no longer part of.*`lorica.{take_out.__name__}`"):
+            call(adapters, path)
+            pytest.fail(name)
+        assert name == "restore" or not path.exists()
+    adapters.model(**batch(0)).loss.backward()
+    with pytest.raises(ValueError, match="no longer part of"):
+        optimizer.step()
+    assert adapters.recipe.text() == method and str(adapters.summary)
+
+
+def test_adapters_that_left_their_model_hold_up_no_other_optimizer():
+    model = lorica.detach(attached(method="loraplus").model)
+    adapters = lorica.attach(model, "lora", r=4, verbose=False)
+    model(**batch(0)).loss.backward()
+    torch.optim.SGD([t.parameter for t in adapters.trained()], 0.1).step()
 
 
 def test_disabled_may_be_nested_and_survives_an_error():

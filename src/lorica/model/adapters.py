@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorica.model.summary import Summary
     from lorica.recipe.recipe import Recipe
 
+Released = Literal["merge", "detach"]
 HANDLE = "_lorica_adapters"  # the attribute of a model that holds its adapters
 
 
@@ -44,14 +45,17 @@ class Adapters:
             schedule's state, so it is not saved.
         hooks: what methods asked to see of a forward.
         summary: what trains, what is frozen, and what that costs.
+        released: the call that took the adapters out of the model; None: they are in it. After it,
+            `model`, `recipe` and `summary` can still be read, and everything else is a ValueError.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
         self.model = model
         self.recipe = recipe
         self.dtype = dtype
-        self.layers: dict[str, AdaptedLinear] = {}
-        self.saved: dict[str, TrainedModule] = {}
+        self.released: Released | None = None
+        self._layers: dict[str, AdaptedLinear] = {}
+        self._saved: dict[str, TrainedModule] = {}
         self.direct: dict[str, str] = {}
         self.requires_grad: dict[str, bool] = {}  # as it was before attach
         self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
@@ -75,6 +79,37 @@ class Adapters:
                 "type `lorica.attach(model, 'lora')` first"
             )
         return handle
+
+    def check_attached(self) -> None:
+        """Check that the adapters are still in the model.
+
+        Raises:
+            ValueError: `lorica.merge` or `lorica.detach` took them out.
+        """
+        if self.released is None:
+            return
+        kind, text = type(self.model).__name__, self.recipe.text()
+        left = {
+            "merge": "put their update into its weights, so it is a plain model now, to be used"
+            " and saved as such",
+            "detach": "took them out, so it is its base again",
+        }[self.released]
+        raise ValueError(
+            f"these adapters (`{text}`) are no longer part of their {kind}:"
+            f" `lorica.{self.released}` {left}. Save the adapters before that call, with"
+            " `lorica.save(adapters, path)`; adapt the model anew with `lorica.attach(model,"
+            f" {text!r})`"
+        )
+
+    @property
+    def layers(self) -> dict[str, AdaptedLinear]:
+        self.check_attached()
+        return self._layers
+
+    @property
+    def saved(self) -> dict[str, TrainedModule]:
+        self.check_attached()
+        return self._saved
 
     def __iter__(self) -> Iterator[tuple[str, AdaptedLinear]]:
         return iter(self.layers.items())
@@ -148,6 +183,7 @@ class Adapters:
             share: this micro-batch's part of one update, so that a penalty enters an accumulated
                 update once.
         """
+        self.check_attached()
         loss, context = outputs["loss"], Context(outputs, batch, self, share)
         for objective in sorted(self.recipe.objectives, key=lambda o: not isinstance(o, Reweights)):
             loss = objective.loss(loss, context)
@@ -160,6 +196,7 @@ class Adapters:
         Raises:
             ValueError: training changed the base and no copy was kept.
         """
+        self.check_attached()
         if not self.base_unchanged and self.originals is None:
             raise ValueError(
                 f"`{self.recipe.text()}` trains the base itself, so there is no original left to"
@@ -206,6 +243,7 @@ class Adapters:
         Modules that train in full are left out. Computed once: with a method that writes to the
         base `attach` asks for it, before the first step.
         """
+        self.check_attached()
         if self.base_hash is None:
             self.base_hash = state.hash_values(self.base_parameters())
         return self.base_hash

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Batch, Site
 from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, StartsFromData
-from lorica.model.adapters import HANDLE, Adapters
+from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
@@ -27,7 +27,7 @@ from lorica.model.modules_to_save import (
 )
 from lorica.model.summary import Summary, fill, say
 from lorica.model.targets import Targets, find, fresh_modules, refuse, refuse_idle, sites_of
-from lorica.model.unbound import expect
+from lorica.model.unbound import discard, expect
 from lorica.model.update import Update
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
@@ -139,7 +139,8 @@ def attach(
         if keep_base and not adapters.base_unchanged and not in_place:
             keep(adapters, layers)
         replace(model, {**wrapped, **layers})  # a parent before its child
-        adapters.layers, adapters.saved = layers, wrapped
+        adapters.layers.update(layers)
+        adapters.saved.update(wrapped)
     if in_place:
         train_in_place(model, adapters, targets, dtype, keep_base)
     trained = {id(t.parameter) for t in adapters.trained()}
@@ -173,7 +174,7 @@ def detach(model: nn.Module) -> nn.Module:
         )
     replace(model, {n: m.base for n, m in {**adapters.layers, **adapters.saved}.items()})
     restore(adapters)
-    return _release(model, adapters)
+    return _release(model, adapters, by="detach")
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -210,7 +211,7 @@ def merge(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if (config := vars(module).get("config")) is not None:
                 config.tie_word_embeddings = False
-    return _release(model, adapters)
+    return _release(model, adapters, by="merge")
 
 
 def observe(
@@ -338,8 +339,10 @@ def _build(
     return layer.train(module.training)
 
 
-def _release(model: nn.Module, adapters: Adapters) -> nn.Module:
+def _release(model: nn.Module, adapters: Adapters, *, by: Released) -> nn.Module:
     del vars(model)[HANDLE]
+    adapters.released = by
+    discard(adapters)
     adapters.hooks.remove()
     for name, p in model.named_parameters():
         p.requires_grad_(adapters.requires_grad.get(name, True))

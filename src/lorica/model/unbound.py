@@ -31,7 +31,7 @@ def expect(adapters: Adapters) -> None:
 
 
 def discard(adapters: Adapters) -> None:
-    """They are bound to an optimizer now."""
+    """They are bound to an optimizer now, or have left their model."""
     _unbound.discard(adapters)
 
 

@@ -103,6 +103,7 @@ class _Binding:
         self.gradient_check.skipped += fake
         if not self.real:
             return
+        self.adapters.check_attached()
         if self.schedules:
             unscale(optimizer)
         if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
