@@ -122,17 +122,12 @@ def run(options: Options) -> Outcome:
     options.check()
     from lorica.cli._model import Source, chosen_data
     from lorica.formats.atomic_folder import home
-    from lorica.inference.evaluate import compiled
+    from lorica.inference.evaluate import check_pattern
 
     try:
-        compiled(options.answer_pattern)
+        check_pattern(options.answer_pattern)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except (OverflowError, RecursionError) as error:
-        raise UsageError(
-            f"`--answer-pattern {options.answer_pattern}` is too large a regular expression"
-            f" ({error}); type a smaller one"
-        ) from None
     data, split = chosen_data(options.data, options.split)
     source = Source.find(home(options.model), home(options.adapter))
     return _Work(options, source, data, split).outcome()

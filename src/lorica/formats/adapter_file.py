@@ -14,7 +14,7 @@ hash of every file):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +29,13 @@ from lorica.formats.peft.config import (
     Config,
     Unsupported,
     as_plain,
+    check_ending,
     check_expressions,
     check_values,
     is_synonym,
     left_out,
-    patterns_of,
     recipe_of,
 )
-from lorica.formats.peft.names import plain_modules
 from lorica.formats.peft.places import LORA, PREFIX
 from lorica.formats.peft.read import recipe_for
 from lorica.formats.safe_files import (
@@ -44,7 +43,6 @@ from lorica.formats.safe_files import (
     OWN_TENSORS,
     PEFT_CONFIG,
     PEFT_TENSORS,
-    check_patterns,
     locate,
     read_json,
     read_tensors,
@@ -53,7 +51,7 @@ from lorica.formats.safe_files import (
 from lorica.formats.stored_state import not_finite, state_of_ours, state_of_pefts, write_state
 from lorica.interfaces import Factors
 from lorica.methods.optional import RanksFromData
-from lorica.methods.ranks.base import first_match
+from lorica.methods.ranks.base import first_matches
 from lorica.model.adapters import Adapters
 from lorica.recipe.recipe import Recipe
 from lorica.text import shorten
@@ -235,13 +233,14 @@ class AdapterFile:
                     found.setdefault(path, {})[side] = key, tensor
         pairs: dict[str, Factors] = {}
         problems: list[str] = []
+        scales = _ranks_and_scales(found, config)
         for path, pair in found.items():
             flat = all(factor.ndim == 2 for _, factor in pair.values())
             if len(pair) < 2 or not flat or pair["A"][1].shape[0] != pair["B"][1].shape[1]:
                 problems.append(f"{path} has no complete pair of factors")
                 continue
             (key, A), (_, B) = pair["A"], pair["B"]
-            r, scale = _rank_and_scale(path, config)
+            r, scale = scales[path]
             if A.shape[0] != r:
                 problems.append(f"{key} is {tuple(A.shape)}, of rank {r} expected")
             pairs[path] = Factors(A, B, scale)
@@ -279,11 +278,11 @@ class AdapterFile:
         """
         config, tensors = self.plain
         if self.has_pairs:
-            check_patterns(patterns_of(config), tensors, self.folder / PEFT_CONFIG)
+            check_ending(config, tensors, self.folder / PEFT_CONFIG)
             check_given(config, ("r", "lora_alpha"), self.folder / PEFT_CONFIG, _ALWAYS)
         if self.own is not None:
             check_expressions(self.own.recipe, self.config_file)
-            check_patterns(patterns_of(self.own.recipe), self.own.layers, self.config_file)
+            check_ending(self.own.recipe, self.own.layers, self.config_file)
         _ = self._recipe
 
     @property
@@ -367,7 +366,6 @@ class AdapterFile:
         """
         if self.own is not None:
             recipe = self.own.parse_recipe(self.folder)
-            check_patterns(patterns_of(self.own.recipe), plain_modules(model), self.config_file)
             ranks = ranks_from_data(recipe, self.own.layers)
             return AttachAs(recipe, self.own.fresh, self.own.torch_dtype, False, ranks)
         recipe, frozen_start = recipe_for(model, self.plain[0], self.config_file)
@@ -425,11 +423,14 @@ def _above(key: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _rank_and_scale(path: str, config: Config) -> tuple[int, float]:
-    """What a LORA configuration says of one layer."""
+def _ranks_and_scales(paths: Collection[str], config: Config) -> dict[str, tuple[int, float]]:
+    """{module path: what a LORA configuration says of it}."""
     ranks: Mapping[str, int] = config.get("rank_pattern") or {}
     alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
-    rank, alpha = first_match(ranks, path), first_match(alphas, path)
-    r: int = config["r"] if rank is None else ranks[rank]
-    a: float = config["lora_alpha"] if alpha is None else alphas[alpha]
-    return r, a / (math.sqrt(r) if config.get("use_rslora") else r)
+    of_rank, of_alpha = first_matches(ranks, paths), first_matches(alphas, paths)
+    out: dict[str, tuple[int, float]] = {}
+    for path in paths:
+        r: int = ranks[of_rank[path]] if path in of_rank else config["r"]
+        a: float = alphas[of_alpha[path]] if path in of_alpha else config["lora_alpha"]
+        out[path] = r, a / (math.sqrt(r) if config.get("use_rslora") else r)
+    return out

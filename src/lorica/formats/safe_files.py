@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,55 +114,6 @@ def _check_texts(value: Any) -> None:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"`{name}` is no JSON number")
-
-
-# Every way in which a pattern of an adapter is matched here, on every name.
-_TRY = """
-import json, re, sys
-patterns, names, seconds = json.load(sys.stdin)
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-except ImportError:
-    pass
-for pattern in patterns:
-    for form in ("{}", r"(.*\\.)?({})", r"(^|.*\\.){}($|\\..*)"):
-        try:
-            expression = re.compile(form.format(pattern))
-        except (re.error, RecursionError, OverflowError):
-            continue
-        for name in names:
-            expression.fullmatch(name)
-"""
-PATIENCE = 5  # seconds of processor time; an honest pattern takes microseconds a name
-
-
-def check_patterns(patterns: Iterable[str], names: Iterable[str], path: Path) -> None:
-    """Regular expressions of a file come to an end on these names.
-
-    Python's matcher cannot be stopped, and `(\\w+\\.?)*!` takes it years. So what repeats more than
-    once is tried in a process of its own first.
-
-    Raises:
-        ValueError: one does not end within a few seconds.
-    """
-    risky = [p for p in patterns if len(re.findall(r"[*+{]", p)) > 1]
-    if not risky:
-        return
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRY],
-            input=json.dumps([risky, list(names), PATIENCE]), text=True, capture_output=True,
-            timeout=12 * PATIENCE,  # of a clock's: the machine may be busy
-        ).returncode >= 0  # fmt: skip
-    except subprocess.TimeoutExpired:
-        ended = False
-    if not ended:
-        raise ValueError(
-            f"{path}: matching {', '.join(map(shorten, risky[:4]))} with the modules' names has not"
-            f" ended after {PATIENCE} s: repeats within repeats take for ever. Write these names"
-            " as a list"
-        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

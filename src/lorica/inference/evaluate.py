@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,9 @@ from lorica.data.collate import IGNORED, PackedCollator
 from lorica.data.pack import check_isolation
 from lorica.inference.generate import Decoding, Prompt, generate, room
 from lorica.inference.metrics import Degenerate, Scores, f1, mark_spans
+from lorica.patterns import find, flaw
 from lorica.tensors.modules import evaluating
+from lorica.text import shorten
 from lorica.training.checks import attached, loaded_for_use, no_effect
 
 if TYPE_CHECKING:
@@ -396,36 +397,32 @@ def exact_match(
         ValueError: no regular expression; a prompt without a reference, or one that the pattern
             doesn't match.
     """
-    pattern = compiled(answer_pattern)
     wanted = check_references(prompts, answer_pattern)
     decoding = Decoding(max_new_tokens=max_new_tokens)
     fits = [i for i, p in enumerate(prompts) if room(model, tokenizer, p, decoding) > 0]
     asked = [prompts[i] for i in fits]
     made = generate(model, tokenizer, asked, decoding, batch_size=batch_size, on_batch=on_batch)
     answers = [answer for [answer] in made]
+    said = _extract([answer.text for answer in answers], answer_pattern)
     return ExactMatch(
-        matched=sum(
-            _extract(a.text, pattern) == wanted[i] for i, a in zip(fits, answers, strict=True)
-        ),
+        matched=sum(text == wanted[i] for i, text in zip(fits, said, strict=True)),
         examples=len(prompts),
         unfinished=sum(not answer.finished for answer in answers),
         too_long=len(prompts) - len(fits),
     )
 
 
-def compiled(pattern: str | None) -> re.Pattern[str] | None:
-    """The regular expression.
+def check_pattern(pattern: str | None) -> None:
+    """Whether it is a regular expression.
 
     Raises:
         ValueError: it is none.
     """
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
+    if pattern is not None and (why := flaw(pattern)) is not None:
         raise ValueError(
-            f"`answer_pattern={pattern!r}` is no regular expression: {error}. Characters such as"
-            r" `(` and `.` are written `\(` and `\.`"
-        ) from None
+            f"`answer_pattern={shorten(pattern)}` is no regular expression: {why}. Characters such"
+            r" as `(` and `.` are written `\(` and `\.`"
+        )
 
 
 def check_references(prompts: Sequence[Prompt], answer_pattern: str | None) -> list[str]:
@@ -434,34 +431,37 @@ def check_references(prompts: Sequence[Prompt], answer_pattern: str | None) -> l
     Raises:
         ValueError: see `exact_match`.
     """
-    pattern = compiled(answer_pattern)
-    return [_reference(prompt, pattern) for prompt in prompts]
+    check_pattern(answer_pattern)
+    references: list[str] = []
+    for prompt in prompts:
+        if prompt.reference is None:
+            raise ValueError(
+                f"{prompt.place}: there is no answer to compare with; exact match needs data of"
+                " prompts and answers"
+            )
+        references.append(prompt.reference)
+    wanted: list[str] = []
+    for prompt, text, found in zip(
+        prompts, references, _extract(references, answer_pattern), strict=True
+    ):
+        if found is None:
+            raise ValueError(
+                f"{prompt.place}: `answer_pattern={answer_pattern!r}` doesn't match the data's own"
+                f" answer, which ends with {text[-60:]!r}; mend the pattern"
+            )
+        wanted.append(found)
+    return wanted
 
 
-def _reference(prompt: Prompt, pattern: re.Pattern[str] | None) -> str:
-    if prompt.reference is None:
-        raise ValueError(
-            f"{prompt.place}: there is no answer to compare with; exact match needs data of prompts"
-            " and answers"
-        )
-    found = _extract(prompt.reference, pattern)
-    if found is None:
-        assert pattern is not None
-        raise ValueError(
-            f"{prompt.place}: `answer_pattern={pattern.pattern!r}` doesn't match the data's own"
-            f" answer, which ends with {prompt.reference[-60:]!r}; mend the pattern"
-        )
-    return found
-
-
-def _extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
-    """What is compared.
+def _extract(texts: Sequence[str], pattern: str | None) -> list[str | None]:
+    """What is compared of each text; None: the pattern doesn't match it.
 
     Example:
-        >>> _extract("so 4, no: #### 5 ", re.compile(r"#### (.+)"))
-        '5'
+        >>> _extract(["so 4, no: #### 5 ", "4"], r"#### (.+)")
+        ['5', None]
     """
     if pattern is None:
-        return text.strip()
-    found = list(pattern.finditer(text))
-    return (found[-1][1 if pattern.groups else 0] or "").strip() if found else None
+        return [text.strip() for text in texts]
+    found = find([pattern], texts, how="last")[pattern]
+    groups = [found.get(text) for text in texts]
+    return [None if g is None else (g[min(1, len(g) - 1)] or "").strip() for g in groups]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +16,10 @@ from lorica.interfaces import Site
 from lorica.methods.optional import BuildsOtherRank
 from lorica.model.bases.base import AbstractBase, base_for
 from lorica.model.layer import AdaptedLinear
+from lorica.patterns import Endless, flaw, matching
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.modules import named_modules
+from lorica.text import shorten
 
 
 @dataclass
@@ -94,14 +95,15 @@ def matches(pattern: str, path: str) -> bool:
 def _select(spec: str | tuple[str, ...], paths: Iterable[str], what: str) -> list[str]:
     paths = list(paths)
     if isinstance(spec, str):
-        try:
-            expression = re.compile(spec)
-        except (re.error, OverflowError, RecursionError) as error:
+        if (why := flaw(spec)) is not None:
             raise ValueError(
-                f"`{what}={spec!r}` is no regular expression ({error}); a list of names is "
+                f"`{what}={shorten(spec)}` is no regular expression ({why}); a list of names is "
                 "written as a list"
-            ) from None
-        found = [p for p in paths if expression.fullmatch(p)]
+            )
+        try:
+            found = matching(spec, paths)
+        except Endless as error:
+            raise ValueError(f"`{what}`: {error}") from None
         if not found:
             rule = "one string is a regular expression for whole paths; names are given as a list"
             raise ValueError(_nothing(what, spec, paths, rule))

@@ -5,19 +5,23 @@ Nothing here needs a model; `read.py` resolves the configuration's patterns on o
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from lorica.formats.fields import NUMBER, Field, check_fields, one_of
+from lorica.formats.peft.names import SHADOWS
 from lorica.formats.peft.places import LORA
 from lorica.methods.choice import AXES, method_name
 from lorica.methods.deltas.base import DeltaChoice, PeftForm
 from lorica.methods.optional import ReadsAsLora
+from lorica.methods.ranks.base import ENDS
+from lorica.patterns import Endless, flaw
+from lorica.patterns import find as find_matches
 from lorica.recipe.compatibility import MOST, MOST_R
 from lorica.recipe.recipe import Recipe
 from lorica.recipe.registry import find, names
@@ -49,12 +53,23 @@ _PAIR_FIELDS = {
     "alpha_pattern": replace(_ALPHA, types=(dict,), items=NUMBER),
     "fan_in_fan_out": Field(types=(bool,)),
 }  # fmt: skip
-# The expression that a pattern becomes where it is matched with modules' paths.
-_USED_AS = {
-    "target_modules": "{}", "exclude_modules": "{}",
-    "modules_to_save": r"(^|.*\.){}($|\..*)", "layers_pattern": r"(?:^|.*?\.){}\.(?P<i>\d+)\.",
-    "rank_pattern": r"(.*\.)?({})", "alpha_pattern": r"(.*\.)?({})",
-}  # fmt: skip
+
+
+class Use(NamedTuple):
+    """How a pattern is matched with modules' paths; see `lorica.patterns.find`."""
+
+    form: str
+    how: Literal["fullmatch", "match"]
+
+
+USED_AS = {
+    "target_modules": Use("{}", "fullmatch"),
+    "exclude_modules": Use("{}", "fullmatch"),
+    "modules_to_save": Use(SHADOWS, "match"),
+    "layers_pattern": Use(r"(?:^|.*?\.){}\.(\d+)\.", "match"),
+    "rank_pattern": Use(ENDS, "fullmatch"),
+    "alpha_pattern": Use(ENDS, "fullmatch"),
+}
 # They say where the file comes from.
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
@@ -118,13 +133,11 @@ def check_expressions(data: Config, file: Path) -> None:
         ValueError: naming the first that isn't.
     """
     for key, pattern in _expressions(data):
-        try:
-            re.compile(_USED_AS[key].format(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
+        if (why := flaw(pattern, USED_AS[key].form)) is not None:
             raise ValueError(
                 f"{file}: `{key}` has {shorten(pattern)}, which is no regular expression"
-                f" ({error}). Correct the file, or copy it again from where it came"
-            ) from None
+                f" ({why}). Correct the file, or copy it again from where it came"
+            )
 
 
 def _expressions(data: Config) -> list[tuple[str, str]]:
@@ -137,9 +150,33 @@ def _expressions(data: Config) -> list[tuple[str, str]]:
     return out
 
 
-def patterns_of(data: Config) -> list[str]:
-    """What a configuration, PEFT's or a recipe, gives to the matcher of regular expressions."""
-    return [pattern for _, pattern in _expressions(data)]
+def check_ending(data: Config, names: Iterable[str], file: Path) -> None:
+    """Matching the patterns of a checked configuration, PEFT's or a recipe, with these names comes
+    to an end. So a file that takes for ever is refused before there is a model.
+
+    Raises:
+        ValueError: it does not.
+    """
+    given: dict[Use, list[str]] = {}
+    for key, pattern in _expressions(data):
+        given.setdefault(USED_AS[key], []).append(pattern)
+    names = list(names)
+    with of_file(file):
+        for use, patterns in given.items():
+            find_matches(patterns, names, form=use.form, how=use.how)
+
+
+@contextlib.contextmanager
+def of_file(file: Path) -> Iterator[None]:
+    """Names the file in an error about matching that took too long.
+
+    Raises:
+        ValueError: such an error.
+    """
+    try:
+        yield
+    except Endless as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def method_of(data: Config, file: Path) -> Method:

@@ -9,6 +9,9 @@ from torch import nn
 
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule
+from lorica.patterns import find
+
+SHADOWS = r"(^|.*\.){}($|\..*)"  # PEFT keeps adapters away from what lies below such a name
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,5 +76,4 @@ def trained_names(
 
 def shadows(name: str, adapted: Iterable[str]) -> bool:
     """Whether PEFT would refuse to adapt one of `adapted` beside the saved module `name`."""
-    expression = re.compile(rf"(^|.*\.){name}($|\..*)")
-    return any(expression.match(path) for path in adapted)
+    return bool(find([name], adapted, form=SHADOWS, how="match")[name])

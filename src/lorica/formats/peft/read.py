@@ -13,23 +13,25 @@ from transformers import PreTrainedModel
 
 from lorica.formats.peft.config import (
     CONVERT,
+    USED_AS,
     Config,
     build_recipe,
     method_of,
-    patterns_of,
+    of_file,
 )
-from lorica.formats.peft.names import plain_modules, shadows, shortest
+from lorica.formats.peft.names import SHADOWS, plain_modules, shortest
 from lorica.formats.peft.places import PREFIX
-from lorica.formats.safe_files import check_patterns
-from lorica.methods.ranks.base import first_match
+from lorica.methods.ranks.base import ENDS
 from lorica.model.adapters import Adapters
 from lorica.model.bases.base import base_for
 from lorica.model.targets import matches
+from lorica.patterns import find, matching
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import read_full
 from lorica.text import shorten
 
 T = TypeVar("T")
+_FIRST = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool]:
@@ -45,7 +47,8 @@ def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool
     method = method_of(data, file)
     modules = dict(model.named_modules())
     modules.pop("", None)
-    layers = _targets(model, modules, data, file)
+    with of_file(file):
+        layers = _targets(model, modules, data, file)
     transposed = [
         n for n in layers if (b := base_for(modules[n])) and b.transposed and not b.lookup
     ]
@@ -54,11 +57,12 @@ def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool
             f"{file}: `init_lora_weights={data['init_lora_weights']!r}` on the transposed layer"
             f" {transposed[0]!r}: PEFT's correction of such a base can't be relied on; {CONVERT}"
         )
-    patterns = {
-        key: _used(method.fields[key], layers)
-        for key in ("rank_pattern", "alpha_pattern")
-        if key in method.fields
-    }
+    with of_file(file):
+        patterns = {
+            key: _used(method.fields[key], layers)
+            for key in ("rank_pattern", "alpha_pattern")
+            if key in method.fields
+        }
     recipe = build_recipe(
         data,
         method,
@@ -89,7 +93,7 @@ def _exact(wanted: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str
 
 def _used(patterns: Mapping[str, T], layers: Sequence[str]) -> dict[str, T]:
     """Patterns that match something: PEFT overlooks the others, a recipe does not."""
-    return {p: v for p, v in patterns.items() if any(first_match({p: 0}, n) for n in layers)}
+    return {p: patterns[p] for p, ended in find(patterns, layers, form=ENDS).items() if ended}
 
 
 def _targets(
@@ -97,28 +101,20 @@ def _targets(
 ) -> list[str]:
     """The modules PEFT would adapt, by its own rules."""
     spec = data["target_modules"]
-    check_patterns(patterns_of(data), modules, file)
-    try:
-        if isinstance(spec, str) and spec.lower() == "all-linear":
-            found = _all_linear(model, modules, data.get("task_type"))
-        elif isinstance(spec, str):
-            found = [n for n in modules if re.fullmatch(spec, n)]
-        else:
-            found = [n for n in modules if any(matches(str(p), n) for p in spec)]
-            found = [n for n in found if _in_layers(n, data)]
-        excluded = data.get("exclude_modules")
-        if isinstance(excluded, str):
-            found = [n for n in found if not re.fullmatch(excluded, n)]
-        elif excluded:
-            found = [n for n in found if not any(matches(str(p), n) for p in excluded)]
-        found = [
-            n for n in found if not any(shadows(p, [n]) for p in data.get("modules_to_save") or [])
-        ]
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{file}: {shorten(spec)}, or another of its patterns, is no regular expression"
-            f" ({error}). Correct the file, or copy it again from where it came"
-        ) from None
+    if isinstance(spec, str) and spec.lower() == "all-linear":
+        found = _all_linear(model, modules, data.get("task_type"))
+    elif isinstance(spec, str):
+        found = matching(spec, modules)
+    else:
+        found = _in_layers([n for n in modules if any(matches(str(p), n) for p in spec)], data)
+    excluded = data.get("exclude_modules")
+    if isinstance(excluded, str):
+        out = set(matching(excluded, found))
+    else:
+        out = {n for n in found if any(matches(str(p), n) for p in excluded or ())}
+    for below in find(data.get("modules_to_save") or (), found, form=SHADOWS, how="match").values():
+        out.update(below)
+    found = [n for n in found if n not in out]
     if not found:
         endings = sorted({n.rsplit(".", 1)[-1] for n in modules} - {str(i) for i in range(1000)})
         raise ValueError(
@@ -140,20 +136,23 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], task: str | 
     return [n for n in found if modules[n] is not head]
 
 
-def _in_layers(name: str, data: Config) -> bool:
+def _in_layers(names: Sequence[str], data: Config) -> list[str]:
     """PEFT's `layers_to_transform`: the first number in a path, or the one after a container's
     name."""
     wanted = data.get("layers_to_transform")
     if wanted is None or wanted == []:
-        return True
+        return list(names)
+    wanted = [wanted] if isinstance(wanted, int) else wanted
     containers = data.get("layers_pattern") or []
     containers = [containers] if isinstance(containers, str) else containers
-    match = None if containers else re.match(r".*?\.[^.]*\.(?P<i>\d+)\.", name)
-    for container in containers:
-        match = match or re.match(rf"(?:^|.*?\.){container}\.(?P<i>\d+)\.", name)
-    return match is not None and int(match["i"]) in (
-        [wanted] if isinstance(wanted, int) else wanted
-    )
+    index: dict[str, str | None] = {}
+    for hits in find(containers, names, **USED_AS["layers_pattern"]._asdict()).values():
+        for name, groups in hits.items():
+            index.setdefault(name, groups[-1])
+    if not containers:
+        firsts = ((name, _FIRST.match(name)) for name in names)
+        index = {name: first[1] for name, first in firsts if first is not None}
+    return [n for n in names if n in index and int(index[n] or -1) in wanted]
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from lorica.formats.peft.places import (
     written,
 )
 from lorica.formats.safe_files import PEFT_CONFIG
-from lorica.methods.ranks.base import first_match
+from lorica.methods.ranks.base import ENDS, flaw
 from lorica.model.adapters import Adapters
+from lorica.patterns import find
 from lorica.tensors.dtensor_ops import read_full
 
 T = TypeVar("T")
@@ -179,11 +180,10 @@ def _commonest(values: Mapping[str, T]) -> T:
 
 def exceptions(values: Mapping[str, T], usual: T) -> dict[str, T]:
     """Patterns that match one module each, so that their order means nothing (PEFT sorts them)."""
-    out = {}
-    for name in sorted(n for n, v in values.items() if v != usual):
-        alone = [n for n in values if first_match({name: 0}, n)] == [name]
-        out[name if alone else f"^{re.escape(name)}"] = values[name]
-    return out
+    others = sorted(n for n, v in values.items() if v != usual)
+    ended = find([n for n in others if flaw(n) is None], values, form=ENDS)
+    alone = {n for n, found in ended.items() if list(found) == [n]}
+    return {n if n in alone else f"^{re.escape(n)}": values[n] for n in others}
 
 
 _TASKS: dict[str, Mapping[Any, Any]] = {

@@ -6,13 +6,16 @@ To add one: copy `uniform.py`.
 from __future__ import annotations
 
 import abc
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lorica.interfaces import RecipeLike
 from lorica.methods.choice import Choice
+from lorica.patterns import find
+from lorica.patterns import flaw as flaw_of
+
+ENDS = r"(.*\.)?({})"  # PEFT's rule: a pattern ends a module path, on whole components
 
 
 def block_of(path: str) -> str | None:
@@ -22,19 +25,26 @@ def block_of(path: str) -> str | None:
     return None if first is None else ".".join(parts[: first + 1])
 
 
-def flaw(pattern: object) -> str | None:
-    """Why `first_match` can't use this as a pattern; None: it can."""
-    for form in ("{}", r"(.*\.)?({})"):
-        try:
-            re.compile(form.format(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
-            return str(error)
-    return None
+def flaw(pattern: str) -> str | None:
+    """Why `first_matches` can't use this as a pattern; None: it can."""
+    return flaw_of(pattern) or flaw_of(pattern, ENDS)
 
 
-def first_match(patterns: Mapping[str, object], name: str) -> str | None:
-    """The first pattern that ends the module path `name` on whole components, PEFT's rule."""
-    return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), None)
+def first_matches(patterns: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    r"""{module path: the first pattern that ends it}, without the paths that none ends.
+
+    Raises:
+        Endless: see `lorica.patterns.find`.
+
+    Example:
+        >>> first_matches(["q", r"b\..*"], ["a.q", "b.q", "b.v", "a.v"])
+        {'a.q': 'q', 'b.q': 'q', 'b.v': 'b\\..*'}
+    """
+    first: dict[str, str] = {}
+    for pattern, ended in find(patterns, names, form=ENDS).items():
+        for name in ended:
+            first.setdefault(name, pattern)
+    return first
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lorica.interfaces import RecipeLike
-from lorica.methods.ranks.base import AbstractRank, first_match
+from lorica.methods.ranks.base import ENDS, AbstractRank, first_matches
+from lorica.patterns import find
+from lorica.text import shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,18 @@ class Pattern(AbstractRank):
         ranks, alphas, r = recipe.rank_pattern, recipe.alpha_pattern, recipe.r
         assert r is not None  # a recipe of adapters has a rank
         for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            for pattern in patterns:
-                if not any(first_match({pattern: 0}, name) for name in names):
+            for pattern, ended in find(patterns, names, form=ENDS).items():
+                if not ended:
                     raise ValueError(
-                        f"`{field}` has {pattern!r}, which matches none of the {len(names)} target"
-                        " modules; a pattern matches the end of a module path, whole components of"
-                        f" it, e.g. of {names[0]!r}"
+                        f"`{field}` has {shorten(pattern)}, which matches none of the"
+                        f" {len(names)} target modules; a pattern matches the end of a module path,"
+                        f" whole components of it, e.g. of {names[0]!r}"
                     )
-        out: dict[str, tuple[int, float | None]] = {}
-        for name in names:
-            rank, alpha = first_match(ranks, name), first_match(alphas, name)
-            out[name] = (
-                r if rank is None else ranks[rank],
-                recipe.lora_alpha if alpha is None else alphas[alpha],
+        of_rank, of_alpha = first_matches(ranks, names), first_matches(alphas, names)
+        return {
+            name: (
+                ranks[of_rank[name]] if name in of_rank else r,
+                alphas[of_alpha[name]] if name in of_alpha else recipe.lora_alpha,
             )
-        return out
+            for name in names
+        }
