@@ -3,6 +3,7 @@ own."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,7 +43,7 @@ class RowsOfOne(AbstractDelta):
         self.b = nn.Parameter(torch.zeros(site.out_features, 1, dtype=site.dtype))
 
     def weight(self, base: BaseLike) -> Tensor:
-        return self.b * self.get_parameter("S")[: self.site.out_features, : self.site.in_features]
+        return self.b * self.read_shared("S")[: self.site.out_features, : self.site.in_features]
 
     def forward(self, x: Tensor, base: BaseLike) -> Tensor:
         return x @ self.weight(base).to(x.dtype).T
@@ -108,8 +109,9 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 def test_one_tensor_is_shared_by_all_layers_and_saved_once():
     model = llama()
     adapters = lorica.attach(model, Recipe(delta=Shared(), r=500), verbose=False)
-    held = {id(layer.update.delta.S) for _, layer in adapters}
+    held = {id(layer.update.delta.read_shared("S")) for _, layer in adapters}
     assert len(held) == 1 and len(adapters) == 14
+    assert not any("S" in n.split(".") for n in model.state_dict()), "outside of the module tree"
     state = adapters.state_dict()
     assert [n for n in state if n.endswith(".S")] == ["shared.S"]
     frozen = state["shared.S"].numel()
@@ -129,6 +131,26 @@ def test_one_tensor_is_shared_by_all_layers_and_saved_once():
     assert other.hash_base() == adapters.hash_base(), "what is shared is no part of the base"
     lorica.detach(model)
     torch.testing.assert_close(model(ids).logits, llama()(ids).logits, rtol=0, atol=0)
+
+
+def test_what_is_shared_follows_a_layers_dtype_a_copy_and_a_load():
+    model = llama()
+    adapters = lorica.attach(model, Recipe(delta=Shared(), r=500), verbose=False)
+    delta = adapters.layers["model.layers.0.self_attn.q_proj"].update.delta
+    own = delta.read_shared("S")
+    twin = copy.deepcopy(model).double()
+    other = lorica.Adapters.of(twin)
+    with torch.inference_mode():
+        twin(batches(1)[0]["input_ids"])
+    twin(**batches(1)[0]).loss.backward()
+    held = {id(layer.update.delta.read_shared("S")) for _, layer in other}
+    assert len(held) == 1 and not held & {id(own)}
+    other_delta = other.layers["model.layers.0.self_attn.q_proj"].update.delta
+    assert torch.equal(other_delta.read_shared("S"), own.double())
+    state = adapters.state_dict()
+    other.load_state_dict({n: 2 * t for n, t in state.items()})
+    assert torch.equal(other_delta.read_shared("S"), 2 * own.double()), "a copy made before a load"
+    assert torch.equal(delta.read_shared("S"), own)
 
 
 def test_a_start_is_made_from_the_first_batches_and_needs_none_when_it_is_loaded():

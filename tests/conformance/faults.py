@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -191,20 +192,16 @@ fault("deltas", "rows of a factor reversed", wraps)(
 @fault("deltas", "shared tensors drawn per layer", shares)
 def own_draws(cls: type) -> None:
     def make(kind: type) -> dict[str, Any]:
-        original = kind.register_shared  # type: ignore[attr-defined]
+        original = kind.read_shared  # type: ignore[attr-defined]
 
-        def register_shared(self: Any, tensors: Any) -> None:
+        def read_shared(self: Any, name: str) -> Tensor:
             act()
-            generator = torch.Generator().manual_seed(acted)
-            own = {}
-            for name, p in tensors.items():
-                order = torch.randperm(p.numel(), generator=generator).to(p.device)
-                own[name] = torch.nn.Parameter(
-                    p.detach().flatten()[order].view(p.shape), requires_grad=False
-                )
-            original(self, own)
+            t = original(self, name)
+            generator = torch.Generator().manual_seed(crc32(self.site.name.encode()))
+            order = torch.randperm(t.numel(), generator=generator).to(t.device)
+            return t.flatten()[order].view(t.shape)
 
-        return {"register_shared": register_shared}
+        return {"read_shared": read_shared}
 
     with_module(cls, make)
 
@@ -252,7 +249,9 @@ def changed_start(change: Callable[[Any], None]) -> Plant:
 
 
 fault("inits", "scale doubled")(changed_start(lambda pair: pair.A.mul_(2)))
-fault("inits", "sign of a factor")(changed_start(lambda pair: pair.B.neg_()))
+fault("inits", "columns of a factor reversed")(
+    changed_start(lambda pair: pair.A.copy_(pair.A.flip(1).clone()))
+)
 fault("inits", "ranks of a factor reversed")(
     changed_start(lambda pair: pair.A.copy_(pair.A.flip(0).clone()))
 )
@@ -365,23 +364,38 @@ def early(cls: type) -> None:
 INTERVALS = ("every", "interval", "update_proj_gap", "deltaT", "warmup", "faded")
 
 
+def interval_of(fitted: Any) -> str | None:
+    """The field that holds a fitted schedule's interval, where it has one."""
+    return next((n for n in INTERVALS if type(getattr(fitted, n, None)) is int), None)
+
+
 @fault("schedules", "interval or horizon doubled")
 def doubled(cls: type) -> None:
     """Its interval where it has one, else the number of steps that it is planned for."""
-    fields = {f.name for f in dataclasses.fields(cls)}
-    name = next((n for n in INTERVALS if n in fields), None)
 
     @wrapped(cls, "fit")
     def fit(original: Any, self: Any, total_steps: int | None) -> Any:
-        act()
         fitted = original(total_steps)
-        value = name and getattr(fitted, name)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if (name := interval_of(fitted)) is None:
             return original(total_steps and 2 * total_steps)
+        act()
         made = object.__new__(type(fitted))
         vars(made).update(vars(fitted))
-        object.__setattr__(made, name, 2 * value)
+        object.__setattr__(made, name, 2 * getattr(fitted, name))
         return made
+
+    for event in ("before_step", "after_step"):
+
+        @wrapped(cls, event)
+        def step(original: Any, self: Any, state: Any, training: Any) -> None:
+            total = training.total_steps
+            if interval_of(self) is None and total is not None:
+                act()
+                training.total_steps = 2 * total
+            try:
+                original(state, training)
+            finally:
+                training.total_steps = total
 
 
 @fault("schedules", "all but the last layer")

@@ -98,10 +98,11 @@ def test_each_layer_draws_its_own_start_and_shares_what_is_declared(method):
     _, adapters = begin(method, (12, 12, 12))
     first, second = (layer for _, layer in adapters)
     shares = issubclass(type(adapters.recipe.delta), SharesTensors)
-    assert bool(first.shared()) == shares
-    for name, p in first.shared().items():
-        assert p is second.shared()[name], "a copy per layer of what all layers share"
-        assert not p.requires_grad
+    assert bool([*adapters.shared]) == shares
+    for name, t in adapters.shared:
+        own = [layer.update.delta.read_shared(name) for layer in (first, second)]
+        assert own[0] is own[1], "a copy per layer of what all layers share"
+        assert not t.requires_grad
     for (name, one, _), (_, two, _) in zip(first.trained(), second.trained(), strict=True):
         constant = bool((one == one.flatten()[0]).all())
         assert constant == bool((two == two.flatten()[0]).all())

@@ -36,7 +36,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import lorica
 from lorica.interfaces import Pair
 from lorica.methods.inits.base import fill_
-from lorica.methods.optional import StartsFromData
+from lorica.methods.optional import SharesTensors, StartsFromData
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.recipe import registry
 from lorica.recipe.recipe import Recipe
@@ -553,6 +553,28 @@ def training_on_shards_float32() -> None:
 def training_on_shards_transposed() -> None:
     _follows("dora+olora", wrap=_sharded(), make=_gpt2)
     _follows("loraplus+pissa", wrap=_sharded(), make=_gpt2, r=1, bias="all", schedules=())
+
+
+def _sharing() -> list[str]:
+    """Methods whose layers read the same frozen tensors."""
+    deltas = registry.names("deltas")
+    return [w for w in deltas if issubclass(registry.find(w, "deltas"), SharesTensors)]
+
+
+@_on(2)
+def shared_tensors_train_under_fsdp2_and_ddp() -> None:
+    """Every layer is a unit of FSDP2, and no parameter is ignored; also on a base of half
+    precision, in which the forward then reads what is shared."""
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for method in _sharing():
+        for wrap in (_sharded(), _ddp):
+            _follows(method, wrap=wrap, schedules=(), r=5)
+        _follows(f"dora+{method}", wrap=_sharded(), schedules=(), make=_gpt2, r=5)
+        half = {"dtype": torch.float32, "base": torch.bfloat16, "schedules": (), "r": 5}
+        many = _adapted(method, **half)
+        _shard(many, policy=mixed)
+        losses = _train(many.model, many, _optimizer(many), range(3), divided=True)
+        assert len(set(losses)) == 3 and len(set(_on_every_process(many.fingerprint()))) == 1
 
 
 @_on(4)

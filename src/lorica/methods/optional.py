@@ -44,9 +44,9 @@ class LinksDeltas(abc.ABC):
 
 
 class SharesTensors(abc.ABC):
-    """All layers of a model read the same frozen tensors. Used by `lorica.attach`, which registers
-    them with each delta (`AbstractDelta.register_shared`), and where files are written: the state
-    holds them once."""
+    """All layers of a model read the same frozen tensors. Used by `lorica.attach`: each delta reads
+    them by `AbstractDelta.read_shared`. They are outside of the module tree, so that any sharding
+    works and every process has them whole; the adapters' state holds them once."""
 
     @abc.abstractmethod
     def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule, swapped
 from lorica.tensors.dtensor_ops import read_full, reshard
+from lorica.tensors.shared import SharedTensors
 
 if TYPE_CHECKING:
     from lorica.model.summary import Summary
@@ -43,6 +44,7 @@ class Adapters:
         direct: {name: role} of parameters that train in place.
         signals: {method: what a schedule tells an objective of the same name}; mirrors the
             schedule's state, so it is not saved.
+        shared: frozen tensors that all layers read; empty with most methods.
         hooks: what methods asked to see of a forward.
         summary: what trains, what is frozen, and what that costs.
         released: the call that took the adapters out of the model; None: they are in it. After it,
@@ -62,6 +64,7 @@ class Adapters:
         self.base_unchanged = "base_unchanged" in recipe.given()
         self.base_hash: str | None = None  # of the published weights, set on first use
         self.signals: dict[str, Any] = {}  # Any: between a schedule and its own objective
+        self.shared = SharedTensors({})
         self.hooks: ForwardHooks
         self.summary: Summary
 

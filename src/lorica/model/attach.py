@@ -32,6 +32,7 @@ from lorica.model.update import Update
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
 from lorica.tensors.modules import evaluating
+from lorica.tensors.shared import SharedTensors
 
 logger = logging.getLogger("lorica")
 
@@ -127,7 +128,12 @@ def attach(
         if isinstance(recipe.delta, LinksDeltas):
             recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
         if isinstance(recipe.delta, SharesTensors):
-            share(recipe.delta, layers, seeded(f"{recipe.seed}/shared"))
+            made = recipe.delta.shared([*sites.values()], seeded(f"{recipe.seed}/shared"))
+            adapters.shared = SharedTensors(made)
+            for layer in layers.values():
+                layer.update.delta.shared_tensors = adapters.shared
+                for name, _ in adapters.shared:  # copied to its device now, not in a forward
+                    layer.update.delta.read_shared(name)
         for name, layer in layers.items():
             if initialise:
                 start(layer, recipe, f"{recipe.seed}/{name}", seen.get(name))
@@ -264,22 +270,6 @@ def observe(
         for p, requires_grad, grad in before:
             p.requires_grad_(requires_grad)
             p.grad = grad
-
-
-def share(
-    delta: SharesTensors, layers: Mapping[str, AdaptedLinear], generator: torch.Generator
-) -> None:
-    """Make the tensors that all layers share, once for each device and dtype in use."""
-    tensors = delta.shared([layer.site for layer in layers.values()], generator)
-    made: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
-    for layer in layers.values():
-        device, dtype = layer.site.device, layer.site.dtype
-        if (device, dtype) not in made:
-            made[device, dtype] = {
-                n: nn.Parameter(t.to(device, dtype), requires_grad=False)
-                for n, t in tensors.items()
-            }
-        layer.update.delta.register_shared(made[device, dtype])
 
 
 def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -> None:

@@ -98,17 +98,11 @@ class AdaptedLinear(nn.Module):
         """What the forward reads beside base and trained parameters, of this layer's own: frozen
         factors, masks, shares."""
         other = {name for name, _, _ in self.trained()}
-        other |= {f"update.delta.{name}" for name in self.update.delta.shared_names}
         return [
             (name, p)
             for name, p in self.named_parameters()
             if name not in other and not name.startswith("base.")
         ]
-
-    def shared(self) -> dict[str, nn.Parameter]:
-        """{name: frozen parameter} that this layer shares with all others of the model."""
-        delta = self.update.delta
-        return {name: delta.get_parameter(name) for name in sorted(delta.shared_names)}
 
     @property
     def weight(self) -> nn.Parameter:

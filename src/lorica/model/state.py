@@ -17,15 +17,13 @@ from lorica.tensors.dtensor_ops import copy_, read_full, reshard
 SHARED = "shared"  # owner, in the keys, of what all layers share
 
 
-def tensors(adapters: Adapters) -> dict[str, nn.Parameter]:
-    """{path: parameter} of all that training changes or the forward reads beside the frozen
-    base."""
-    out: dict[str, nn.Parameter] = {}
+def tensors(adapters: Adapters) -> dict[str, Tensor]:
+    """{path: tensor} of all that training changes or the forward reads beside the frozen base:
+    parameters, and what all layers share."""
+    out: dict[str, Tensor] = {f"{SHARED}.{n}": t for n, t in adapters.shared}
     for site, layer in adapters.layers.items():
         out |= {f"{site}.{n}": p for n, p, _ in layer.trained()}
         out |= {f"{site}.{n}": p for n, p in layer.frozen()}
-        for n, p in layer.shared().items():
-            out.setdefault(f"{SHARED}.{n}", p)
         if not adapters.base_unchanged:
             out[f"{site}.base.weight"] = layer.store.parameter
     for site, module in adapters.saved.items():
@@ -62,11 +60,11 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
                 torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
             )
     own = tensors(adapters)
-    shared = [n for n in own if n in saved and saved[n].shape != own[n].shape]
+    both = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     wrong = {
         "missing": sorted(set(own) - set(saved)),
         "extra": sorted(set(saved) - set(own)),
-        "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in shared],
+        "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in both],
     }
     if any(wrong.values()):
         for site, (a, b) in before.items():
@@ -82,12 +80,12 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
             f"the saved tensors are not those of these adapters: {listed}. The recipe here is"
             f" `{recipe.text()}` with r={recipe.r}; attach with the saved one"
         )
-    for name, p in own.items():
-        copy_(p, saved[name])
-    for layer in adapters.layers.values():  # on a second device there is a second copy
-        for name, p in layer.shared().items():
-            if p is not own[f"{SHARED}.{name}"]:
-                copy_(p, saved[f"{SHARED}.{name}"])
+    shared = {f"{SHARED}.{n}": n for n, _ in adapters.shared}
+    for name, t in own.items():
+        if name in shared:
+            adapters.shared.write(shared[name], saved[name])
+        else:
+            copy_(t, saved[name])
     for layer in adapters.layers.values():
         layer.update.delta.loaded()
         layer.combine.loaded()
@@ -100,7 +98,6 @@ def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     """See `Adapters.base_parameters`."""
     inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
     own = {id(p) for p in tensors(adapters).values()} - inner
-    own |= {id(p) for layer in adapters.layers.values() for p in layer.shared().values()}
     saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
     out: dict[str, nn.Parameter] = {}
     for name, p in adapters.model.named_parameters():

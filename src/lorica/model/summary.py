@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
@@ -123,14 +123,15 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     ids = {id(t.parameter) for t in trained}
     base = {n: p for n, p in model.named_parameters() if id(p) not in ids}
     frozen_factors = [p for layer in adapters.layers.values() for _, p in layer.frozen()]
-    shared = {id(p): p for layer in adapters.layers.values() for p in layer.shared().values()}
-    frozen_factors += shared.values()
     own = {id(p) for p in frozen_factors}
+    shared = [t for _, t in adapters.shared]
     for t in trained:
         _count(summary.trained, t.role if t.role != "module" else IN_FULL, t.parameter)
     for p in base.values():
         _count(summary.frozen, "frozen factors" if id(p) in own else "base", p)
-    summary.total = sum(p.numel() for p in model.parameters())
+    for t in shared:
+        _count(summary.frozen, "frozen factors", t)
+    summary.total = sum(t.numel() for t in (*model.parameters(), *shared))
     summary.saved = list(adapters.saved)
     if not adapters.direct or adapters.layers:
         left = {
@@ -155,7 +156,7 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     summary.memory = {
         "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
         "trained": size,
-        "frozen factors": sum(p.numel() * p.element_size() for p in frozen_factors),
+        "frozen factors": sum(p.numel() * p.element_size() for p in (*frozen_factors, *shared)),
         "gradients": size,
         "optimizer": recipe.rule.state_elements(adapters) * 4,
     }
@@ -178,7 +179,7 @@ def _merged_from(layer: AdaptedLinear, recipe: Recipe) -> int | None:
     return kernel.threshold(site.in_features, site.out_features)
 
 
-def _count(groups: dict[str, dict[str, int]], name: str, p: nn.Parameter) -> None:
+def _count(groups: dict[str, dict[str, int]], name: str, p: Tensor) -> None:
     group = groups.setdefault(name, {"tensors": 0, "elements": 0})
     group["tensors"] += 1
     group["elements"] += p.numel()

@@ -121,7 +121,10 @@ def check_values(data: Config, file: Path) -> None:
         check_fields(data, {**_PAIR_FIELDS, "bias": one_of("none", "all", "lora_only")}, file)
     elif (form := _forms().get(str(data.get("peft_type")))) is not None:
         biases = one_of("none", "all", "lora_only", form.bias)
-        check_fields(data, {form.dropout: _DROPOUT, "bias": biases}, file)
+        own = {form.dropout: _DROPOUT, "bias": biases}
+        if form.transposed is not None:
+            own[form.transposed] = Field(types=(bool,))
+        check_fields(data, own, file)
     check_expressions(data, file)
 
 
@@ -222,7 +225,10 @@ def method_of(data: Config, file: Path) -> Method:
 def _own_method(data: Config, form: PeftForm, file: Path) -> Method:
     """The same for a type that a delta declares as PEFT's own."""
     _complete(data, {"r", "target_modules"}, file)
-    _refuse_others(data, {*FIELDS, *_IGNORED, *form.fields, form.dropout}, file)
+    # The layers themselves say how they store their weight.
+    known = {*FIELDS, *_IGNORED, *form.fields, form.dropout}
+    known |= {form.transposed} if form.transposed is not None else set()
+    _refuse_others(data, known, file)
     if (choice := own_choice(data)) is None:
         given = ", ".join(f"`{k}={shorten(data.get(k))}`" for k in form.fields)
         raise Unsupported(

@@ -7,8 +7,8 @@ however training started. Keys are `base_model.model.` + module path + suffix; s
 alpha = s·(r + k).
 
 A delta may declare a type of PEFT's own (`PeftForm`). It is used where it holds everything: one
-rank, plain linear layers, no frozen factors, a plain sum W + ΔW. Elsewhere the delta's factors make
-a LORA, if it has any.
+rank, linear layers as PEFT's type knows them, no frozen factors, a plain sum W + ΔW. Elsewhere the
+delta's factors make a LORA, if it has any.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ def own_form(adapters: Adapters, frozen: Mapping[str, int]) -> PeftForm | None:
     if form is None or any(frozen.values()) or combine_of(adapters).peft_flags != {}:
         return None
     layers = [layer for _, layer in adapters]
-    plain = not any(layer.store.transposed or layer.store.lookup for layer in layers)
-    one = len({layer.site.r for layer in layers}) == 1
-    return form if plain and one and all(recipe.delta.peft_serves(x.site) for x in layers) else None
+    if any(layer.store.lookup for layer in layers) or len({x.site.r for x in layers}) != 1:
+        return None
+    if form.transposed is None and any(layer.store.transposed for layer in layers):
+        return None
+    return form if all(recipe.delta.peft_serves(x.site) for x in layers) else None
 
 
 def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:

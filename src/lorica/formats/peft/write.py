@@ -107,6 +107,7 @@ def config(
     elif (form := own_form(adapters, frozen_ranks(adapters))) is not None:
         bias = form.bias if recipe.bias == "lora_only" else recipe.bias
         own = {"r": next(layer.site.r for _, layer in adapters), form.dropout: recipe.lora_dropout}
+        own |= {form.transposed: _transposed(adapters)} if form.transposed is not None else {}
         return {**_about(adapters, form.peft_type), **own, **form.fields, "bias": bias}
     else:
         ranks, alphas, rooted = _numbers(adapters)
@@ -120,13 +121,16 @@ def config(
         # The start is in the factors; any other value would make PEFT change the base.
         "init_lora_weights": True,
         "bias": recipe.bias,
-        "fan_in_fan_out": any(
-            layer.store.transposed and not layer.store.lookup for _, layer in adapters
-        ),
+        "fan_in_fan_out": _transposed(adapters),
         "rank_pattern": exceptions(ranks, r),
         "alpha_pattern": exceptions(alphas, alpha),
         **(combine_of(adapters).peft_flags or {}),
     }
+
+
+def _transposed(adapters: Adapters) -> bool:
+    """Whether a linear layer stores its weight as (in, out)."""
+    return any(layer.store.transposed and not layer.store.lookup for _, layer in adapters)
 
 
 def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorica.interfaces import BaseLike, Factors, Pair, Site
 from lorica.methods.choice import Choice
 from lorica.tensors.modules import call_after_loading
+from lorica.tensors.shared import SharedTensors
 
 
 class AbstractDelta(nn.Module, abc.ABC):
@@ -29,9 +30,7 @@ class AbstractDelta(nn.Module, abc.ABC):
 
     roles: ClassVar[dict[str, str]]  # parameter -> "A", "B", "diagonal", "core", "bias"
     scale: float = 1.0
-    shared_names: frozenset[str] = (
-        frozenset()
-    )  # names of parameters that all layers of the model share
+    shared_tensors: SharedTensors | None = None  # what all layers of the model read
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,11 +52,11 @@ class AbstractDelta(nn.Module, abc.ABC):
         """The trained pair, or None."""
         return None
 
-    def register_shared(self, tensors: Mapping[str, nn.Parameter]) -> None:
-        """Hold these frozen parameters, which every layer of the model holds, under their names."""
-        for name, p in tensors.items():
-            self.register_parameter(name, p)
-        self.shared_names = frozenset(tensors)
+    def read_shared(self, name: str) -> Tensor:
+        """A frozen tensor that all layers of the model read (`SharesTensors`), whole, in the dtype
+        and on the device of this delta's parameters."""
+        assert self.shared_tensors is not None, "`lorica.attach` hands them to every layer"
+        return self.shared_tensors.read(name, next(self.parameters()))
 
     @abc.abstractmethod
     def restart(self, link: int, generator: torch.Generator) -> None:
@@ -101,6 +100,9 @@ class PeftForm:
     tensors: Mapping[str, str]  # trained parameter -> suffix of PEFT's key
     dropout: str  # PEFT's field for `lora_dropout`
     bias: str  # PEFT's value of `bias` for `lora_only`
+    transposed: str | None = (
+        None  # PEFT's switch for weights stored as (in, out); None: it has none
+    )
     shared: Mapping[str, str] = field(default_factory=dict[str, str])  # shared tensor -> PEFT's key
     shared_in_file: str | None = None  # PEFT's field that is false where the file leaves them out
     fields: Mapping[str, object]  # the other fields of PEFT's configuration that set the formula

@@ -36,7 +36,7 @@ LAST_KEY = 2**63 - 1  # of a generator
 
 
 class VeraDelta(AbstractDelta):
-    """λ_b and λ_d of one layer; the shared A and B are registered by `lorica.attach`."""
+    """λ_b and λ_d of one layer; `lorica.attach` hands it the shared A and B."""
 
     roles: ClassVar[dict[str, str]] = {"lambda_b": "diagonal", "lambda_d": "diagonal"}
 
@@ -64,11 +64,11 @@ class VeraDelta(AbstractDelta):
 
     def _right(self) -> Tensor:
         """A (r, in)."""
-        return read_full(self.get_parameter("A"))[: self.site.r, : self.site.in_features]
+        return self.read_shared("A")[: self.site.r, : self.site.in_features]
 
     def _left(self) -> Tensor:
         """diag(λ_b) B diag(λ_d) (out, r)."""
-        B = read_full(self.get_parameter("B"))[: self.site.out_features, : self.site.r]
+        B = self.read_shared("B")[: self.site.out_features, : self.site.r]
         return read_full(self.lambda_b)[:, None] * B * read_full(self.lambda_d)
 
     def restart(self, link: int, generator: torch.Generator) -> None:
@@ -85,9 +85,9 @@ class Vera(DeltaChoice, SharesTensors):
     out + r trained parameters per layer. `r` is the width of the projection and may exceed the
     layer's size; ΔW has rank at most min(r, in, out). Merging is exact. There is no scale before
     ΔW, so `lora_alpha` is an error. The pair is saved once, not once per layer; PEFT's `VERA` files
-    are read and written. A chain of restarts meets the same pair at every link. FSDP2 takes no
-    parameter that several of its groups share: pass the pair to `fully_shard` as `ignored_params`.
-    Not to be confused with LoRA whose A is frozen (`lorafa`), which trains all of B.
+    are read and written. A chain of restarts meets the same pair at every link. Under FSDP2 and DDP
+    every process holds the whole pair. Not to be confused with LoRA whose A is frozen (`lorafa`),
+    which trains all of B.
 
     Default r 256, PEFT's. Default rate 4e-3, the paper's for instruction tuning, ten times its rate
     for LoRA.
@@ -152,9 +152,10 @@ class Vera(DeltaChoice, SharesTensors):
             shared_in_file="save_projection",
             dropout="vera_dropout",
             bias="vera_only",
+            transposed="fan_in_fan_out",
             fields={
                 "d_initial": self.d_initial, "projection_prng_key": self.projection_prng_key,
-                "save_projection": True, "init_weights": True, "fan_in_fan_out": False,
+                "save_projection": True, "init_weights": True,
             },
         )  # fmt: skip
 
@@ -163,7 +164,7 @@ class Vera(DeltaChoice, SharesTensors):
         own = cls()
         d_initial = data.get("d_initial", own.d_initial)
         key = data.get("projection_prng_key", own.projection_prng_key)
-        if data.get("peft_type") != PEFT_TYPE or data.get("fan_in_fan_out"):
+        if data.get("peft_type") != PEFT_TYPE:
             return None
         if not is_number(d_initial) or d_initial == 0 or not is_whole(key, 0, LAST_KEY):
             return None
