@@ -23,8 +23,10 @@ from transformers import (
 import lorica
 from lorica import formats
 from lorica.data.lengths import longest
-from lorica.run.load_model import _task, load_base
+from lorica.recipe.registry import names
+from lorica.run.load_model import _task, load_base, load_model
 from lorica.run.token_weighting import counted_labels
+from lorica.tensors.linalg import all_finite
 from models import llama
 
 
@@ -76,3 +78,30 @@ def test_a_trainer_that_does_not_say_shifts_no_labels():
     assert counted_labels(older, {"labels": labels}) == 2
     newer: Any = SimpleNamespace(_loss_shifts_labels=True)
     assert counted_labels(newer, {"labels": labels}) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_holds_no_numbers_is_not_loaded(tmp_path: Path, value: float):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="not finite, in model.layers.1.mlp.up_proj.weight: .* Use"
+    ):
+        load_model(str(tmp_path), "causal-lm", labels=None, dtype="auto", widen=True)
+
+
+@pytest.mark.parametrize("init", names("inits"))
+def test_nothing_starts_on_a_base_that_holds_no_numbers(init: str):
+    model = llama()
+    model.model.layers[1].self_attn.q_proj.weight.data[2, 3] = torch.nan
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.weight \(.* not finite"):
+        lorica.attach(model, init, r=2, verbose=False)
+    assert list(model.modules()) == before
+
+
+def test_large_values_are_finite():
+    assert all_finite(torch.full((4,), 3e38)) and all_finite(torch.full((9,), 60000.0).half())
+    assert all_finite(torch.ones(3).to(torch.float8_e4m3fn)) and all_finite(torch.ones(3).int())
+    assert not all_finite(torch.tensor([3e38, 3e38, -torch.inf]))

@@ -143,9 +143,10 @@ def _unpacked(name: str, task: str, *, labels: Labels | None, dtype: str, widen:
     import torch
 
     from lorica.formats.compressed import unpack
-    from lorica.run.load_model import AUTO
+    from lorica.run.load_model import AUTO, check_finite
 
     model: Any = unpack(name)
+    check_finite(model, name)
     if not type(model).__name__.endswith(AUTO[task][1]):
         raise ValueError(
             f"the compressed model `{name}` is a {type(model).__name__} and none for {task}; ask it"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lorica.formats.peft.places import PREFIX, Place, places
@@ -13,6 +12,7 @@ from lorica.formats.peft.read import spare
 from lorica.model.adapters import Adapters
 from lorica.model.state import buffers
 from lorica.tensors.dtensor_ops import copy_, read_full
+from lorica.tensors.linalg import all_finite
 
 
 def full_state(adapters: Adapters) -> dict[str, Tensor]:
@@ -168,5 +168,5 @@ def not_finite(tensors: Mapping[str, Tensor], trained_in_full: set[str]) -> list
         name
         for name, t in tensors.items()
         if t.is_floating_point()
-        and bool(t.isnan().any() if name in trained_in_full else (~torch.isfinite(t)).any())
+        and (bool(t.isnan().any()) if name in trained_in_full else not all_finite(t))
     ]

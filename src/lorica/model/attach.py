@@ -26,7 +26,15 @@ from lorica.model.modules_to_save import (
     train_in_place,
 )
 from lorica.model.summary import Summary, fill, say
-from lorica.model.targets import Targets, find, fresh_modules, refuse, refuse_idle, sites_of
+from lorica.model.targets import (
+    Targets,
+    find,
+    fresh_modules,
+    refuse,
+    refuse_idle,
+    refuse_not_finite,
+    sites_of,
+)
 from lorica.model.unbound import discard, expect
 from lorica.model.update import Update
 from lorica.recipe.recipe import Recipe
@@ -110,6 +118,8 @@ def attach(
         sites = sites_of(
             model, recipe, targets, dtype, any_rank=not initialise, ranks=ranks, as_built=True
         )
+    if initialise:
+        refuse_not_finite(model, targets.layers)
     seen: Mapping[str, Any] = {}  # Any: what the init observed of each layer
     if initialise:
         seen = observe(model, recipe, targets, sites, data)

@@ -18,6 +18,7 @@ from lorica.model.bases.base import AbstractBase, base_for
 from lorica.model.layer import AdaptedLinear
 from lorica.patterns import Endless, flaw, matching
 from lorica.recipe.recipe import Recipe
+from lorica.tensors.linalg import all_finite
 from lorica.tensors.modules import named_modules
 from lorica.text import shorten
 
@@ -298,8 +299,9 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
         check_ranks(
             recipe, {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
         )
-    for name in targets.layers:
-        if _offloaded(model.get_submodule(name)):
+    layers = {name: model.get_submodule(name) for name in targets.layers}
+    for name, layer in layers.items():
+        if _offloaded(layer):
             raise ValueError(
                 f"the weight of {name!r} is offloaded (Accelerate brings it to the device for the"
                 " layer's own forward alone), so no update could be computed with it. Load the"
@@ -311,6 +313,23 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
                 f"{name!r} is sharded already, so an adapter beside it would train alone on every"
                 " process; attach first, shard then"
             )
+
+
+def refuse_not_finite(model: nn.Module, names: Iterable[str]) -> None:
+    """A start, and every step, would be made of a base that holds no numbers.
+
+    Raises:
+        ValueError: naming the first of the modules with a value that is not finite.
+    """
+    for name in names:
+        for kind, p in model.get_submodule(name).named_parameters(recurse=False):
+            if not (p.is_meta or isinstance(p, DTensor)) and not all_finite(p):
+                raise ValueError(
+                    f"the model's {name}.{kind} {tuple(p.shape)} holds values that are not finite,"
+                    " so nothing could be trained on it: the training that made it had diverged, or"
+                    " its file was changed. Load an earlier checkpoint, or the file from where it"
+                    " came"
+                )
 
 
 def _offloaded(module: nn.Module) -> bool:

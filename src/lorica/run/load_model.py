@@ -210,12 +210,31 @@ def load_model(
         model = auto.from_pretrained(name, trust_remote_code=False, **more)
     except Exception as error:
         raise ValueError(_cannot(f"a model for {task}", name, error)) from error
+    check_finite(model, name)
     if dtype == "auto" and widen:
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.dtype is torch.float16:
                 tensor.data = tensor.data.float()
         model.config.dtype = model.dtype
     return model
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """The weights are numbers, so that the model's answers can be, too.
+
+    Raises:
+        ValueError: naming the first that holds another value.
+    """
+    from lorica.tensors.linalg import all_finite
+
+    bad = [n for n, p in model.named_parameters() if not all_finite(p)]
+    if bad:
+        more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
+        raise ValueError(
+            f"`{name}` holds values that are not finite, in {bad[0]}{more}: the training that made"
+            " it had diverged, or a file was changed. Use an earlier checkpoint, or copy it again"
+            " from where it came"
+        )
 
 
 def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None) -> None:

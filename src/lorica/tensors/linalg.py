@@ -70,6 +70,15 @@ def vector_norm(
     return _linalg.vector_norm(X, dim=dim, dtype=dtype)
 
 
+@torch.no_grad()
+def all_finite(X: Tensor) -> bool:
+    """Whether no entry is an infinity or not-a-number; read once, and nothing of its size is made
+    unless the sum of what is finite overflows. Waits for the device."""
+    whole = X.float() if X.itemsize == 1 else X  # 8-bit floats have no sum
+    wide = torch.promote_types(whole.dtype, torch.float32)
+    return bool(whole.sum(dtype=wide).isfinite()) or bool(whole.isfinite().all())
+
+
 def floats(X: Tensor) -> list[float]:
     """A vector (n,) as Python floats; waits for the device."""
     plain: Any = X  # Any: torch types `tolist` as a bare `list`

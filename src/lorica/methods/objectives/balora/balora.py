@@ -39,6 +39,7 @@ from lorica.methods.objectives.balora.output_penalties import (
 )
 from lorica.methods.objectives.base import AbstractObjective, Context
 from lorica.tensors.dtensor_ops import seeded
+from lorica.tensors.linalg import all_finite
 from lorica.tensors.matmul import no_autocast
 
 # form -> (λ₁, λ₂, λ₃), k: the authors'
@@ -129,6 +130,8 @@ class Balora(AbstractObjective):
         with no_autocast(logits.device.type):
             z = logits[keep]
             z = z.to(torch.promote_types(z.dtype, torch.float32))  # (N, D)
+            if not all_finite(z):  # no spectrum; the task's loss says that it has diverged
+                return task_loss
             terms: list[Tensor] = []
             if cr:
                 terms.append(cr * divergence(z, teacher[keep].to(z), self.temperature))
