@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lorica
-from lorica.model.targets import find, fresh_modules, head_names, matches
-from models import bert, bert_masked, gpt2, llama, logits, perturb, qwen2, t5
+from lorica.model.heads import head_names
+from lorica.model.targets import find, matches
+from models import bert, gpt2, llama, logits, perturb, qwen2, t5
 
 NONE = {"exclude_modules": None, "layers_to_transform": None, "modules_to_save": ()}
 
@@ -190,40 +191,6 @@ def test_what_is_left_out_is_listed_with_its_size():
     assert left == expected
 
 
-def test_fresh_modules_are_those_without_a_weight_in_the_checkpoint(tmp_path):
-    bert_masked().bert.save_pretrained(tmp_path)
-    from transformers import BertForSequenceClassification
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
-    fresh = fresh_modules(model)
-    assert "classifier" in fresh and not any("encoder" in n for n in fresh)
-    adapters = lorica.attach(model, "lora", r=4, verbose=False)
-    assert adapters.summary.fresh == fresh and set(fresh) <= set(adapters.saved)
-    assert "(new: the checkpoint has no weights for it)" in str(adapters.summary)
-    assert fresh_modules(bert()) == [], "made from a configuration: nothing to compare with"
-    again = lorica.attach(lorica.detach(model), "lora", r=4, fresh=[], verbose=False)
-    assert not again.saved
-
-
-def test_a_head_is_fresh_where_the_checkpoint_has_none_and_not_where_it_was_resized(tmp_path):
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    llama().save_pretrained(tmp_path / "whole")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "whole")
-    head = model.lm_head.weight.clone()
-    model.resize_token_embeddings(len(head) + 5)
-    assert torch.equal(model.lm_head.weight[: len(head)], head)
-    assert fresh_modules(model) == []
-    assert not lorica.attach(model, "lora", r=2, verbose=False).saved
-    llama().model.save_pretrained(tmp_path / "backbone")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "backbone")
-    assert fresh_modules(model) == ["lm_head"]
-
-
 def test_a_target_that_no_forward_reaches_is_found_out():
     """T5's `shared` is a name only: encoder and decoder have embeddings of their own."""
     model = t5()
@@ -240,3 +207,35 @@ def test_a_target_that_no_forward_reaches_is_found_out():
             for _ in range(10):
                 (model(**inputs).loss + head).backward()
                 optimizer.step()
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"target_modules": ("q_proj", "lm_head"), "layers_to_transform": (1,)},
+     "'lm_head' has no effect, since `layers_to_transform`"),
+    ({"target_modules": ("q_proj", "k_proj"), "exclude_modules": ("k_proj",)},
+     "'k_proj' has no effect, since `exclude_modules`"),
+    ({"target_modules": ("q_proj", "0.mlp.up_proj"), "layers_to_transform": (1,)},
+     "'0.mlp.up_proj' has no effect"),
+    ({"target_modules": ("q_proj", "mlp")}, "holds some; name those: .*up_proj"),
+    ({"exclude_modules": ("0.mlp",), "layers_to_transform": (1,)},
+     "'0.mlp' has no effect, since `layers_to_transform`"),
+    ({"exclude_modules": ("q_proj", "embed_tokens")}, "'embed_tokens' matches no module of the"),
+    ({"exclude_modules": ("0",), "layers_to_transform": (0, 1)}, "no target module in block 0"),
+])  # fmt: skip
+def test_every_name_has_an_effect_under_all_options_together(fields, said):
+    with pytest.raises(ValueError, match=said):
+        names(llama(), **fields)
+
+
+def test_a_pattern_that_an_earlier_one_takes_every_layer_from_is_an_error():
+    with pytest.raises(ValueError, match=r"0.self_attn.q_proj.*Put the narrower"):
+        lorica.attach(llama(), "lora", rank_pattern={"q_proj": 4, "0.self_attn.q_proj": 8})
+    patterns = {"0.self_attn.q_proj": 8, "q_proj": 4}
+    adapters = lorica.attach(llama(), "lora", rank_pattern=patterns, verbose=False)
+    ranks = [adapters.layers[f"model.layers.{i}.self_attn.q_proj"].site.r for i in (0, 1)]
+    assert ranks == [8, 4]
+
+
+def test_an_excluded_name_means_all_that_is_below_it():
+    left = names(llama(), exclude_modules=("mlp", "0"))
+    assert left == [f"model.layers.1.self_attn.{n}_proj" for n in "qkvo"]

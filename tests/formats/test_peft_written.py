@@ -119,7 +119,7 @@ def test_fresh_head(tmp_path):
     """A head that came without weights trains, is saved, and PEFT finds it under its task."""
     model = models.bert()
     base = copy.deepcopy(model)
-    adapters = lorica.attach(model, "lora", r=4, fresh=["classifier"], verbose=False)
+    adapters = lorica.attach(model, "lora", r=4, heads=["classifier"], verbose=False)
     perturb(adapters)
     out = lorica.save(adapters, tmp_path / "out")
     config = json.loads((out / "adapter_config.json").read_text())
@@ -129,7 +129,7 @@ def test_fresh_head(tmp_path):
     torch.nn.init.normal_(other.classifier.weight)
     loaded = lorica.load(other, out)
     assert torch.equal(logits(other), logits(model))
-    assert loaded.summary.fresh == ["classifier"]
+    assert loaded.summary.heads == {"classifier": ""}
 
 
 def test_config_says_what_the_user_said(tmp_path):
@@ -223,8 +223,10 @@ def test_targets_that_no_list_can_name(tmp_path):
 
 def test_task_is_left_out_where_peft_would_look_for_a_head(tmp_path):
     """PEFT wants the head of a classifier in the file; one that never trained isn't there."""
-    adapters, out = check("bert", "lora", tmp_path)
+    adapters, out = check("bert", "lora", tmp_path, heads=[])
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] is None
+    adapters, out = check("bert", "lora", tmp_path / "head")
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
 
 def test_saved_module_that_peft_cannot_single_out(tmp_path):

@@ -53,7 +53,7 @@ def both(name: str, method: str, dtype: torch.dtype, **fields: Any) -> tuple[Ada
     base = MODELS[name]().to(dtype)
     ours = copy.deepcopy(base)
     given = {"r": 4, "lora_alpha": 6, **fields}
-    adapters = lorica.attach(ours, method, verbose=False, fresh=[], **given)
+    adapters = lorica.attach(ours, method, verbose=False, heads=[], **given)
     given.pop("lora_dropout_on", None)
     targets = sorted({path.rsplit(".", 1)[-1] for path in adapters.layers})
     with quiet():

@@ -615,7 +615,7 @@ def compressed(teacher: nn.Module, method: str, faded: bool = False) -> float:
     model = Perceptron()
     model.load_state_dict(teacher.state_dict())
     adapters = lorica.attach(
-        model, method, r=RANK, target_modules=["0", "1", "2"], fresh=[], verbose=False
+        model, method, r=RANK, target_modules=["0", "1", "2"], heads=[], verbose=False
     )
     if faded:
         fade_all(adapters, 0.0)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lorica.data import Labels
     from lorica.model.adapters import Adapters
+    from lorica.run.load_model import FromCheckpoint
 
 logger = logging.getLogger("lorica")
 
@@ -104,21 +105,20 @@ class Source:
         from lorica import formats
         from lorica.data import check_causal
         from lorica.formats.compressed import is_packed
-        from lorica.model.targets import fresh_modules
         from lorica.run.load_model import load_model, set_padding
         from lorica.training.checks import check_effect
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         make = _unpacked if is_packed(self.model) else load_model
-        model: Any = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
+        loaded = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
+        model: Any = loaded.model
         set_padding(model, task, self.tokenizer)
-        fresh = fresh_modules(model)
+        drawn = loaded.drawn(None)
         adapters = None
         if self.adapter is not None:
             adapters = formats.load(model, self.adapter, check_base=check_base, trainable=False)
             check_effect(adapters, "every answer")
-        trained = () if adapters is None else adapters.saved
-        bare = [name for name in fresh if name not in trained]
+        bare = loaded.drawn(adapters)
         if bare:
             raise ValueError(
                 f"`{self.model}` has no weights for {', '.join(bare)} of {type(model).__name__}, so"
@@ -135,15 +135,17 @@ class Source:
         if merged:
             model = lorica.merge(model)
             adapters = None
-        return Loaded(model.to(device), adapters, tuple(fresh))
+        return Loaded(model.to(device), adapters, tuple(drawn))
 
 
-def _unpacked(name: str, task: str, *, labels: Labels | None, dtype: str, widen: bool) -> Any:
+def _unpacked(
+    name: str, task: str, *, labels: Labels | None, dtype: str, widen: bool
+) -> FromCheckpoint:
     """A compressed model, as `load_model` gives others; its head and its classes are its own."""
     import torch
 
     from lorica.formats.compressed import unpack
-    from lorica.run.load_model import AUTO, check_finite
+    from lorica.run.load_model import AUTO, FromCheckpoint, check_finite
 
     model: Any = unpack(name)
     check_finite(model, name)
@@ -153,8 +155,10 @@ def _unpacked(name: str, task: str, *, labels: Labels | None, dtype: str, widen:
             " for what it was trained for"
         )
     if dtype == "auto":
-        return model.float() if widen and model.dtype is torch.float16 else model
-    return model.to(getattr(torch, dtype))
+        model = model.float() if widen and model.dtype is torch.float16 else model
+    else:
+        model = model.to(getattr(torch, dtype))
+    return FromCheckpoint(model, frozenset())
 
 
 def chosen_data(data: str | None, split: str | None) -> tuple[str, str | None]:

@@ -58,7 +58,7 @@ def run(options: Options) -> Outcome:
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    adapters = lorica.attach(model, recipe, fresh=(), verbose=False)
+    adapters = lorica.attach(model, recipe, verbose=False)
     contract = adapters.summary
     adapted = set(adapters.layers) or {name.rsplit(".", 1)[0] for name in adapters.direct}
     for group in groups:
@@ -84,7 +84,7 @@ def survey(model: Any) -> list[dict[str, Any]]:
     `parameters_per_rank` is in + out: what one more rank of two factors costs in one layer.
     """
     from lorica.model.bases.base import base_for
-    from lorica.model.targets import head_names
+    from lorica.model.heads import head_names
 
     heads = head_names(model)
     groups: dict[tuple, dict[str, Any]] = {}

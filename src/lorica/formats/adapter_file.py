@@ -71,7 +71,7 @@ class AttachAs(NamedTuple):
     """
 
     recipe: Recipe
-    fresh: tuple[str, ...]
+    heads: tuple[str, ...]
     dtype: torch.dtype
     initialise: bool
     ranks: Mapping[str, tuple[int, float | None]] | None = None
@@ -367,7 +367,7 @@ class AdapterFile:
         if self.own is not None:
             recipe = self.own.parse_recipe(self.folder)
             ranks = ranks_from_data(recipe, self.own.layers)
-            return AttachAs(recipe, self.own.fresh, self.own.torch_dtype, False, ranks)
+            return AttachAs(recipe, self.own.heads, self.own.torch_dtype, False, ranks)
         recipe, frozen_start = recipe_for(model, self.plain[0], self.config_file)
         return AttachAs(recipe, (), torch.float32, frozen_start)
 

@@ -113,7 +113,7 @@ def _attach(model: nn.Module, file: AdapterFile, *, verbose: bool) -> Adapters:
         return attach(
             model,
             wanted.recipe,
-            fresh=wanted.fresh,
+            heads=wanted.heads,
             dtype=wanted.dtype,
             keep_base=True,  # so that an error in `load` leaves the model as it was
             verbose=verbose,

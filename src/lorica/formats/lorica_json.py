@@ -115,7 +115,7 @@ class LoricaJson:
         method: the recipe's text, for people.
         recipe: as `Recipe.to_dict` wrote it.
         dtype: name of the dtype that it trains in.
-        fresh: modules that came without weights and train in full.
+        heads: modules that train in full and that the recipe does not name (`fresh` in the file).
         saved: modules that train in full beside a frozen original.
         direct: parameters of the base that train in place.
         versions: {package: version} at the time of writing.
@@ -129,7 +129,7 @@ class LoricaJson:
     recipe: Mapping[str, Any]  # Any: JSON values of checked types, that `Recipe.from_dict` takes
     dtype: str
     base: Base
-    fresh: tuple[str, ...]
+    heads: tuple[str, ...]
     layers: Mapping[str, LayerInfo]
     saved: tuple[str, ...]
     direct: tuple[str, ...]
@@ -161,7 +161,7 @@ class LoricaJson:
                 sha256=base_hash,
                 dtype=base_dtypes(adapters),
             ),
-            fresh=tuple(adapters.summary.fresh),
+            heads=tuple(adapters.summary.heads),
             layers={
                 name: LayerInfo(
                     in_features=layer.in_features,
@@ -218,7 +218,7 @@ class LoricaJson:
                 sha256=base.get("sha256"),
                 dtype=base.get("dtype"),
             ),
-            fresh=tuple(data["fresh"]),
+            heads=tuple(data["fresh"]),
             layers={
                 name: LayerInfo(
                     in_features=layer["in"],
@@ -246,7 +246,7 @@ class LoricaJson:
             "recipe": dict(self.recipe),
             "dtype": self.dtype,
             "base": self.base.as_dict(),
-            "fresh": list(self.fresh),
+            "fresh": list(self.heads),
             "layers": {name: layer.as_dict() for name, layer in self.layers.items()},
             "saved": list(self.saved),
             "direct": list(self.direct),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, S
 from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
 from lorica.model.forward_hooks import ForwardHooks
+from lorica.model.heads import in_full, refuse_missing
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import (
     TrainedModule,
@@ -29,7 +30,6 @@ from lorica.model.summary import Summary, fill, say
 from lorica.model.targets import (
     Targets,
     find,
-    fresh_modules,
     refuse,
     refuse_idle,
     refuse_not_finite,
@@ -50,7 +50,8 @@ def attach(
     model: nn.Module,
     method: str | Recipe = "lora",
     *,
-    fresh: Sequence[str] | None = None,
+    missing_keys: Collection[str] = (),
+    heads: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     keep_base: bool = False,
     verbose: bool = True,
@@ -66,8 +67,14 @@ def attach(
     Args:
         model: any torch module; loaded, not yet sharded or wrapped.
         method: text form or `Recipe`.
-        fresh: paths of modules that came without weights from the checkpoint (a new head); they
-            train in full. Default: found by transformers' own marks.
+        missing_keys: names of parameters that the checkpoint had no values for, as transformers
+            reports them (`from_pretrained(..., output_loading_info=True)`). Modules that consist of
+            such train in full; any other that would stay frozen is an error. Default: none are
+            known.
+        heads: paths of modules that train in full without being named in `modules_to_save`.
+            Default: the head of a model for classification, regression or question answering, and
+            what `missing_keys` says; a head that `target_modules` or `exclude_modules` names does
+            not.
         dtype: of everything that trains; float32 by default, whatever the base's.
         keep_base: with a method that trains the base itself, keep a copy so that `detach` can
             restore it.
@@ -101,17 +108,21 @@ def attach(
             " `lorica.merge(model)` first"
         )
     wraps = recipe.delta.wraps
-    fresh = fresh_modules(model) if fresh is None else list(fresh)
     in_place = recipe.train_rest or not wraps
-    saved = () if recipe.train_rest else (*dict.fromkeys([*recipe.modules_to_save, *fresh]),)
+    if heads is not None:
+        untold = dict.fromkeys(heads, "")
+    else:
+        untold = {} if recipe.train_rest or recipe.whole else in_full(model, missing_keys)
     targets = find(
         model,
         target_modules=recipe.target_modules,
         exclude_modules=recipe.exclude_modules,
         layers_to_transform=recipe.layers_to_transform,
-        modules_to_save=saved,
+        modules_to_save=recipe.modules_to_save,
+        heads=untold,
         wraps=wraps,
     )
+    refuse_missing(model, missing_keys, recipe, targets.layers, targets.saved)
     refuse(model, recipe, targets)
     sites: dict[str, Site] = {}
     if wraps:
@@ -129,7 +140,7 @@ def attach(
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-    summary = Summary(method=recipe.text(), fresh=list(fresh), tied=targets.tied)
+    summary = Summary(method=recipe.text(), heads=targets.heads, tied=targets.tied)
     if wraps:
         layers = {
             n: _build(model.get_submodule(n), b, recipe, sites[n])

@@ -1,4 +1,4 @@
-"""What trains in full beside low-rank updates: fresh heads, `modules_to_save`, biases, or
+"""What trains in full beside low-rank updates: heads, `modules_to_save`, biases, or
 everything."""
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 
 
 class TrainedModule(nn.Module):
-    """A module that trains in full (a fresh head, `modules_to_save`) beside its frozen original.
+    """A module that trains in full (a head, `modules_to_save`) beside its frozen original.
 
     Args:
         base: the original; stays as it is.
+        dtype: of what trains; a float64 module keeps its own.
         only: names of the base's own parameters that train; None means all. The others are shared,
         not copied.
     """
 
     def __init__(self, base: nn.Module, dtype: torch.dtype, only: frozenset[str] | None = None):
         super().__init__()
+        if any(p.dtype is torch.float64 for p in base.parameters()):
+            dtype = torch.float64  # nothing is held narrower than it came
         shared = {
             id(p): p for n, p in base.named_parameters() if only is not None and n not in only
         }

@@ -49,7 +49,7 @@ class Summary:
         layers: {weight shape "out x in": number of adapted layers, r, scale}; layers of one shape
             that differ in rank or scale have an entry each.
         saved: paths of the modules that train in full.
-        fresh: those among them that the checkpoint had no weights for.
+        heads: {path: why it trains in full} of those that no option names.
         unadapted: {weight matrix: share of all parameters} that neither trains nor is adapted.
         tied: {adapted module: module that shares its weight}.
         memory: bytes of each kind.
@@ -65,7 +65,7 @@ class Summary:
     # Any: whole numbers, floats and None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     saved: list[str] = field(default_factory=list[str])
-    fresh: list[str] = field(default_factory=list[str])
+    heads: dict[str, str] = field(default_factory=dict[str, str])
     unadapted: dict[str, float] = field(default_factory=dict[str, float])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     memory: dict[str, int] = field(default_factory=dict[str, int])
@@ -97,8 +97,8 @@ class Summary:
                 f"  adapted      {count} of shape {shape.split(',')[0]},{rank} s={info['scale']:g}"
             )
         for name in self.saved:
-            new = " (new: the checkpoint has no weights for it)" if name in self.fresh else ""
-            lines.append(f"  in full      {name}{new}")
+            why = self.heads.get(name)
+            lines.append(f"  in full      {name}" + f" ({why})" * bool(why))
         rest = sorted(self.unadapted.items(), key=lambda kv: -kv[1])
         for name, part in rest[:SHOWN]:
             lines.append(f"  not adapted  {name} ({part:.1%} of all parameters)")

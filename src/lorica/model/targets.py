@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from lorica.interfaces import Site
 from lorica.methods.optional import BuildsOtherRank
 from lorica.model.bases.base import AbstractBase, base_for
+from lorica.model.heads import head_names, topmost, within
 from lorica.model.layer import AdaptedLinear
 from lorica.patterns import Endless, flaw, matching
 from lorica.recipe.recipe import Recipe
@@ -30,62 +30,12 @@ class Targets:
     # path -> how its weight is stored
     layers: dict[str, type[AbstractBase]] = field(default_factory=dict[str, type[AbstractBase]])
     saved: list[str] = field(default_factory=list[str])  # modules that train in full
+    # those of them that no option names -> why
+    heads: dict[str, str] = field(default_factory=dict[str, str])
     # weight matrices left out -> elements
     unadapted: dict[str, int] = field(default_factory=dict[str, int])
     # adapted path -> another path of its weight
     tied: dict[str, str] = field(default_factory=dict[str, str])
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the logits, of a transformers model that has one."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    get: Callable[[], nn.Module | None] = model.get_output_embeddings
-    return get()
-
-
-def head_names(model: nn.Module) -> set[str]:
-    """Paths of the head: the output embeddings, and what a transformers model has outside its
-    backbone."""
-    if not isinstance(model, PreTrainedModel):
-        return set()
-    names = {id(m): n for n, m in named_modules(model)}
-    outputs = output_embeddings(model)
-    heads = {names[id(outputs)]} if id(outputs) in names else set[str]()
-    backbone = model.base_model
-    if backbone is not model:
-        root = names[id(backbone)]
-        heads |= {n for n in names.values() if n and not _within(n, [root])}
-    return heads
-
-
-def fresh_modules(model: nn.Module) -> list[str]:
-    """Topmost modules of which no parameter came from the checkpoint the model was loaded from.
-
-    transformers marks every parameter that it loads; in a model made from a configuration nothing
-    is marked, and nothing counts as fresh. Nor does an output layer that `resize_token_embeddings`
-    made anew: it holds the checkpoint's rows.
-    """
-    marked = {n: "_is_hf_initialized" in vars(p) for n, p in model.named_parameters()}
-    if all(marked.values()) or not any(marked.values()):
-        return []
-    resized = _resized_head(model)
-    found: list[str] = []
-    for name, module in named_modules(model):
-        own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters()]
-        own = [n for n in own if n in marked]
-        if module is resized or not name or not own or _within(name, found):
-            continue
-        if not any(marked[n] for n in own):
-            found.append(name)
-    return found
-
-
-def _resized_head(model: nn.Module) -> nn.Module | None:
-    """The output embeddings, where they were made after the checkpoint was loaded: loading leaves
-    every module in evaluation mode, and a new one is in training mode."""
-    head = output_embeddings(model)
-    return head if head is not None and head.training and not model.training else None
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -96,15 +46,7 @@ def matches(pattern: str, path: str) -> bool:
 def _select(spec: str | tuple[str, ...], paths: Iterable[str], what: str) -> list[str]:
     paths = list(paths)
     if isinstance(spec, str):
-        if (why := flaw(spec)) is not None:
-            raise ValueError(
-                f"`{what}={shorten(spec)}` is no regular expression ({why}); a list of names is "
-                "written as a list"
-            )
-        try:
-            found = matching(spec, paths)
-        except Endless as error:
-            raise ValueError(f"`{what}`: {error}") from None
+        found = _whole_matches(what, spec, paths)
         if not found:
             rule = "one string is a regular expression for whole paths; names are given as a list"
             raise ValueError(_nothing(what, spec, paths, rule))
@@ -113,6 +55,19 @@ def _select(spec: str | tuple[str, ...], paths: Iterable[str], what: str) -> lis
         if not any(matches(pattern, p) for p in paths):
             raise ValueError(_nothing(what, pattern, paths, "a name ends a module path"))
     return [p for p in paths if any(matches(pattern, p) for pattern in spec)]
+
+
+def _whole_matches(what: str, spec: str, paths: list[str]) -> list[str]:
+    """The paths that a regular expression matches from end to end."""
+    if (why := flaw(spec)) is not None:
+        raise ValueError(
+            f"`{what}={shorten(spec)}` is no regular expression ({why}); a list of names is "
+            "written as a list"
+        )
+    try:
+        return matching(spec, paths)
+    except Endless as error:
+        raise ValueError(f"`{what}`: {error}") from None
 
 
 def _nothing(what: str, pattern: str, paths: list[str], rule: str) -> str:
@@ -133,41 +88,34 @@ def find(
     exclude_modules: str | tuple[str, ...] | None,
     layers_to_transform: tuple[int, ...] | None,
     modules_to_save: tuple[str, ...],
+    heads: Mapping[str, str] | None = None,
     wraps: bool = True,
 ) -> Targets:
     """Resolve the target options against a model.
 
+    Args:
+        heads: {path: why} of modules that train in full unless an option means them, see
+            `lorica.model.heads`: a target is adapted instead, what is excluded stays as it is.
+
     Raises:
-        ValueError: a pattern that matches nothing, a module that cannot be adapted, an overlap
-            between what is adapted and what trains in full.
+        ValueError: a name that matches nothing or that another option takes all effect from; a
+            module that cannot be adapted; an overlap between what is adapted and what is to be
+            saved.
     """
     modules = {n: m for n, m in named_modules(model) if n}
     inside = _owned_by_attention(model)
-    out = Targets()
-    for pattern in modules_to_save:
-        found = [n for n in modules if matches(pattern, n)]
-        if not found:
-            raise ValueError(
-                _nothing("modules_to_save", pattern, list(modules), "a name ends a path")
-            )
-        if not any(True for n in found for _ in modules[n].parameters()):
-            raise ValueError(
-                f"`modules_to_save`: {pattern!r} matches {', '.join(found)}, where no parameter is"
-                " that could train; leave it out"
-            )
-        out.saved += [n for n in found if n not in out.saved]
-    out.saved = [n for n in out.saved if not any(n.startswith(o + ".") for o in out.saved)]
-
     served = {
         n: b for n, m in modules.items() if (b := base_for(m)) is not None and n not in inside
     }
+    saved = _to_save(modules, modules_to_save)
+    heads = {n: why for n, why in (heads or {}).items() if not within(n, saved)}
+    exclusions = _exclusions(exclude_modules, list(modules))
+    excluded = set[str]().union(*exclusions.values())
+    kept = {n: why for n, why in heads.items() if n not in excluded}
     if target_modules == "all-linear":
-        heads = head_names(model)
-        chosen = [
-            n
-            for n, b in served.items()
-            if not b.lookup and n not in heads and not _within(n, out.saved)
-        ]
+        outer = head_names(model)
+        chosen = [n for n, b in served.items() if not b.lookup and n not in outer]
+        chosen = [n for n in chosen if not within(n, [*saved, *heads])]
         if not chosen and wraps:
             raise ValueError(
                 "`target_modules='all-linear'` finds no linear layer in this model; "
@@ -176,36 +124,36 @@ def find(
     else:
         chosen = _select(target_modules, modules, "target_modules")
         if wraps:
-            # A name may also match containers; only what can't be adapted and isn't a container is
-            # an error.
-            for n in [n for n in chosen if n not in served]:
-                m = modules[n]
-                if next(m.children(), None) is None or not any(_within(c, [n]) for c in served):
-                    raise ValueError(_unsupported(n, m, inside.get(n)))
-            chosen = (
-                [n for n in chosen if n in served] if isinstance(target_modules, tuple) else chosen
+            chosen = _only_served(chosen, modules, served, inside, by_name=target_modules)
+        kept = {n: why for n, why in kept.items() if not _means(target_modules, n, chosen, kept)}
+        chosen = [n for n in chosen if not within(n, kept)]
+    blocks = {n: _block(n) for n in chosen}
+    in_blocks = [
+        n for n in chosen if layers_to_transform is None or blocks[n] in layers_to_transform
+    ]
+    left = [n for n in in_blocks if n not in excluded]
+    _refuse_idle_exclusions(exclusions, in_blocks, chosen, heads)
+    for i in layers_to_transform or ():
+        if not any(blocks[n] == i for n in left):
+            have = sorted({b for n in chosen if n not in excluded and (b := blocks[n]) is not None})
+            raise ValueError(
+                f"`layers_to_transform`: no target module in block {i}; blocks: {have}"
             )
-            if bad := [n for n in chosen if n not in served]:
-                raise ValueError(_unsupported(bad[0], modules[bad[0]], inside.get(bad[0])))
-    if exclude_modules is not None:
-        excluded = set(_select(exclude_modules, chosen, "exclude_modules"))
-        chosen = [n for n in chosen if n not in excluded]
-    if layers_to_transform is not None:
-        index = {n: _block(n) for n in chosen}
-        for i in layers_to_transform:
-            if i not in index.values():
-                have = sorted({v for v in index.values() if v is not None})
-                raise ValueError(
-                    f"`layers_to_transform`: no target module in block {i}; blocks: {have}"
-                )
-        chosen = [n for n in chosen if index[n] in layers_to_transform]
-    if not chosen and wraps:
+    if not left and wraps:
         raise ValueError(
             "no module is left to adapt after `exclude_modules`; widen `target_modules` or leave"
             " fewer modules out"
         )
-    for n in chosen:
-        if wraps and _within(n, out.saved):
+    for pattern in target_modules if isinstance(target_modules, tuple) else ():
+        if not any(matches(pattern, n) for n in left):
+            before = [n for n in chosen if matches(pattern, n)]
+            raise ValueError(
+                _idle_target(pattern, before, [n for n in before if n in excluded], modules)
+            )
+    in_full = set(topmost([*saved, *kept]))
+    out = Targets(saved=[n for n in modules if n in in_full], heads=kept)
+    for n in left:
+        if wraps and within(n, saved):
             raise ValueError(
                 f"{n!r} is both a target and within `modules_to_save`: it would train twice. "
                 "Leave it out of one of the two"
@@ -222,8 +170,99 @@ def find(
     return out
 
 
-def _within(path: str, roots: Iterable[str]) -> bool:
-    return any(path == r or path.startswith(r + ".") for r in roots)
+def _to_save(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:
+    """Topmost modules that `modules_to_save` means."""
+    saved: list[str] = []
+    for pattern in names:
+        found = [n for n in modules if matches(pattern, n)]
+        if not found:
+            raise ValueError(
+                _nothing("modules_to_save", pattern, list(modules), "a name ends a path")
+            )
+        if not any(True for n in found for _ in modules[n].parameters()):
+            raise ValueError(
+                f"`modules_to_save`: {pattern!r} matches {', '.join(found)}, where no parameter is"
+                " that could train; leave it out"
+            )
+        saved += [n for n in found if n not in saved]
+    return topmost(saved)
+
+
+def _only_served(
+    chosen: list[str], modules: Mapping[str, nn.Module], served: Mapping[str, type[AbstractBase]],
+    inside: Mapping[str, str], *, by_name: str | tuple[str, ...],
+) -> list[str]:  # fmt: skip
+    """Those that can be adapted. A name may match containers as well; what is no container and
+    cannot be adapted is an error, and so is all that a regular expression matches beside layers."""
+    for n in [n for n in chosen if n not in served]:
+        m = modules[n]
+        if next(m.children(), None) is None or not any(within(c, [n]) for c in served):
+            raise ValueError(_unsupported(n, m, inside.get(n)))
+        if isinstance(by_name, str):
+            raise ValueError(_unsupported(n, m, inside.get(n)))
+    return [n for n in chosen if n in served]
+
+
+def _exclusions(spec: str | tuple[str, ...] | None, paths: list[str]) -> dict[str, set[str]]:
+    """{each pattern of `exclude_modules`: all that it means}: a name in a list means everything
+    below it, too."""
+    if isinstance(spec, str):
+        return {spec: set(_whole_matches("exclude_modules", spec, paths))}
+    roots = {pattern: [n for n in paths if matches(pattern, n)] for pattern in spec or ()}
+    return {pattern: {n for n in paths if within(n, found)} for pattern, found in roots.items()}
+
+
+def _refuse_idle_exclusions(
+    exclusions: Mapping[str, set[str]], targets: list[str], all_blocks: list[str],
+    heads: Iterable[str],
+) -> None:  # fmt: skip
+    """Each exclusion leaves something out that would otherwise be adapted or train in full."""
+    for pattern, means in exclusions.items():
+        if means.isdisjoint([*targets, *heads]):
+            if not means.isdisjoint(all_blocks):
+                raise ValueError(
+                    f"`exclude_modules`: {pattern!r} has no effect, since `layers_to_transform`"
+                    " leaves all of that out already; drop it"
+                )
+            rule = "a name in a list ends a module path and means all that is below it"
+            raise ValueError(_nothing("exclude_modules", pattern, [*targets, *heads], rule))
+
+
+def _means(
+    spec: str | tuple[str, ...], head: str, chosen: Iterable[str], heads: Mapping[str, str]
+) -> bool:
+    """Whether `target_modules` asks for a head: it matches the head itself, or nothing outside of
+    the heads. (A "dense" of the encoder's layers does not mean that of the head.)"""
+    if isinstance(spec, str):
+        found = [n for n in chosen if within(n, [head])]
+        return head in found or bool(found) and all(within(n, heads) for n in chosen)
+    for pattern in spec:
+        found = [n for n in chosen if matches(pattern, n)]
+        if any(within(n, [head]) for n in found):
+            if head in found or all(within(n, heads) for n in found):
+                return True
+    return False
+
+
+def _idle_target(
+    pattern: str, found: list[str], excluded: list[str], modules: Mapping[str, nn.Module]
+) -> str:
+    """What a name in `target_modules` that adapts nothing is told."""
+    if not found:
+        name = next(n for n in modules if matches(pattern, n))
+        below = {n.rpartition(".")[2] for n in modules if n != name and within(n, [name])}
+        return (
+            f"`target_modules`: {pattern!r} matches {name!r}, which is no layer but holds some;"
+            f" name those: {', '.join(sorted(below))}"
+        )
+    blame = ["`layers_to_transform`"] * (len(excluded) < len(found))
+    blame += ["`exclude_modules`"] * bool(excluded)
+    some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    return (
+        f"`target_modules`: {pattern!r} has no effect, since {' and '.join(blame)} leave out all"
+        f" that it matches ({some}). Leave the name out, or write one regular expression that says"
+        " which layers of which blocks are meant"
+    )
 
 
 def _block(path: str) -> int | None:
@@ -260,7 +299,7 @@ def _fill_rest(model: nn.Module, out: Targets) -> None:
         places.setdefault(id(p), []).append(name)
     for names in places.values():
         owners = [n.rpartition(".")[0] for n in names]
-        adapted = [o for o in owners if o in out.layers or _within(o, out.saved)]
+        adapted = [o for o in owners if o in out.layers or within(o, out.saved)]
         if not adapted and parameters[names[0]].ndim >= 2:
             out.unadapted[" = ".join(names)] = parameters[names[0]].numel()
         for owner in adapted if len(owners) > 1 else []:

@@ -81,7 +81,7 @@ def cost(config: str | PretrainedConfig, method: str | Recipe = METHOD, **fields
     with torch.device("meta"):
         model = model_configs.build(plan, name, dtype=torch.float32)
     parameters = count(model)
-    summary = lorica.attach(model, recipe, fresh=(), verbose=False).summary
+    summary = lorica.attach(model, recipe, verbose=False).summary
     summary.defaults.pop("learning_rate", None)
     memory = summary.memory
     return Cost(

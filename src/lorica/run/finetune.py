@@ -353,7 +353,7 @@ def load_model(plan: FineTuning) -> None:
     from lorica.run.start_from_data import attach_options
 
     options, data = plan.options, plan.data
-    model: Any = loading.load_model(
+    loaded = loading.load_model(
         data.base,
         data.task,
         labels=data.train.labels,
@@ -361,6 +361,7 @@ def load_model(plan: FineTuning) -> None:
         attn_implementation=options.attn_implementation,
         widen=plan.device.type == "cpu",
     )
+    model: Any = loaded.model
     model.name_or_path = absolute(data.base)  # what is written names the base by it
     model.config.name_or_path = absolute(data.base)
     if model.config.pad_token_id is None:
@@ -377,9 +378,15 @@ def load_model(plan: FineTuning) -> None:
     if options.adapter is None:
         assert plan.recipe is not None
         start = attach_options(plan, lambda _: data.train.dataset)
-        plan.adapters = lorica.attach(model, plan.recipe, **start)
+        plan.adapters = lorica.attach(model, plan.recipe, missing_keys=loaded.missing_keys, **start)
     else:
         _load_adapter(plan, options.adapter)
+        if bare := loaded.drawn(plan.adapters):
+            raise ValueError(
+                f"`{data.base}` has no weights for {', '.join(bare)} of {type(model).__name__}, and"
+                f" the adapter `{options.adapter}` has none either, so they would stay frozen at"
+                " random values. Name the base that the adapter was trained on with `--model`"
+            )
     if options.learning_rate is not None:
         plan.adapters.summary.defaults.pop("learning_rate", None)  # the method's own is not used
     _describe_data(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorica.text import to_path
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorica.data import Labels
+    from lorica.model.adapters import Adapters
 
 # task -> (transformers' auto class, ending of the class names of that task)
 AUTO = {
@@ -20,6 +21,25 @@ AUTO = {
     "sequence-classification": ("AutoModelForSequenceClassification", "ForSequenceClassification"),
     "token-classification": ("AutoModelForTokenClassification", "ForTokenClassification"),
 }
+
+
+class FromCheckpoint(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        missing_keys: names of parameters and buffers that the checkpoint had no values for.
+    """
+
+    model: PreTrainedModel
+    missing_keys: frozenset[str]
+
+    def drawn(self, adapters: Adapters | None) -> list[str]:
+        """Modules with parameters that neither the checkpoint nor the adapters attached since have
+        values for: they hold random draws."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        have = adapters.base_parameters() if adapters is not None else dict(named)
+        owners = (key.rpartition(".")[0] for key in sorted(self.missing_keys & set(have)))
+        return [*dict.fromkeys(owners)]
 
 
 def base_name(model: str | None, adapter: str | Path | None = None) -> str:
@@ -180,7 +200,7 @@ def load_model(
     dtype: str,
     attn_implementation: str | None = None,
     widen: bool,
-) -> PreTrainedModel:
+) -> FromCheckpoint:
     """The model for a task, on the CPU.
 
     Args:
@@ -207,7 +227,9 @@ def load_model(
             "problem_type": labels.problem_type,
         }
     try:
-        model = auto.from_pretrained(name, trust_remote_code=False, **more)
+        model, told = auto.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True, **more
+        )
     except Exception as error:
         raise ValueError(_cannot(f"a model for {task}", name, error)) from error
     check_finite(model, name)
@@ -216,7 +238,7 @@ def load_model(
             if tensor.dtype is torch.float16:
                 tensor.data = tensor.data.float()
         model.config.dtype = model.dtype
-    return model
+    return FromCheckpoint(model, frozenset(told["missing_keys"]))
 
 
 def check_finite(model: PreTrainedModel, name: str) -> None:
@@ -275,7 +297,7 @@ def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
     labels = own_labels(config, task)
     if labels is None and classes is not None:
         labels = _labels(own, classes)
-    model = load_model(name, task, labels=labels, dtype="auto", widen=False)
+    model = load_model(name, task, labels=labels, dtype="auto", widen=False).model
     tokenizer = None
     for folder in (own, Path(name)):
         if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():

@@ -145,7 +145,7 @@ def build_model(plan: Pretraining) -> None:
     plan.model, plan.collator = model, collate
     plan.pad_token_id, plan.parameters = model.config.pad_token_id, count(model)
     start = attach_options(plan, lambda count: _pool(plan.data, count))
-    plan.adapters = lorica.attach(model, plan.recipe, fresh=(), verbose=False, **start)
+    plan.adapters = lorica.attach(model, plan.recipe, verbose=False, **start)
     defaults = plan.adapters.summary.defaults
     defaults.pop("learning_rate", None)  # of its parts some are for fine-tuning
     if options.learning_rate is None:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorica.model import unbound
 from lorica.model.adapters import Adapters
-from lorica.model.targets import head_names
+from lorica.model.heads import head_names
 from lorica.tensors.dtensor_ops import all_reduce_, read_full, reduce_scalar
 from lorica.tensors.linalg import floats
 

@@ -40,6 +40,15 @@ class Pattern(AbstractRank):
                         f" whole components of it, e.g. of {names[0]!r}"
                     )
         of_rank, of_alpha = first_matches(ranks, names), first_matches(alphas, names)
+        for field, patterns, found in (
+            ("rank_pattern", ranks, of_rank), ("alpha_pattern", alphas, of_alpha)
+        ):  # fmt: skip
+            if idle := [pattern for pattern in patterns if pattern not in found.values()]:
+                raise ValueError(
+                    f"`{field}` has {shorten(idle[0])}, which has no effect: the first pattern that"
+                    " matches a module counts, and all that this one matches have an earlier one."
+                    " Put the narrower pattern first"
+                )
         return {
             name: (
                 ranks[of_rank[name]] if name in of_rank else r,

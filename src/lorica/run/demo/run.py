@@ -184,9 +184,10 @@ def _run(options: DemoOptions, lesson: TrainOptions, folder: RunFolder) -> dict[
     base = str(base_path())
     exam = _Exam.of(load_tokenizer(base), options.examples)
     logger.info(f"the model, before: {len(exam.prompts):,} prompts that it was never trained on")
-    model = load_model(base, "causal-lm", labels=None, dtype="float32", widen=True).eval()
+    loaded = load_model(base, "causal-lm", labels=None, dtype="float32", widen=True)
+    model = loaded.model.eval()
     before = exam.sit(model)
-    del model
+    del model, loaded
 
     live: dict[str, Any] = {}
 

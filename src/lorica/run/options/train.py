@@ -37,8 +37,8 @@ class TrainOptions(RunOptions, _Tuned):
             `lorica:new`.
         method: method names joined by `+`, e.g. `dora+olora` or `pissa(niter=16)`; `full`
             trains every weight. `lorica methods` lists them. Default: lora.
-        modules_to_save: modules that train in full and are saved with the adapter. A new head
-            is always among them.
+        modules_to_save: modules that train in full and are saved with the adapter. The head of a
+            classifier, and what the checkpoint has no weights for, always are.
         bias: `none`, `lora_only` (biases of adapted layers train) or `all`.
         adapter: start from this adapter (Lorica's or PEFT's), with its method.
         ignore_base_hash: with `adapter`, use a base other than the one that the adapter was
