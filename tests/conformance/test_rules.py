@@ -14,6 +14,7 @@ from walk import adapt, recipe, weight_of
 
 import lorica
 from lorica.recipe import registry
+from lorica.training.left_out import TooManyLeftOut
 from models import llama, train
 
 RULES = registry.names("rules")
@@ -49,9 +50,12 @@ def test_it_converges(word, kind):
             loss = off.square().sum()
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            scheduler.step()
             losses.append(loss.item())
+            try:
+                optimizer.step()
+            except TooManyLeftOut:  # this rate is too high
+                break
+            scheduler.step()
         best.append(losses[-1] / losses[0])
     assert min(best) < 1e-4, dict(zip(RATES, best[1:], strict=False))
 

@@ -80,6 +80,18 @@ class Switch(TrainerCallback):
             self.held = lorica.Adapters.of(kwargs["model"]).fingerprint()
 
 
+class Rate(TrainerCallback):
+    """Another rate for the steps before `until`."""
+
+    def __init__(self, run: Any, rate: float, until: int) -> None:
+        self.run, self.rate, self.until = run, rate, until
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rate = self.rate if state.global_step < self.until else args.learning_rate
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = rate
+
+
 def from_step(first: int, when: list[bool], steps: int = 100) -> Switch:
     """The fault is there after `first` steps, for so many."""
     return Switch(first, when, steps)
@@ -111,37 +123,58 @@ def test_a_loss_that_is_no_number_stops_at_its_step(value, optim, tmp_path):
 
 def test_the_layer_with_the_first_gradient_that_is_no_number_is_named(tmp_path):
     """From the loss backwards: what lies nearer to the loss than the fault has a finite one. The
-    loss of that very step is fine; that of the next one is not, for the weights are spoiled."""
+    losses are fine, since such steps are left out; and clipping hides nothing."""
+    model, when = llama(), [False]
+    adapters = lorica.attach(model, "lora", r=2, verbose=False)
+    poisoned(model, "model.layers.1.self_attn.o_proj", when, backward=True, value=0)
+    run = trainer(model, tmp_path / "out", max_steps=60, save_strategy="steps", save_steps=5)
+    fault = from_step(6, when)
+    run.add_callback(fault)
+    with pytest.raises(ValueError) as caught:
+        run.train()
+    text = str(caught.value)
+    assert "training stops at step 9: 3 steps in a row had to be left out" in text
+    first = "not finite from step 7 on, first in 'model.layers.1.self_attn.o_proj' (from the loss"
+    assert first in text and "in 11 of 14 layers that train" in text and "`--resume`" in text
+    assert "whose output" not in text and "--learning-rate" in text
+    assert text.endswith(f"The last good checkpoint is {tmp_path / 'out' / 'checkpoint-5'}")
+    assert adapters.fingerprint() == fault.held
+
+
+def test_a_step_that_is_left_out_does_not_stop_a_run_and_is_counted(tmp_path, caplog):
     model, when = llama(), [False]
     lorica.attach(model, "lora", r=2, verbose=False)
     poisoned(model, "model.layers.1.self_attn.o_proj", when, backward=True, value=0)
     run = trainer(model, tmp_path / "out")
-    run.add_callback(from_step(5, when))
+    run.add_callback(from_step(5, when, steps=1))
+    run.train()
+    assert run.state.global_step == 12 and run.steps_left_out() == 1
+    assert caplog.text.count("step 6 is left out (1 so far). Gradients are not finite at") == 1
+
+
+@pytest.mark.parametrize("save_steps", [1, 12])
+def test_a_save_does_not_hide_why_training_stops(save_steps, tmp_path):
+    """With a checkpoint at each step and at the last one alone: a rate that makes a weight
+    infinite in one step, whose loss and gradients were fine."""
+    model = llama()
+    lorica.attach(model, "lora+sgd", r=2, verbose=False)
+    run = trainer(
+        model, tmp_path / "out", max_steps=save_steps, save_strategy="steps",
+        save_steps=save_steps, learning_rate=1e38, max_grad_norm=0.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.add_callback(Rate(run, 0.0, until=save_steps - 1))
     with pytest.raises(ValueError) as caught:
         run.train()
     text = str(caught.value)
-    assert "the loss is nan at step 7: training has diverged" in text
-    first = "not finite from step 6 on, first in 'model.layers.1.self_attn.o_proj' (from the loss"
-    assert first in text and "in 11 of 14 layers that train" in text
-    assert "whose output" not in text, "every layer's is spoiled by then"
-    assert text.endswith("There is no checkpoint before it")
-
-
-def test_gradients_that_a_rule_leaves_out_do_not_stop_a_run(tmp_path, caplog):
-    model, when = llama(), [False]
-    lorica.attach(model, "lora+lorarite", r=2, verbose=False)
-    poisoned(model, "model.layers.1.self_attn.o_proj", when, backward=True, value=0)
-    run = trainer(model, tmp_path / "out")
-    run.add_callback(from_step(5, when, steps=1))
-    run.train()
-    assert run.state.global_step == 12 and "not finite, no step here" in caplog.text
-    assert run.guard is not None and run.guard.began is None, "it was one step, and is forgotten"
+    assert f"step {save_steps} has made weights that are not finite" in text
+    assert "training has diverged" in text and "--learning-rate" in text
+    assert text.endswith("There is no checkpoint before this step")
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_figures_that_are_read_a_step_later_stop_the_run_too(last, tmp_path, monkeypatch):
     """As on a GPU, where nobody waits for them; the last step's are read before the end."""
-    monkeypatch.setattr("lorica.run.guard._lags", lambda device: True)
+    monkeypatch.setattr("lorica.tensors.figures.lags", lambda device: True)
     model, when = llama(), [False]
     lorica.attach(model, "lora", r=2, verbose=False)
     poisoned(model, "model.layers.1.mlp.up_proj", when, backward=False, value=math.nan)

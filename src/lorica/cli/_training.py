@@ -98,6 +98,12 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # transformers' enumerations, as their text
 
 
+def steps(result: dict[str, Any]) -> str:
+    """How many steps were taken, and how many of them were left out."""
+    left_out = result["steps_left_out"]
+    return f"{result['steps']} steps" + (f" ({left_out} left out)" if left_out else "")
+
+
 def loss(result: dict[str, Any]) -> str:
     """The last loss, where the run told one."""
     return "" if result["loss"] is None else f", loss {result['loss']:.4f}"

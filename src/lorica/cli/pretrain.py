@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
+from lorica.cli._training import (
+    SMALLER,
+    TrainingFields,
+    evaluation,
+    loss,
+    resumable,
+    resumed_file,
+    steps,
+)
 from lorica.run.options import GROUPS, Group, PretrainOptions
 
 
@@ -34,7 +42,7 @@ def run(options: Options) -> Outcome:
         return Outcome(found.as_dict(), (str(found),))
     result = resumable("pretrain", options.placed(), pretrain)
     lines = [
-        f"{result['method']}: {result['steps']} steps, {result['tokens']:,} tokens{loss(result)}",
+        f"{result['method']}: {steps(result)}, {result['tokens']:,} tokens{loss(result)}",
         *evaluation(result),
         f"written: {result['output']}",
     ]

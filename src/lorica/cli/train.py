@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from lorica.cli._outcome import Others, Outcome, VerbOptions
-from lorica.cli._training import SMALLER, TrainingFields, evaluation, loss, resumable, resumed_file
+from lorica.cli._training import (
+    SMALLER,
+    TrainingFields,
+    evaluation,
+    loss,
+    resumable,
+    resumed_file,
+    steps,
+)
 from lorica.run.options import GROUPS, Group, TrainOptions
 
 
@@ -29,7 +37,7 @@ def run(options: Options) -> Outcome:
     from lorica.run.finetune import train
 
     result = resumable("train", options.placed(), train)
-    lines = [f"{result['method']}: {result['steps']} steps{loss(result)}", *evaluation(result)]
+    lines = [f"{result['method']}: {steps(result)}{loss(result)}", *evaluation(result)]
     if result["best_step"] is not None:
         lines.append(f"  best step   {result['best_step']}")
     lines.append(f"written: {result['output']}")

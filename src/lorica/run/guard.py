@@ -1,17 +1,16 @@
-"""What stops a training run instead of letting it go on for nothing: a loss that is no number.
+"""What stops a training run instead of letting it go on for nothing: a loss that is no number, too
+many steps that are left out, and weights that are not finite.
 
-The look at a step costs one norm over the gradients that train, and no wait:
-on an accelerator the figures of a step are copied aside and read a step later, so at most one more
-step is taken. Elsewhere they are read at once, before the weights move.
-
-Only the loss stops a run. Gradients that are not finite beside a finite loss are left out of the
-step by a loss scaler and by the rules that are not torch's own; but they are remembered, for where
-they spoil the weights the next loss is no number, and then the first of them is what has to be
-named.
+The look at a step costs one norm over the gradients that train, and no wait: on an accelerator the
+figures of a step are copied aside and read a step later, so at most one more step is taken.
+Elsewhere they are read at once, before the weights move. The look comes before clipping, which
+spreads one value that is not finite to all layers; the optimizer, which leaves such steps out
+(`lorica.training.left_out`), is handed what was seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,21 +19,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, _foreach_norm  # type: ignore[attr-defined]
+from torch import Tensor
 
 from lorica.data.collate import IGNORED
 from lorica.model.adapters import Adapters
 from lorica.run import checkpoints
-from lorica.tensors.dtensor_ops import shard_of
+from lorica.tensors import figures
+from lorica.training.bind import first_left_out, is_bound, seen_before_clipping, steps_left_out
+from lorica.training.left_out import REMEDY, Look, TooManyLeftOut, describe, not_finite_in
 
 
 @dataclass
-class _Look:
+class _Step:
     """One step's figures, perhaps still on their way."""
 
     step: int  # 1-based
-    read: Callable[[], list[float]]  # the loss, then the norm of each parameter's gradient
-    parameters: list[Tensor]
+    read: Callable[[], list[float]]  # the loss, then what `look` holds
+    look: Look
+    optimizer: torch.optim.Optimizer
     batches: Sequence[Mapping[str, Any]]
     moved: bool  # the weights have moved by the time it is read
 
@@ -52,9 +54,7 @@ class Guard:
     folder: Path
     losses: list[Tensor] = field(default_factory=list)  # of the micro-batches of this step
     batches: list[Mapping[str, Any]] = field(default_factory=list)
-    waiting: _Look | None = None
-    # The first step of those in a row whose gradients are not finite: parameters, all and bad.
-    began: tuple[int, list[Tensor], list[bool]] | None = None
+    waiting: _Step | None = None
 
     def note(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """A micro-batch was run."""
@@ -69,14 +69,18 @@ class Guard:
             ValueError: the loss of this step, or on an accelerator of the one before, is no number.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        figures = _figures(self.losses, parameters)
-        moved = _lags(figures.device)
+        values = _figures(self.losses, parameters)
+        read = figures.later(values)
+        look = Look(parameters, values[1].isfinite(), lambda: read()[1:], True)
+        moved = figures.lags(values.device)
         batches = [_labels(b) for b in self.batches] if moved else self.batches
         self.losses, self.batches = [], []
         self.finish()
-        self.waiting = _Look(step, _later(figures), parameters, batches, moved)
+        self.waiting = _Step(step, read, look, optimizer, batches, moved)
         if not moved:
             self.finish()
+        if is_bound(optimizer):
+            seen_before_clipping(optimizer, look)
 
     def finish(self) -> None:
         """Judge what is still waiting.
@@ -84,53 +88,52 @@ class Guard:
         Raises:
             ValueError: see `look`.
         """
-        look, self.waiting = self.waiting, None
-        if look is not None:
-            self._judge(look)
+        step, self.waiting = self.waiting, None
+        if step is not None and not math.isfinite(loss := step.read()[0]):
+            raise ValueError(
+                f"the loss is {loss} at step {step.step}: {self._reason(step)}"
+                f" {self.last_good(step.step)}"
+            )
 
-    def _judge(self, look: _Look) -> None:
-        loss, *norms = look.read()
-        bad = [not math.isfinite(value) for value in norms]
-        if not any(bad):
-            self.began = None
-        elif self.began is None:
-            self.began = (look.step, look.parameters, bad)
-        if math.isfinite(loss):
-            return
-        raise ValueError(
-            f"the loss is {loss} at step {look.step}: {self._reason(look)}"
-            f" {self._last_good(look.step)}"
-        )
+    @torch.no_grad()
+    def check_weights(self, step: int) -> None:
+        """What a step has made of the weights is finite, and worth writing.
 
-    def _reason(self, look: _Look) -> str:
-        if any(_masked(batch) for batch in look.batches):
+        Raises:
+            ValueError: it is not.
+        """
+        trained = [t.parameter for t in self.adapters.trained()]
+        norms = figures.local_norms(trained, trained[0].device, of=lambda p: p)
+        if _several():
+            dist.all_reduce(norms)
+        bad = [not math.isfinite(norm) for norm in norms.tolist()]
+        if (layers := not_finite_in(self.adapters, trained, bad)) is not None:
+            last, count, every = layers
+            raise ValueError(
+                f"step {step} has made weights that are not finite, in {count} of {every} layers"
+                f" that train, e.g. {last!r}: training has diverged. {REMEDY}"
+                f" {self.last_good(step)}"
+            )
+
+    def _reason(self, step: _Step) -> str:
+        if any(_masked(batch) for batch in step.batches):
             return (
                 "a batch has no label to learn from, all of them are -100 (masked). Look at how the"
                 " rows are masked and cut, and leave out those without a label."
             )
         parts = ["training has diverged."]
-        if self.began is not None:
-            parts.append(self._gradients(*self.began))
-        first = self.began is None or self.began[0] == look.step
-        if first and not look.moved and (name := self._output(look.batches)) is not None:
+        before = None
+        if is_bound(step.optimizer):
+            with contextlib.suppress(TooManyLeftOut):  # a loss that is no number says more
+                steps_left_out(step.optimizer)
+            before = first_left_out(step.optimizer)
+        step.look.step = step.step
+        first = before or step.look
+        if any(first.bad):
+            parts.append(describe(self.adapters, first, True))
+        if before is None and not step.moved and (name := self._output(step.batches)) is not None:
             parts.append(f"In the forward pass {name!r} is the first whose output is not finite.")
-        parts.append(
-            "Lower the learning rate (`--learning-rate`), or let it rise more slowly"
-            " (`--warmup-ratio`); with float16 weights train in a wider type (`--dtype float32`)."
-        )
-        return " ".join(parts)
-
-    def _gradients(self, step: int, parameters: list[Tensor], bad: list[bool]) -> str:
-        """Where gradients first were not finite, in the order of the backward pass."""
-        place = {name: i for i, (name, _) in enumerate(self.adapters.model.named_modules())}
-        owner = {id(t.parameter): t.site for t in self.adapters.trained()}
-        sites = {owner.get(id(p), "?") for p in parameters}
-        hit = {owner.get(id(p), "?") for p, b in zip(parameters, bad, strict=True) if b}
-        last = max(hit, key=lambda name: place.get(name, -1))
-        return (
-            f"Gradients are not finite from step {step} on, first in {last!r} (from the loss"
-            f" backwards), in {len(hit)} of {len(sites)} layers that train."
-        )
+        return " ".join([*parts, REMEDY])
 
     @torch.no_grad()
     def _output(self, batches: Sequence[Mapping[str, Any]]) -> str | None:
@@ -157,12 +160,16 @@ class Guard:
         inside = [site for site in self.adapters.layers if found[0].startswith(f"{site}.")]
         return inside[0] if inside else found[0]
 
-    def _last_good(self, step: int) -> str:
+    def last_good(self, step: int) -> str:
         """None is ever written of values that are not finite, so the last whole one is good."""
         for path in reversed(checkpoints.found(self.folder)):
             if int(path.name.rpartition("-")[2]) < step and checkpoints.flaw(path) is None:
-                return f"The last good checkpoint is {path}"
-        return "There is no checkpoint before it"
+                return (
+                    "Another rate needs a run of its own, in another folder; `--resume` (in Python:"
+                    " `resume_from_checkpoint=True`) goes on with the same one. The last good"
+                    f" checkpoint is {path}"
+                )
+        return "There is no checkpoint before this step"
 
 
 class Guarded:
@@ -181,8 +188,26 @@ class Guarded:
             self.guard = Guard(self.adapters, Path(self.args.output_dir))
         self.guard.note(loss, inputs)
         if self.accelerator.sync_gradients:
-            self.guard.look(self.optimizer, self.state.global_step + 1)
+            self.guard.look(_plain(self.optimizer), self.state.global_step + 1)
         return loss
+
+    def steps_left_out(self) -> int | None:
+        """How many steps were left out since the run's first one; None: the state that says it is
+        with an engine that shards it."""
+        bound = self.optimizer is not None and is_bound(_plain(self.optimizer))
+        return steps_left_out(_plain(self.optimizer)) if bound else None
+
+    def check_taken(self) -> None:
+        """Every step so far was one to go on from; what is written next is good.
+
+        Raises:
+            ValueError: one was not.
+        """
+        if self.guard is None:  # this session has taken none
+            return
+        self.guard.finish()
+        self.steps_left_out()  # raises, where they are too many
+        self.guard.check_weights(self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.guard is not None:
@@ -198,42 +223,24 @@ class Guarded:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's own, out of Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _figures(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """(1 + parameters,): the loss, then the norm of each gradient, 0 where there is none; summed
+    """(2 + parameters,): the loss, the joint norm of all gradients, and the norm of each; summed
     over processes, which keeps what is not finite."""
-    loss = torch.stack([*losses]).sum().float()
-    parts = [None if p.grad is None else shard_of(p.grad)[0] for p in parameters]
-    held = [g for g in parts if g is not None and g.numel()]
-    norms = iter(_foreach_norm(held, 2) if held else ())  # the largest element costs 20 times that
-    zero = loss.new_zeros(())
-    every = [zero if g is None or not g.numel() else next(norms) for g in parts]
-    where: Any = {"device": loss.device, "dtype": loss.dtype, "non_blocking": True}
-    figures = torch.stack([loss, *(value.to(**where) for value in every)])
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(figures)
-    return figures
+    loss = torch.stack([*losses]).sum()
+    norms = figures.local_norms(parameters, loss.device)
+    values = torch.cat([loss.to(norms.dtype)[None], norms])
+    if _several():
+        dist.all_reduce(values)
+    return torch.cat([values[:1], torch.linalg.vector_norm(values[1:])[None], values[1:]])
 
 
-def _lags(device: torch.device) -> bool:
-    """Whether the figures of a step are read only at the next one."""
-    return device.type == "cuda"
-
-
-def _later(figures: Tensor) -> Callable[[], list[float]]:
-    """Reads them; on a GPU without a wait if the next step has been launched by then."""
-    if not figures.is_cuda:
-        values = figures.tolist()
-        return lambda: values
-    host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-    host.copy_(figures, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-
-    def read() -> list[float]:
-        event.synchronize()
-        return host.tolist()
-
-    return read
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -112,6 +112,7 @@ def measured(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> dict[
         "method": adapters.recipe.text(),
         "recipe": adapters.recipe.to_dict(),
         "steps": state.global_step,
+        "steps_left_out": trainer.steps_left_out(),
         "epochs": state.epoch,
         "loss": lines[-1]["loss"] if lines else None,
         "train_loss": mean_loss(lines),
@@ -152,8 +153,10 @@ def write_result(plan: RunPlan[Any, Any], result: dict[str, Any], log: RunLog) -
         text = json.dumps(result, indent=2, ensure_ascii=False)
         with checkpoints.saving("result.json", plan.folder.path):
             plan.folder.write("result.json", text + "\n")
+        left_out = f", {n} of them left out" if (n := result["steps_left_out"]) else ""
         logger.info(
-            f"{result['steps']} steps in {clock(log.seconds)}; {result['output']} is written"
+            f"{result['steps']} steps in {clock(log.seconds)}{left_out}; {result['output']} is"
+            " written"
         )
     return result
 

@@ -33,6 +33,7 @@ from lorica.run.signals import SaveOnSignal
 from lorica.run.token_weighting import counted_labels, share_of_update
 from lorica.training.bind import KEY, bind
 from lorica.training.horizon import fitted_curve
+from lorica.training.left_out import TooManyLeftOut
 
 logger = logging.getLogger("lorica")
 
@@ -226,6 +227,7 @@ class TrainerMixin(Guarded):
         """Write the whole folder aside, then rename it: a run killed here loses nothing that was
         complete."""
         self._check_drift()
+        self.check_taken()
         final = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside = final / checkpoints.ASIDE
@@ -301,7 +303,13 @@ class TrainerMixin(Guarded):
                 " Name another, or pass True for the last whole one"
             )
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            self.check_taken()
+            return output
+        except TooManyLeftOut as error:
+            step = self.state.global_step + 1
+            assert self.guard is not None  # which looked at those steps
+            raise ValueError(f"{error} {self.guard.last_good(step)}") from error
         finally:
             for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SaveOnSignal):

@@ -212,18 +212,25 @@ def reduce_scalar(values: Sequence[Tensor]) -> list[float]:
         return []
     sums = [shard_of(v)[0].detach().float().square().sum() for v in values]
     total = torch.stack([s.to(sums[0].device) for s in sums])  # a model may lie on several devices
+    sum_over_shards_(total, values)
+    return floats(total)
+
+
+def sum_over_shards_(parts: Tensor, of: Sequence[Tensor | None]) -> None:
+    """parts[i] ← its sum over the processes that hold the shards of `of[i]`; what belongs to a
+    plain tensor, or to None, stays. A collective where something is sharded."""
     layouts: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[int]] = {}
-    for i, v in enumerate(values):
+    for i, v in enumerate(of):
         if isinstance(v, DTensor):
             layouts.setdefault((v.device_mesh, tuple(v.placements)), []).append(i)
     for (mesh, placements), where in layouts.items():
-        summed = total[where].to(sums[where[0]].device)
+        local = shard_of(of[where[0]])[0]  # pyright: ignore[reportArgumentType]
+        summed = parts[where].to(local.device)
         # Replicas of a shard (HSDP) hold the same part: only over the sharded axes is summed.
         for dim, placement in enumerate(placements):
             if not isinstance(placement, Replicate):
                 all_reduce_(summed, group=mesh.get_group(dim))
-        total[where] = summed.to(total.device)
-    return floats(total)
+        parts[where] = summed.to(parts.device)
 
 
 def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""bind: schedules and the check of gradients run on the optimizer's step hooks.
+"""bind: schedules and the checks of gradients run on the optimizer's step hooks.
 
 The optimizer is the one object that a plain loop and the Trainer share, and both save it. Its step
 hooks call the schedules, and their state lives in `param_groups[0]["lorica"]`, the one place that
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
 from lorica.tensors.matmul import no_autocast
 from lorica.training.checks import GradientCheck
 from lorica.training.horizon import fitted_method
+from lorica.training.left_out import LeftOut, Look
 from lorica.training.training import Training
 
 logger = logging.getLogger("lorica")
@@ -89,10 +91,12 @@ class _Binding:
         self.real = False
         self.rates: list[float | torch.Tensor] = []
         self.gradient_check = GradientCheck(adapters)
+        self.left_out = LeftOut(adapters)
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
         optimizer.register_load_state_dict_pre_hook(self.check_loaded)
         optimizer.register_load_state_dict_post_hook(self.loaded)
+        optimizer.register_state_dict_pre_hook(self.read)
 
     # -- around a step
 
@@ -119,12 +123,14 @@ class _Binding:
         with in_full(optimizer):
             for schedule in self.schedules:
                 schedule.before_step(own["schedules"][schedule.name], training)
+        self.left_out.before(optimizer, own)
 
     @on_cpu
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: StepArgs, kwargs: Own) -> None:
         if not self.real:
             return
+        self.left_out.after(optimizer)
         own = optimizer.param_groups[0][KEY]
         training = Training(optimizer, self.adapters, own)
         with in_full(optimizer):
@@ -134,6 +140,10 @@ class _Binding:
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         own["step"] += 1
+
+    def read(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count every step that was left out so far."""
+        self.left_out.read(optimizer.param_groups[0][KEY])
 
     # -- checkpoints
 
@@ -163,6 +173,7 @@ class _Binding:
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
         own = optimizer.param_groups[0][KEY]
         own["total_steps"] = self.total_steps  # a run may have been lengthened
+        self.left_out.loaded(own)
         states = own.setdefault("schedules", {})
         training = Training(optimizer, self.adapters, own)
         for schedule in self.schedules:  # an empty state may have been dropped on the way
@@ -211,6 +222,7 @@ def bind(
         "total_steps": total_steps or 0,
         "rate": 0.0,  # what the last step was taken with, where a schedule changes it
         "seen": torch.zeros(len(sites), dtype=torch.bool),
+        "left_out": LeftOut.state(),
         "schedules": {s.name: s.init(adapters) for s in schedules},
     }
     binding = _Binding(adapters, optimizer, schedules, curve)
@@ -221,7 +233,39 @@ def bind(
         if plan:
             logger.info("  %s: %s", name, plan)
     binding.loaded(optimizer)
+    _bindings[optimizer] = binding
     return optimizer
+
+
+_bindings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Binding] = weakref.WeakKeyDictionary()
+
+
+def is_bound(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `bind` was called with this very optimizer, and not with one that it wraps."""
+    return optimizer in _bindings
+
+
+def steps_left_out(optimizer: torch.optim.Optimizer) -> int:
+    """How many steps this bound optimizer has left out so far; see `lorica.training.left_out`.
+    Waits for the device.
+
+    Raises:
+        TooManyLeftOut: too many.
+    """
+    _bindings[optimizer].read(optimizer)
+    own: Own = optimizer.param_groups[0][KEY]
+    return own["left_out"]["steps"]
+
+
+def seen_before_clipping(optimizer: torch.optim.Optimizer, look: Look) -> None:
+    """A caller that clips has looked at the gradients of the step that comes, which then need not
+    be looked at again."""
+    _bindings[optimizer].left_out.given = look
+
+
+def first_left_out(optimizer: torch.optim.Optimizer) -> Look | None:
+    """Of the steps just left out, one after the other, the first."""
+    return _bindings[optimizer].left_out.began
 
 
 def optimizer(

@@ -5,8 +5,9 @@ groups, updated elementwise. Pairs of equal shape are stacked and updated togeth
 tensors, in float32 or wider; hyperparameters are in the groups: schedulers, checkpoints, gradient
 scalers, Accelerate and the Trainer see nothing unusual.
 
-For every rule alike, a parameter without a gradient does not move, and a pair (or a parameter)
-whose gradient is not finite is left out of the step, its state too, which is logged.
+For every rule alike, a parameter without a gradient does not move, nor does its state. Gradients
+are finite: a step in which one is not has none, for it is left out as a whole before the rule sees
+it (`lorica.training.left_out`).
 
 Shared by the rules of this axis; no method by itself.
 """
@@ -29,7 +30,7 @@ from lorica.methods.groups.base import Options, grouped, options_of
 from lorica.methods.rules._elementwise import Adam, Elementwise, Shape
 from lorica.methods.rules.base import AbstractRule, TrainerArguments
 from lorica.tensors import foreach
-from lorica.tensors.dtensor_ops import copy_, read_full, reduce_scalar
+from lorica.tensors.dtensor_ops import copy_, read_full
 from lorica.tensors.linalg import floats
 
 logger = logging.getLogger("lorica")
@@ -225,8 +226,6 @@ class PairRule(EngineRule):
 class RuleOptimizer(torch.optim.Optimizer):
     """See the module's docstring. Made by a rule's `build`."""
 
-    left_out = 0  # steps in which some gradient was not finite
-
     def __init__(self, rule: EngineRule, groups: list[Options]) -> None:
         self.rule = rule
         super().__init__(groups, {"weight_decay": 0.0, "pair": False})
@@ -258,46 +257,26 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skipped = self._skipped()
-        if stacks := list(self._stacks(skipped)):
+        if stacks := list(self._stacks()):
             assert isinstance(self.rule, PairRule)  # which alone makes groups of pairs
             shared = self.rule.prepare(stacks)
             for i, stack in enumerate(stacks):
                 self._update(self.rule, stack, shared[i] if shared is not None else None)
         for group in self.param_groups:
             if not group["pair"]:
-                self._update_plain([p for p in group["params"] if id(p) not in skipped], group)
+                if moving := [p for p in group["params"] if p.grad is not None]:
+                    self._update_plain(moving, group)
         return loss
 
     # -- what takes part
 
-    def _skipped(self) -> set[int]:
-        """Ids of parameters without a gradient, and of those whose pair's is not finite."""
-        every: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        held = [p for p in every if p.grad is not None]
-        finite = _finite(gradients(held))
-        bad = {id(p) for p, fine in zip(held, finite, strict=True) if not fine}
-        skipped = {id(p) for p in every if p.grad is None} | bad
-        if bad:
-            self.left_out += 1
-            logged = self.left_out & (self.left_out - 1) == 0  # the 1st, 2nd, 4th, 8th ... time
-            for group in self.param_groups:
-                if group["pair"] and any(id(p) in bad for p in group["params"]):
-                    skipped.update(id(p) for p in group["params"])
-                    if logged:
-                        logger.warning("%s: a gradient is not finite, no step here", group["site"])
-            loose = {id(p) for g in self.param_groups if not g["pair"] for p in g["params"]} & bad
-            if loose and logged:
-                logger.warning("%d gradients are not finite, no step there", len(loose))
-        return skipped
-
-    def _stacks(self, skipped: set[int]) -> Iterator[Stack]:
+    def _stacks(self) -> Iterator[Stack]:
         alike: dict[_Alike, list[Options]] = {}
         for group in self.param_groups:
             if not group["pair"]:
                 continue
             A, B = group["params"]
-            moves = id(A) not in skipped, id(B) not in skipped
+            moves = A.grad is not None, B.grad is not None
             if any(moves):
                 own = {k: v for k, v in group.items() if k not in _OF_THE_PAIR}
                 between = group["diagonal"] is not None
@@ -364,8 +343,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return own[name]
 
     def _update_plain(self, parameters: list[Tensor], group: Options) -> None:
-        if not parameters:
-            return
+        """Move parameters, at least one, that all have a gradient."""
         kernel = self.rule.plain
         states = [
             {
@@ -455,21 +433,3 @@ def unstack_(tensors: list[Tensor], stacked: Tensor, transposed: bool) -> None:
             copy_(t, part)
     else:
         foreach.copy_(tensors, parts)
-
-
-def _finite(gradients: list[Tensor]) -> list[bool]:
-    """Whether the norm of each is finite, equal on every process; one wait for the device."""
-    out = [True] * len(gradients)
-    alike: dict[tuple[bool, torch.device, torch.dtype], list[int]] = {}
-    for i, g in enumerate(gradients):
-        alike.setdefault((isinstance(g, DTensor), g.device, g.dtype), []).append(i)
-    for (sharded, _, dtype), where in alike.items():
-        some = [gradients[i] for i in where]
-        if sharded:
-            fine = torch.tensor(reduce_scalar(some)).isfinite()
-        else:
-            wide = wide_dtype(dtype)
-            fine = torch.stack(foreach.norm(some, 2, dtype=wide)).isfinite()
-        for i, well in zip(where, floats(fine), strict=True):
-            out[i] = bool(well)
-    return out

@@ -40,6 +40,11 @@ class AdamW(AbstractRule):
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
 
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
+        parameters: list[torch.Tensor] = [p for group in groups for p in group["params"]]
+        plain = all(type(p) is torch.nn.Parameter and p.is_cuda for p in parameters)
+        if plain and not options.keys() & {"fused", "foreach", "capturable"}:
+            # Fused, it can be told on the device to leave a step out, and no step waits for that.
+            options = {**options, "fused": True}
         return torch.optim.AdamW(groups, **options)
 
     def options_from(self, args: TrainerArguments) -> Options:
