@@ -144,13 +144,11 @@ def made(tmp_path):
         ("megatron_config", {"a": 1}),
         ("use_qalora", True),
         ("qalora_group_size", 8),
-        ("trainable_token_indices", [1]),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"a": 1}),
         ("monteclora_config", {"a": 1}),
         ("velora_config", {"a": 1}),
         ("use_bdlora", {"a": 1}),
-        ("ensure_weight_tying", True),
         ("a_switch_of_tomorrow", "on"),
     ],
 )

@@ -38,6 +38,7 @@ from lorica.formats.peft.config import (
 )
 from lorica.formats.peft.places import LORA, PREFIX
 from lorica.formats.peft.read import recipe_for
+from lorica.formats.peft.tables import tables_of, with_rows
 from lorica.formats.safe_files import (
     OWN_CONFIG,
     OWN_TENSORS,
@@ -368,7 +369,7 @@ class AdapterFile:
             recipe = self.own.parse_recipe(self.folder)
             ranks = ranks_from_data(recipe, self.own.layers)
             return AttachAs(recipe, self.own.heads, self.own.torch_dtype, False, ranks)
-        recipe, frozen_start = recipe_for(model, self.plain[0], self.config_file)
+        recipe, frozen_start = recipe_for(model, *self.plain, self.config_file)
         return AttachAs(recipe, (), torch.float32, frozen_start)
 
     def state_for(self, adapters: Adapters) -> dict[str, Tensor]:
@@ -379,6 +380,8 @@ class AdapterFile:
         """
         if self.own is None:
             config, tensors = self.plain
+            tables = tables_of(adapters.model, config, tensors, self.config_file)
+            tensors = with_rows(adapters, tables, self.tensor_files[0])
             missing = left_out(config)
             return state_of_pefts(adapters, tensors, self.tensor_files[0], left_out=missing)
         peft = self.form == "peft"

@@ -267,7 +267,7 @@ def _portable(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
     """One rank, alpha = rank, s in B; cut to rank `r` where given. Each layer's error with it."""
     recipe = adapters.recipe
-    in_full = [n for n, m in adapters.saved.items()]
+    in_full = [*adapters.saved, *(f"rows of {n}" for n in adapters.tables)]
     combine = None if adapters.direct else combine_of(adapters)
     flags = None if combine is None else combine.peft_flags
     if combine is None or not adapters.base_unchanged:

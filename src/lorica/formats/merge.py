@@ -149,6 +149,7 @@ def merge_to(
     sample = dict(sample) if sample is not None else make_sample(model)
     count = len(adapters.layers)
     tied = [n for n in [*adapters.layers, *adapters.saved] if n in adapters.summary.tied]
+    tied += [n for n, table in adapters.tables.items() if table.alone]
     dtype = next((layer.store.parameter.dtype for _, layer in adapters), model.dtype)
     check_effect(adapters, "the merged model")
     before = outputs(model, sample)

@@ -22,6 +22,7 @@ from lorica.model.bases.base import base_for
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule, swapped
+from lorica.model.token_rows import TokenRows
 from lorica.tensors.dtensor_ops import read_full, reshard
 from lorica.tensors.shared import SharedTensors
 
@@ -41,6 +42,7 @@ class Adapters:
         recipe: the recipe it was adapted with.
         layers: {module path: AdaptedLinear}, in model order.
         saved: {module path: TrainedModule}, what trains in full beside its frozen original.
+        tables: {module path: TokenRows}, embeddings and heads of which rows train.
         direct: {name: role} of parameters that train in place.
         signals: {method: what a schedule tells an objective of the same name}; mirrors the
             schedule's state, so it is not saved.
@@ -58,6 +60,7 @@ class Adapters:
         self.released: Released | None = None
         self._layers: dict[str, AdaptedLinear] = {}
         self._saved: dict[str, TrainedModule] = {}
+        self._tables: dict[str, TokenRows] = {}
         self.direct: dict[str, str] = {}
         self.requires_grad: dict[str, bool] = {}  # as it was before attach
         self.originals: dict[str, Tensor] | None = None  # kept copies, where asked for
@@ -114,6 +117,11 @@ class Adapters:
         self.check_attached()
         return self._saved
 
+    @property
+    def tables(self) -> dict[str, TokenRows]:
+        self.check_attached()
+        return self._tables
+
     def __iter__(self) -> Iterator[tuple[str, AdaptedLinear]]:
         return iter(self.layers.items())
 
@@ -139,7 +147,7 @@ class Adapters:
                 for name, p, role in layer.trained()
                 if role not in frozen
             ]
-        for site, module in self.saved.items():
+        for site, module in {**self.saved, **self.tables}.items():
             out += [Trained(f"{site}.{n}", p, role, site) for n, p, role in module.trained()]
         if any(isinstance(s, TrainsBase) and s.trains_base for s in self.recipe.schedules):
             out += [
@@ -205,7 +213,7 @@ class Adapters:
                 f"`{self.recipe.text()}` trains the base itself, so there is no original left to"
                 " fall back on; attach with `keep_base=True`"
             )
-        modules = [*self.layers.values(), *self.saved.values()]
+        modules = [*self.layers.values(), *self.saved.values(), *self.tables.values()]
         before = [m.disabled for m in modules]
         for m in modules:
             m.disabled = True
@@ -243,12 +251,13 @@ class Adapters:
     def hash_base(self) -> str:
         """SHA-256 of the frozen base, independent of the dtype it is held in.
 
-        Modules that train in full are left out. Computed once: with a method that writes to the
+        Modules that train in full are left out, and so are rows that train: a table with new rows
+        at its end hashes as the one without. Computed once: with a method that writes to the
         base `attach` asks for it, before the first step.
         """
         self.check_attached()
         if self.base_hash is None:
-            self.base_hash = state.hash_values(self.base_parameters())
+            self.base_hash = state.hash_values(self.base_parameters(), state.rows_left_out(self))
         return self.base_hash
 
     def base_parameters(self) -> dict[str, nn.Parameter]:

@@ -35,6 +35,7 @@ from lorica.model.targets import (
     refuse_not_finite,
     sites_of,
 )
+from lorica.model.token_rows import build_tables, find_tables, untrained
 from lorica.model.unbound import discard, expect
 from lorica.model.update import Update
 from lorica.recipe.recipe import Recipe
@@ -124,6 +125,11 @@ def attach(
     )
     refuse_missing(model, missing_keys, recipe, targets.layers, targets.saved)
     refuse(model, recipe, targets)
+    tables = find_tables(model, recipe, targets)
+    if not (recipe.train_rest or recipe.whole):
+        beside = targets.saved if wraps else [*targets.saved, *targets.layers]
+        if (left := untrained(model, tables, beside)) is not None:
+            logger.warning(left)
     sites: dict[str, Site] = {}
     if wraps:
         sites = sites_of(
@@ -165,9 +171,11 @@ def attach(
         wrapped |= bias_modules(model, recipe, targets, dtype)
         if keep_base and not adapters.base_unchanged and not in_place:
             keep(adapters, layers)
-        replace(model, {**wrapped, **layers})  # a parent before its child
+        rows = build_tables(model, tables, dtype)
+        replace(model, {**wrapped, **rows, **layers})  # a parent before its child
         adapters.layers.update(layers)
         adapters.saved.update(wrapped)
+        adapters.tables.update(rows)
     if in_place:
         train_in_place(model, adapters, targets, dtype, keep_base)
     trained = {id(t.parameter) for t in adapters.trained()}
@@ -199,7 +207,8 @@ def detach(model: nn.Module) -> nn.Module:
             f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
             " gone; attach with `keep_base=True` to be able to detach, or load the base again"
         )
-    replace(model, {n: m.base for n, m in {**adapters.layers, **adapters.saved}.items()})
+    modules = {**adapters.layers, **adapters.saved, **adapters.tables}
+    replace(model, {n: m.base for n, m in modules.items()})
     restore(adapters)
     return _release(model, adapters, by="detach")
 
@@ -233,6 +242,9 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in adapters.saved.items():
         untied |= name in adapters.summary.tied
         plain[name] = module.merged()
+    for name, table in adapters.tables.items():
+        untied |= table.alone
+        plain[name] = table.merged()
     replace(model, plain)
     if untied:
         for module in model.modules():

@@ -26,7 +26,7 @@ def tensors(adapters: Adapters) -> dict[str, Tensor]:
         out |= {f"{site}.{n}": p for n, p in layer.frozen()}
         if not adapters.base_unchanged:
             out[f"{site}.base.weight"] = layer.store.parameter
-    for site, module in adapters.saved.items():
+    for site, module in {**adapters.saved, **adapters.tables}.items():
         out |= {f"{site}.{n}": p for n, p, _ in module.trained()}
     parameters = dict(adapters.model.named_parameters()) if adapters.direct else {}
     return out | {n: parameters[n] for n in adapters.direct}
@@ -104,8 +104,14 @@ def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
         if (id(p) in own and name not in adapters.direct) or id(p) in saved:
             continue
         owner, _, leaf = name.rpartition(".base.")
-        out[f"{owner}.{leaf}" if owner in adapters.layers else name] = p
+        inside = owner in adapters.layers or owner in adapters.tables
+        out[f"{owner}.{leaf}" if inside else name] = p
     return out
+
+
+def rows_left_out(adapters: Adapters) -> dict[str, Tensor]:
+    """{name of a table of the base: indices (n,) of the rows that are trained instead}."""
+    return {f"{n}.weight": t.indices for n, t in adapters.tables.items() if not t.alone}
 
 
 def hash_exactly(named: Mapping[str, Tensor]) -> str:
@@ -118,12 +124,19 @@ def hash_exactly(named: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_values(named: Mapping[str, Tensor]) -> str:
+def hash_values(named: Mapping[str, Tensor], without: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over names, shapes and float32 values: a half-precision copy held in float32 hashes
-    as it did."""
+    as it did.
+
+    Args:
+        without: {name: indices of rows that count as if they were not there}.
+    """
     digest = hashlib.sha256()
     for name, p in sorted(named.items()):
         full = read_full(p).detach()
+        if without and name in without:
+            keep = torch.ones(len(full), dtype=torch.bool, device=without[name].device)
+            full = full[keep.index_fill_(0, without[name], False)]
         digest.update(f"{name}{tuple(full.shape)}".encode())
         if not full.is_meta:
             for chunk in torch.split(full.reshape(-1), _CHUNK):

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
 from lorica.model.targets import Targets
+from lorica.model.token_rows import shown
 from lorica.recipe.recipe import Recipe
 
 logger = logging.getLogger("lorica")
@@ -50,6 +51,7 @@ class Summary:
             that differ in rank or scale have an entry each.
         saved: paths of the modules that train in full.
         heads: {path: why it trains in full} of those that no option names.
+        tokens: {table, tied ones joined by " = ": ids of the tokens whose rows train}.
         unadapted: {weight matrix: share of all parameters} that neither trains nor is adapted.
         tied: {adapted module: module that shares its weight}.
         memory: bytes of each kind.
@@ -66,6 +68,7 @@ class Summary:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     saved: list[str] = field(default_factory=list[str])
     heads: dict[str, str] = field(default_factory=dict[str, str])
+    tokens: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     unadapted: dict[str, float] = field(default_factory=dict[str, float])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     memory: dict[str, int] = field(default_factory=dict[str, int])
@@ -99,6 +102,8 @@ class Summary:
         for name in self.saved:
             why = self.heads.get(name)
             lines.append(f"  in full      {name}" + f" ({why})" * bool(why))
+        for name, ids in self.tokens.items():
+            lines.append(f"  tokens       {name}: {len(ids):,} rows train ({shown(ids)})")
         rest = sorted(self.unadapted.items(), key=lambda kv: -kv[1])
         for name, part in rest[:SHOWN]:
             lines.append(f"  not adapted  {name} ({part:.1%} of all parameters)")
@@ -133,6 +138,12 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
         _count(summary.frozen, "frozen factors", t)
     summary.total = sum(t.numel() for t in (*model.parameters(), *shared))
     summary.saved = list(adapters.saved)
+    groups: dict[int, list[str]] = {}
+    for name, table in adapters.tables.items():
+        groups.setdefault(id(table.rows), []).append(name)
+    for names in groups.values():
+        ids = [int(i) for i in adapters.tables[names[0]].indices]
+        summary.tokens[" = ".join(names)] = ids
     if not adapters.direct or adapters.layers:
         left = {
             n: k for n, k in targets.unadapted.items() if n.split(" = ")[0] not in adapters.direct

@@ -11,7 +11,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as short
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from lorica.methods.choice import AXES, CAPABILITIES, Choice
 from lorica.methods.fields import is_number, is_whole
@@ -60,11 +60,14 @@ def check_effects(recipe: Recipe) -> None:
     useless: dict[str, object] = {}
     why = f"`{recipe.delta.name}`, which trains the weights themselves"
     if not recipe.delta.wraps:
-        useless = {"bias": "none", "lora_dropout_on": "update"}
+        useless = {"bias": "none", "lora_dropout_on": "update", "trainable_token_indices": None}
         if recipe.whole:
             useless |= {"modules_to_save": (), "train_rest": False}
     _refuse_idle(recipe, useless, why)
-    rest: dict[str, object] = {"bias": "none", "modules_to_save": ()} if recipe.train_rest else {}
+    rest: dict[str, object] = {
+        "bias": "none", "modules_to_save": (), "trainable_token_indices": None,
+    }  # fmt: skip
+    rest = rest if recipe.train_rest else {}
     _refuse_idle(recipe, rest, "`train_rest`, which trains that in place already")
     for f in dataclasses.fields(recipe):
         if f.name in _NUMERIC and f.name not in recipe.takes:
@@ -145,6 +148,37 @@ def check_values(recipe: Recipe) -> None:
             f"`alpha_pattern[{pattern!r}]={short(value)}` must be a positive number that"
             " float32 holds, also divided by the rank",
         )
+
+
+def tokens(given: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """The value of `trainable_token_indices`, ids ascending.
+
+    Raises:
+        ValueError: it is no list of token ids, and no mapping of names to such lists.
+
+    Example:
+        >>> tokens([5, 3]), tokens({"lm_head": range(2)})
+        ((3, 5), {'lm_head': (0, 1)})
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping) and given:
+        items = cast(Mapping[str, object], given).items()
+        return {name: _ids(value, f"[{name!r}]") for name, value in items}
+    return _ids(cast(object, given), "")
+
+
+def _ids(given: object, where: str) -> tuple[int, ...]:
+    several = isinstance(given, (list, tuple, range))
+    ids = [*cast(Sequence[object], given)] if several else []
+    whole = [i for i in ids if is_whole(i, 0, MOST_R)]
+    if not ids or len({*whole}) < len(ids):
+        raise ValueError(
+            f"`trainable_token_indices{where}={short(given)}`: it is a list of different token ids"
+            " (whole numbers from 0), e.g. `[32000, 32001]`, or a mapping of modules' names to such"
+            " lists; left out, no rows train"
+        )
+    return tuple(sorted(whole))
 
 
 def _require(holds: bool, message: str) -> None:

@@ -33,6 +33,7 @@ from lorica.recipe.compatibility import (
     check_effects,
     check_fields,
     check_values,
+    tokens,
 )
 from lorica.recipe.parse import choices_of
 from lorica.recipe.registry import build, find, names
@@ -60,6 +61,9 @@ class Recipe:
         exclude_modules: the same forms; what they match is left out.
         layers_to_transform: indices of the blocks to adapt; None means all.
         modules_to_save: names of modules that train in full and are saved with the adapter.
+        trainable_token_indices: token ids whose rows train: a list means the input embeddings and
+            the output embeddings (tied ones as one table), {name of a module: list} exactly these.
+            None: no rows.
         bias: `none`, `lora_only` (biases of the adapted layers train) or `all`.
         train_rest: everything but the targets' weights trains too, in place (embeddings, norms,
             head, biases), as in pre-training.
@@ -80,6 +84,7 @@ class Recipe:
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     bias: str = "none"
     train_rest: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -138,7 +143,8 @@ class Recipe:
             if isinstance(value, tuple):
                 values[name] = [*cast(tuple[str, ...], value)]
             elif isinstance(value, Mapping):
-                values[name] = {**cast(Mapping[str, float], value)}
+                items = cast(Mapping[str, object], value).items()
+                values[name] = {k: [*v] if isinstance(v, tuple) else v for k, v in items}
             else:
                 values[name] = value
         return values
@@ -152,6 +158,7 @@ class Recipe:
             elif isinstance(value, set):
                 put(self, name, tuple(sorted(cast(set[str], value))))
         put(self, "modules_to_save", tuple(self.modules_to_save or ()))
+        put(self, "trainable_token_indices", tokens(self.trainable_token_indices))
         defaulted: list[str] = []
         for axis, (name, default, several) in AXES.items():
             if getattr(self, name) is None and not several:

@@ -32,6 +32,10 @@ def changes_nothing(adapters: Adapters) -> bool:
         new = dict(module.copy.named_parameters())
         if any(not torch.equal(new[n], p.to(new[n].dtype)) for n, p in old.items() if n in new):
             return False
+    for table in adapters.tables.values():
+        old = read_full(table.base.get_parameter("weight"))[table.indices]
+        if not torch.equal(old, read_full(table.rows).to(old.dtype)):
+            return False
     if adapters.layers and "weight" not in adapters.recipe.given():
         return False
     for _, layer in adapters:
@@ -59,7 +63,7 @@ def attached(model: nn.Module) -> Adapters | None:
 def loaded_for_use(adapters: Adapters) -> bool:
     """Whether they were loaded to be used as they are (`trainable=False`), and act: nothing of them
     trains, and they are not disabled. What still trains may be fresh and change nothing."""
-    modules = [*adapters.layers.values(), *adapters.saved.values()]
+    modules = [*adapters.layers.values(), *adapters.saved.values(), *adapters.tables.values()]
     trains = any(t.parameter.requires_grad for t in adapters.trained())
     return adapters.base_unchanged and not trains and not any(m.disabled for m in modules)
 
@@ -154,10 +158,14 @@ class GradientCheck:
             return
         self.reached[site] = False
 
-        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.reached[site] |= bool(args) and args[0].numel() > 0
-
         module = self.adapters.model.get_submodule(site)
+        table = self.adapters.tables.get(site)
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args:
+                (x,) = args[:1]
+                self.reached[site] |= x.numel() > 0 if table is None else table.reached(x)
+
         self.hooks.append(module.register_forward_pre_hook(note))
 
     def _report(self, missing: list[str], count: int) -> None:

@@ -22,7 +22,7 @@ from lorica.methods.optional import ReadsAsLora
 from lorica.methods.ranks.base import ENDS
 from lorica.patterns import Endless, flaw
 from lorica.patterns import find as find_matches
-from lorica.recipe.compatibility import MOST, MOST_R
+from lorica.recipe.compatibility import MOST, MOST_R, tokens
 from lorica.recipe.recipe import Recipe
 from lorica.recipe.registry import find, names
 from lorica.text import shorten
@@ -51,7 +51,8 @@ _PAIR_FIELDS = {
     "use_rslora": Field(types=(bool,)), "init_lora_weights": Field(types=(bool, str)),
     "rank_pattern": replace(_RANK, types=(dict,), items=(int,)),
     "alpha_pattern": replace(_ALPHA, types=(dict,), items=NUMBER),
-    "fan_in_fan_out": Field(types=(bool,)),
+    "fan_in_fan_out": Field(types=(bool,)), "ensure_weight_tying": Field(types=(bool,)),
+    "trainable_token_indices": Field(types=(list, dict), items=(int, list)),
 }  # fmt: skip
 
 
@@ -119,6 +120,7 @@ def check_values(data: Config, file: Path) -> None:
     check_fields(data, {**FIELDS, **dict.fromkeys(flags(), Field(types=(bool,)))}, file)
     if data.get("peft_type") == LORA:
         check_fields(data, {**_PAIR_FIELDS, "bias": one_of("none", "all", "lora_only")}, file)
+        _check_tokens(data, file)
     elif (form := _forms().get(str(data.get("peft_type")))) is not None:
         biases = one_of("none", "all", "lora_only", form.bias)
         own = {form.dropout: _DROPOUT, "bias": biases}
@@ -126,6 +128,18 @@ def check_values(data: Config, file: Path) -> None:
             own[form.transposed] = Field(types=(bool,))
         check_fields(data, own, file)
     check_expressions(data, file)
+
+
+def _check_tokens(data: Config, file: Path) -> None:
+    """Token ids are what a recipe takes, too.
+
+    Raises:
+        ValueError: they aren't.
+    """
+    try:
+        tokens(data.get("trainable_token_indices") or None)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def check_expressions(data: Config, file: Path) -> None:

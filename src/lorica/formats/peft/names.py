@@ -9,6 +9,7 @@ from torch import nn
 
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule
+from lorica.model.token_rows import TokenRows
 from lorica.patterns import find
 
 SHADOWS = r"(^|.*\.){}($|\..*)"  # PEFT keeps adapters away from what lies below such a name
@@ -21,7 +22,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, (AdaptedLinear, TrainedModule)):
+    if isinstance(module, (AdaptedLinear, TrainedModule, TokenRows)):
         module = module.base
     if path:
         yield path, module
@@ -72,6 +73,12 @@ def trained_names(
         else:
             return None
     return tuple(sorted(found))
+
+
+def in_full(patterns: Iterable[str], every: Iterable[str]) -> list[str]:
+    """The modules that PEFT trains in full under these `modules_to_save`."""
+    saved = [n for n in every if any(n.endswith(p) for p in patterns)]
+    return [n for n in saved if not any(n != o and n.startswith(o + ".") for o in saved)]
 
 
 def shadows(name: str, adapted: Iterable[str]) -> bool:

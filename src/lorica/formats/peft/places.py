@@ -7,8 +7,8 @@ however training started. Keys are `base_model.model.` + module path + suffix; s
 alpha = s·(r + k).
 
 A delta may declare a type of PEFT's own (`PeftForm`). It is used where it holds everything: one
-rank, linear layers as PEFT's type knows them, no frozen factors, a plain sum W + ΔW. Elsewhere the
-delta's factors make a LORA, if it has any.
+rank, linear layers as PEFT's type knows them, no frozen factors, no rows of tokens, a plain sum
+W + ΔW. Elsewhere the delta's factors make a LORA, if it has any.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def own_form(adapters: Adapters, frozen: Mapping[str, int]) -> PeftForm | None:
     """
     recipe = adapters.recipe
     form = recipe.delta.peft_form()
-    if form is None or any(frozen.values()) or combine_of(adapters).peft_flags != {}:
+    if form is None or adapters.tables or any(frozen.values()):
+        return None
+    if combine_of(adapters).peft_flags != {}:
         return None
     layers = [layer for _, layer in adapters]
     if any(layer.store.lookup for layer in layers) or len({x.site.r for x in layers}) != 1:
@@ -100,6 +102,9 @@ def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
     for site, module in adapters.saved.items():
         for name in module.copy.state_dict() if module.only is None else sorted(module.only):
             out[f"{site}.copy.{name}"] = Place(f"{PREFIX}{site}.{name}")
+    for site, table in adapters.tables.items():
+        if table.owner:
+            out[f"{site}.rows"] = Place(rows_key(site))
     for name, key in form.shared.items() if form is not None else ():
         out[f"{SHARED}.{name}"] = Place(key)
     return out
@@ -122,6 +127,11 @@ def written(layer: AdaptedLinear) -> Factors | None:
     keep = A.any(1) & B.any(0)
     keep[0] |= ~keep.any()
     return Factors(A[keep], B[:, keep], factors.scale)
+
+
+def rows_key(path: str) -> str:
+    """Of the rows that train of a table of tokens."""
+    return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
 
 
 def factor_keys(key: str, lookup: bool) -> tuple[str, str]:

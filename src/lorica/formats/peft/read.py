@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,11 +20,13 @@ from lorica.formats.peft.config import (
     of_file,
 )
 from lorica.formats.peft.names import SHADOWS, plain_modules, shortest
-from lorica.formats.peft.places import PREFIX
+from lorica.formats.peft.places import PREFIX, factor_keys
+from lorica.formats.peft.tables import tables_of
 from lorica.methods.ranks.base import ENDS
 from lorica.model.adapters import Adapters
 from lorica.model.bases.base import base_for
 from lorica.model.targets import matches
+from lorica.model.token_rows import embedding_paths
 from lorica.patterns import find, matching
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import read_full
@@ -34,7 +36,9 @@ T = TypeVar("T")
 _FIRST = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
-def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool]:
+def recipe_for(
+    model: nn.Module, data: Config, tensors: Mapping[str, Tensor], file: Path
+) -> tuple[Recipe, bool]:
     """The recipe that computes on this model what PEFT computes with a checked configuration.
 
     Returns:
@@ -49,6 +53,9 @@ def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool
     modules.pop("", None)
     with of_file(file):
         layers = _targets(model, modules, data, file)
+    if data.get("ensure_weight_tying"):  # what is tied with a target has an adapter, too
+        tied = (n for n in embedding_paths(model) if n not in layers)
+        layers += [n for n in tied if factor_keys(f"{PREFIX}{n}", False)[0] in tensors]
     transposed = [
         n for n in layers if (b := base_for(modules[n])) and b.transposed and not b.lookup
     ]
@@ -63,22 +70,17 @@ def recipe_for(model: nn.Module, data: Config, file: Path) -> tuple[Recipe, bool
             for key in ("rank_pattern", "alpha_pattern")
             if key in method.fields
         }
+    tables = tables_of(model, data, tensors, file)
     recipe = build_recipe(
         data,
         method,
         file,
         target_modules=shortest(layers, modules),
-        modules_to_save=_exact(_saved(modules, data), modules),
+        modules_to_save=_exact(tables.in_full, modules),
+        trainable_token_indices={n: ids for n, (ids, _) in tables.rows.items()} or None,
         **patterns,
     )
     return recipe, method.frozen_start
-
-
-def _saved(modules: Iterable[str], data: Config) -> list[str]:
-    """The modules that PEFT would train in full, by its own rules."""
-    patterns = data.get("modules_to_save") or []
-    saved = [n for n in modules if any(n.endswith(p) for p in patterns)]
-    return [n for n in saved if not any(n != o and n.startswith(o + ".") for o in saved)]
 
 
 def _lookup(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from lorica.formats.peft.places import (
     places,
     written,
 )
+from lorica.formats.peft.tables import indices_of
 from lorica.formats.safe_files import PEFT_CONFIG
 from lorica.methods.ranks.base import ENDS, flaw
 from lorica.model.adapters import Adapters
@@ -55,6 +56,10 @@ def obstacle(adapters: Adapters) -> str | None:
             "PEFT's `modules_to_save` matches by the end of a path and cannot single out"
             f" {', '.join(_in_full(adapters))}"
         )
+    try:
+        indices_of(adapters)
+    except LookupError as why:
+        return str(why)
     return None
 
 
@@ -125,6 +130,7 @@ def config(
         "rank_pattern": exceptions(ranks, r),
         "alpha_pattern": exceptions(alphas, alpha),
         **(combine_of(adapters).peft_flags or {}),
+        **({"trainable_token_indices": indices_of(adapters)} if adapters.tables else {}),
     }
 
 
