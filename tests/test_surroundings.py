@@ -4,12 +4,17 @@ policies of checkpointing, rounded products, gradient scalers."""
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -18,9 +23,10 @@ from torch.utils.checkpoint import (
 )
 
 import lorica
+from lorica import Adapters
 from lorica.methods.kernels.base import Call, Order, Table, choose, measured
 from lorica.tensors.dtensor_ops import reduce_scalar
-from models import perturb
+from models import batch, llama, perturb
 
 METHODS = ["lora", "dora", "dora+factored", "lora+materialised"]
 
@@ -283,3 +289,166 @@ def test_a_magnitude_trains_in_steps_below_half_precision(method, autocast, toke
             m.copy_(start * change)
         moved = (mean() / before).mean()
         assert abs(moved - change) < 5e-4, (change, moved)
+
+
+# -- wrappers --------------------------------------------------------------------------------------
+
+
+# Dynamo itself makes an instance of every autograd function that it traces.
+traced = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Compiling runs the graphs as they are: what is asked here is who sees which module."""
+    torch._dynamo.reset()
+    yield functools.partial(torch.compile, backend="eager")
+    torch._dynamo.reset()
+
+
+def blocks(wrap: Any = lambda block: block) -> nn.Module:
+    torch.manual_seed(0)
+    made = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2)]
+    return nn.Sequential(*(wrap(block) for block in made)).double()
+
+
+@traced
+def test_a_compiled_model_is_its_model(eager, tmp_path):
+    model, x = eager(blocks()), torch.randn(3, 4, dtype=torch.float64)
+    want = blocks()(x)
+    assert torch.equal(model(x), want)  # compiled before
+    adapters = lorica.attach(model, "lora", r=2, verbose=False)
+    assert [*adapters.layers] == ["0.0", "1.0"] and Adapters.of(model) is adapters
+    perturb(adapters)
+    moved, printed = adapters.model(x).detach(), adapters.fingerprint()
+    torch.testing.assert_close(model(x), moved)
+    assert not torch.allclose(moved, want)
+    with Adapters.of(model).disabled():
+        assert torch.equal(model(x), want)
+    lorica.save(model, tmp_path / "out")
+    assert lorica.detach(model) is model
+    assert torch.equal(model(x), want)
+    lorica.load(blocks(), tmp_path / "out")
+    assert lorica.load(model, tmp_path / "out").fingerprint() == printed
+    torch.testing.assert_close(model(x), moved)
+    assert lorica.merge(model) is model
+    torch.testing.assert_close(model(x), moved)
+
+
+def test_a_transformer_is_found_through_its_wrapper(eager):
+    """Its head, its names and its configuration are those of the model itself."""
+    one, other = (lorica.attach(m, "lora", r=2, verbose=False) for m in (llama(), eager(llama())))
+    assert one.layers.keys() == other.layers.keys() and type(other.model) is type(one.model)
+    assert one.hash_base() == other.hash_base()
+
+
+@traced
+@pytest.mark.parametrize("around", ["compile", "checkpoint"])
+def test_wrappers_around_blocks_leave_no_trace(eager, around, tmp_path):
+    plain, model = blocks(), blocks(eager if around == "compile" else checkpoint_wrapper)
+    one, other = (
+        lorica.attach(m, "olora", r=2, modules_to_save=["1.1"], bias="all", verbose=False)
+        for m in (plain, model)
+    )
+    assert other.state_dict().keys() == one.state_dict().keys()
+    assert other.hash_base() == one.hash_base()
+    perturb(one)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).square().sum().backward()
+    assert all(t.parameter.grad is not None for t in other.trained())
+    lorica.load(blocks(), lorica.save(other, tmp_path / "out"))
+    lorica.detach(model)
+    torch.testing.assert_close(model(x), blocks()(x))
+
+
+def test_full_training_in_wrapped_blocks_has_plain_names(eager):
+    model = llama()
+    model.model.layers[0] = eager(model.model.layers[0])
+    assert (
+        lorica.attach(model, "full", verbose=False).direct.keys()
+        == lorica.attach(llama(), "full", verbose=False).direct.keys()
+    )
+
+
+@pytest.mark.parametrize("given", ["owner/name", len, None])
+def test_what_is_no_model_is_told_so(given):
+    with pytest.raises(ValueError, match=r"is a (str|NoneType|builtin.*), .*from_pretrained"):
+        lorica.attach(given, "lora")
+
+
+def test_a_layer_with_a_wrapper_of_its_own_is_refused(eager):
+    model = nn.Sequential(eager(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="'0' is wrapped by itself.*Attach first"):
+        lorica.attach(model, "lora", r=2)
+    lorica.attach(model, "lora", r=2, target_modules=["1"], verbose=False)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def parallel(kind: str, model: nn.Module) -> nn.Module:
+    if kind == "FullyShardedDataParallel":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    return {"DataParallel": nn.DataParallel, "DistributedDataParallel": DistributedDataParallel}[
+        kind
+    ](model)
+
+
+@pytest.mark.parametrize(
+    "kind", ["DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"]
+)
+def test_wrappers_that_list_parameters_come_after_attach(one_process, kind, eager):
+    for wrapper in (parallel(kind, net_of(4)), eager(parallel(kind, net_of(4)))):
+        with pytest.raises(ValueError, match=rf"a {kind}, .*Attach first"):
+            lorica.attach(wrapper, "lora", r=2)
+    with pytest.raises(ValueError, match=rf"'0' is a {kind}, .*Attach first"):
+        lorica.attach(nn.Sequential(parallel(kind, net_of(4))), "lora", r=2)
+
+
+def net_of(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+
+
+def test_what_is_asked_of_the_wrapper_is_asked_of_the_model(one_process, tmp_path):
+    adapters = lorica.attach(net_of(4), "lora", r=2, verbose=False)
+    wrapper = DistributedDataParallel(adapters.model)
+    wrapper(torch.ones(1, 4)).sum().backward()
+    assert adapters.layers["0"].update.delta.B.grad is not None
+    for call in (lorica.merge, lorica.detach, Adapters.of, lambda m: lorica.save(m, tmp_path)):
+        with pytest.raises(ValueError, match=r"DistributedDataParallel.*`wrapper.module`"):
+            call(wrapper)
+    lorica.merge(wrapper.module)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_a_model_that_pefts_adapters_are_in_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    for model in (peft.get_peft_model(llama(), config), llama()):
+        if not isinstance(model, peft.PeftModel):
+            model.add_adapter(config)
+        with pytest.raises(ValueError, match="PEFT has put.*merge_and_unload"):
+            lorica.attach(model, "lora", r=2)
+
+
+def test_accelerate_prepares_an_adapted_model_and_gives_it_back():
+    from accelerate import Accelerator
+
+    adapters = lorica.attach(llama(), "lora", r=2, verbose=False)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(adapters.model)
+    assert Adapters.of(accelerator.unwrap_model(model)) is adapters
+    model(**batch(0)).loss.backward()
+    assert all(layer.update.delta.B.grad is not None for _, layer in adapters)

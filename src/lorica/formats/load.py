@@ -13,6 +13,7 @@ from lorica.formats.lorica_json import Base, base_dtypes
 from lorica.formats.stored_state import write_state
 from lorica.model.adapters import Adapters
 from lorica.model.attach import attach, detach
+from lorica.tensors.modules import unwrapped
 from lorica.text import cut, shorten
 
 
@@ -32,7 +33,7 @@ def load(
     the model is as it was.
 
     Args:
-        model: the plain base, loaded, not sharded.
+        model: the plain base, compiled or not; loaded, not sharded.
         path: a folder, or a hub id `owner/name`.
         check_base: refuse a base whose weights are not those the adapter was trained on (PEFT's
             files don't say).
@@ -51,6 +52,7 @@ def load(
         >>> lorica.load(lorica.detach(model), out).fingerprint() == before
         True
     """
+    model = unwrapped(model)
     file = AdapterFile.read(path)
     _refuse_model(file)
     file.refuse()

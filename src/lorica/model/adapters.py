@@ -23,7 +23,9 @@ from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule, swapped
 from lorica.model.token_rows import TokenRows
+from lorica.model.wrappers import refuse_wrapped
 from lorica.tensors.dtensor_ops import read_full, reshard
+from lorica.tensors.modules import named_parameters, unwrapped
 from lorica.tensors.shared import SharedTensors
 
 if TYPE_CHECKING:
@@ -73,13 +75,14 @@ class Adapters:
 
     @staticmethod
     def of(model: nn.Module) -> Adapters:
-        """The handle of an adapted model.
+        """The handle of an adapted model, compiled or not.
 
         Raises:
-            ValueError: nothing is attached.
+            ValueError: nothing is attached, or a wrapper is around the model.
         """
-        handle = vars(model).get(HANDLE)
+        handle = vars(unwrapped(model)).get(HANDLE)
         if handle is None:
+            refuse_wrapped(model)
             raise ValueError(
                 f"no adapters are attached to this {type(model).__name__}; "
                 "type `lorica.attach(model, 'lora')` first"
@@ -157,7 +160,7 @@ class Adapters:
                 )
                 for n, layer in self.layers.items()
             ]  # fmt: skip
-        parameters = dict(self.model.named_parameters()) if self.direct else {}
+        parameters = dict(named_parameters(self.model)) if self.direct else {}
         for n, role in self.direct.items():
             owner = n.rpartition(".")[0]
             base = base_for(self.model.get_submodule(owner)) if role == "weight" else None

@@ -38,9 +38,10 @@ from lorica.model.targets import (
 from lorica.model.token_rows import build_tables, find_tables, untrained
 from lorica.model.unbound import discard, expect
 from lorica.model.update import Update
+from lorica.model.wrappers import refuse_wrapped
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
-from lorica.tensors.modules import evaluating
+from lorica.tensors.modules import evaluating, named_parameters, unwrapped
 from lorica.tensors.shared import SharedTensors
 
 logger = logging.getLogger("lorica")
@@ -66,7 +67,7 @@ def attach(
     Everything is checked before anything changes: on an error the model is as it was.
 
     Args:
-        model: any torch module; loaded, not yet sharded or wrapped.
+        model: any torch module, compiled or not; loaded, not yet sharded or wrapped (DDP, FSDP).
         method: text form or `Recipe`.
         missing_keys: names of parameters that the checkpoint had no values for, as transformers
             reports them (`from_pretrained(..., output_loading_info=True)`). Modules that consist of
@@ -102,6 +103,8 @@ def attach(
         ['0', '1']
     """
     recipe = Recipe.parse(method, **fields)
+    model = unwrapped(model)
+    refuse_wrapped(model)
     if HANDLE in vars(model):
         raise ValueError(
             f"this {type(model).__name__} has adapters already"
@@ -145,7 +148,7 @@ def attach(
             sites = sites_of(model, recipe, targets, dtype, any_rank=False, ranks=found)
 
     adapters = Adapters(model, recipe, dtype)
-    adapters.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+    adapters.requires_grad = {n: p.requires_grad for n, p in named_parameters(model)}
     summary = Summary(method=recipe.text(), heads=targets.heads, tied=targets.tied)
     if wraps:
         layers = {
@@ -198,19 +201,24 @@ def attach(
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters out: the published base, bit for bit.
 
+    Args:
+        model: the adapted model, compiled or not; it is returned.
+
     Raises:
         ValueError: nothing is attached, or training wrote to the base and no copy was kept.
     """
     adapters = Adapters.of(model)
+    plain = adapters.model
     if not adapters.base_unchanged and adapters.originals is None:
         raise ValueError(
             f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
             " gone; attach with `keep_base=True` to be able to detach, or load the base again"
         )
     modules = {**adapters.layers, **adapters.saved, **adapters.tables}
-    replace(model, {n: m.base for n, m in modules.items()})
+    replace(plain, {n: m.base for n, m in modules.items()})
     restore(adapters)
-    return _release(model, adapters, by="detach")
+    _release(adapters, by="detach")
+    return model
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -218,10 +226,17 @@ def merge(model: nn.Module) -> nn.Module:
 
     The effective weight is formed in float32 and rounded once to the base's dtype. A weight that is
     shared with another module (a tied head) is untied first, in the configuration too.
+
+    Args:
+        model: the adapted model, compiled or not; it is returned.
+
+    Raises:
+        ValueError: nothing is attached, or the model is sharded.
     """
     adapters = Adapters.of(model)
-    reshard(model)
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    whole = adapters.model
+    reshard(whole)
+    if any(isinstance(p, DTensor) for p in whole.parameters()):
         raise ValueError(
             "this model is sharded, and its engine would go on computing with the weights it holds;"
             " `lorica.save` the adapters, then load base and adapters in one process and merge"
@@ -245,12 +260,13 @@ def merge(model: nn.Module) -> nn.Module:
     for name, table in adapters.tables.items():
         untied |= table.alone
         plain[name] = table.merged()
-    replace(model, plain)
+    replace(whole, plain)
     if untied:
-        for module in model.modules():
+        for module in whole.modules():
             if (config := vars(module).get("config")) is not None:
                 config.tie_word_embeddings = False
-    return _release(model, adapters, by="merge")
+    _release(adapters, by="merge")
+    return model
 
 
 def observe(
@@ -362,11 +378,11 @@ def _build(
     return layer.train(module.training)
 
 
-def _release(model: nn.Module, adapters: Adapters, *, by: Released) -> nn.Module:
+def _release(adapters: Adapters, *, by: Released) -> None:
+    model = adapters.model
     del vars(model)[HANDLE]
     adapters.released = by
     discard(adapters)
     adapters.hooks.remove()
-    for name, p in model.named_parameters():
+    for name, p in named_parameters(model):
         p.requires_grad_(adapters.requires_grad.get(name, True))
-    return model

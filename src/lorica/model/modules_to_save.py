@@ -16,7 +16,7 @@ from lorica.model import state
 from lorica.model.layer import AdaptedLinear
 from lorica.model.targets import Targets
 from lorica.recipe.recipe import Recipe
-from lorica.tensors.modules import named_modules
+from lorica.tensors.modules import named_modules, named_parameters, unwrapped
 
 if TYPE_CHECKING:
     from lorica.model.adapters import Adapters
@@ -132,7 +132,7 @@ def train_in_place(
     chosen = {id(p) for r in roots for p in model.get_submodule(r).parameters()}
     names = [  # a shared parameter has one, which may lie outside of the module that was asked for
         n
-        for n, p in model.named_parameters()
+        for n, p in named_parameters(model)
         if p.is_floating_point() and id(p) not in stood_for and (whole or id(p) in chosen)
     ]
     if keep:  # the others are held in `dtype`, too, so that one forward has one dtype
@@ -162,7 +162,7 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     places = {name: names[id(model.get_submodule(name))] for name in modules}
     for name, module in modules.items():
         for owner, _, leaf in (path.rpartition(".") for path in places[name]):
-            parent = model.get_submodule(owner)
+            parent = unwrapped(model.get_submodule(owner))
             setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
 
 
@@ -177,7 +177,7 @@ def keep(adapters: Adapters, layers: Mapping[str, AdaptedLinear]) -> None:
 
 def restore(adapters: Adapters) -> None:
     """Put the copies back, where there are any; the model is the plain one again."""
-    parameters = dict(adapters.model.named_parameters())
+    parameters = dict(named_parameters(adapters.model))
     for name, original in (adapters.originals or {}).items():
         parameters[name].grad, parameters[name].data = None, original
 

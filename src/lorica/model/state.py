@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorica.model.adapters import Adapters
 
 from lorica.tensors.dtensor_ops import copy_, read_full, reshard
+from lorica.tensors.modules import named_parameters
 
 SHARED = "shared"  # owner, in the keys, of what all layers share
 
@@ -28,7 +29,7 @@ def tensors(adapters: Adapters) -> dict[str, Tensor]:
             out[f"{site}.base.weight"] = layer.store.parameter
     for site, module in {**adapters.saved, **adapters.tables}.items():
         out |= {f"{site}.{n}": p for n, p, _ in module.trained()}
-    parameters = dict(adapters.model.named_parameters()) if adapters.direct else {}
+    parameters = dict(named_parameters(adapters.model)) if adapters.direct else {}
     return out | {n: parameters[n] for n in adapters.direct}
 
 
@@ -100,7 +101,7 @@ def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     own = {id(p) for p in tensors(adapters).values()} - inner
     saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
     out: dict[str, nn.Parameter] = {}
-    for name, p in adapters.model.named_parameters():
+    for name, p in named_parameters(adapters.model):
         if (id(p) in own and name not in adapters.direct) or id(p) in saved:
             continue
         owner, _, leaf = name.rpartition(".base.")

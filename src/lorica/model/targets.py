@@ -19,7 +19,7 @@ from lorica.model.layer import AdaptedLinear
 from lorica.patterns import Endless, flaw, matching
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.linalg import all_finite
-from lorica.tensors.modules import named_modules
+from lorica.tensors.modules import named_modules, named_parameters, unwrapped
 from lorica.text import shorten
 
 
@@ -294,7 +294,7 @@ def _unsupported(name: str, module: nn.Module, inside: str | None) -> str:
 def _fill_rest(model: nn.Module, out: Targets) -> None:
     """Matrices that stay frozen, and adapted weights that another module shares."""
     places: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     for name, p in parameters.items():
         places.setdefault(id(p), []).append(name)
     for names in places.values():
@@ -310,8 +310,8 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
     """What the targets and the recipe together rule out.
 
     Raises:
-        ValueError: a base that lacks what the recipe needs, a token-id input, an offloaded or
-            sharded weight.
+        ValueError: a base that lacks what the recipe needs, a token-id input, a layer with a
+            wrapper of its own, an offloaded or sharded weight.
     """
     delta = recipe.delta
     for name, kind in targets.layers.items():
@@ -338,6 +338,13 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
         check_ranks(
             recipe, {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
         )
+    for name in [*targets.layers, *targets.saved]:
+        if unwrapped(module := model.get_submodule(name)) is not module:
+            raise ValueError(
+                f"{name!r} is wrapped by itself (a {type(module).__name__} around one layer), and"
+                " an adapter would take the wrapper's place. Attach first, and compile or"
+                " checkpoint then; wrappers around blocks or the whole model may stay"
+            )
     layers = {name: model.get_submodule(name) for name in targets.layers}
     for name, layer in layers.items():
         if _offloaded(layer):
@@ -346,7 +353,7 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
                 " layer's own forward alone), so no update could be computed with it. Load the"
                 " model without offloading, or leave such layers out with `exclude_modules`"
             )
-    for name, p in model.named_parameters():
+    for name, p in named_parameters(model):
         if isinstance(p, DTensor):
             raise ValueError(
                 f"{name!r} is sharded already, so an adapter beside it would train alone on every"

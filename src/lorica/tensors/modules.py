@@ -1,4 +1,5 @@
-"""Walks over a model's modules, their train and eval modes, and hooks on loading, with types."""
+"""Walks over a model's modules and parameters, past torch's wrappers; train and eval modes; hooks
+on loading."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,13 +46,59 @@ def call_after_loading(module: M, hook: Callable[[M, object], None]) -> None:
     module.register_load_state_dict_post_hook(hook)  # pyright: ignore[reportUnknownMemberType]  # torch has no type for it
 
 
+# Attributes in which torch's wrappers that change nothing but how a module runs (compiled, with its
+# activations recomputed or offloaded) hold the module itself. They pass on its other attributes, so
+# `get_submodule` finds everything without these parts of a path.
+_HOLDERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+_WRAPPERS: tuple[type[nn.Module], ...] = (OptimizedModule, ActivationWrapper)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, of one that `torch.compile` or torch's `checkpoint_wrapper` wraps.
+
+    Example:
+        >>> import torch
+        >>> from lorica.tensors.modules import unwrapped
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> compiled = torch.compile(layer, backend="eager")
+        >>> unwrapped(compiled) is layer, unwrapped(layer) is layer
+        (True, True)
+    """
+    while isinstance(module, _WRAPPERS):
+        module = next(module.children())
+    return module
+
+
+def plain_path(path: str) -> str:
+    """A path without the parts that such wrappers add.
+
+    Example:
+        >>> from lorica.tensors.modules import plain_path
+        >>> plain_path("layers.0._orig_mod.mlp.weight")
+        'layers.0.mlp.weight'
+    """
+    return ".".join(part for part in path.split(".") if part not in _HOLDERS)
+
+
 def named_modules(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> list[tuple[str, nn.Module]]:
-    """(path, module) of a model and all within it, a parent before its children.
+    """(path, module) of a model and all within it, a parent before its children; wrappers as in
+    `unwrapped` are left out, of the paths too.
 
     Args:
         remove_duplicate: a module with several names is listed once, under the first.
     """
     walk: Callable[..., Iterator[tuple[str, nn.Module]]] = model.named_modules
-    return [*walk(remove_duplicate=remove_duplicate)]
+    found: list[tuple[str, nn.Module]] = [*walk(remove_duplicate=remove_duplicate)]
+    return [(plain_path(n), m) for n, m in found if unwrapped(m) is m]
+
+
+def named_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> list[tuple[str, nn.Parameter]]:
+    """(path, parameter) of a model, with paths as in `named_modules`."""
+    walk: Callable[..., Iterator[tuple[str, nn.Parameter]]] = model.named_parameters
+    return [(plain_path(n), p) for n, p in walk(remove_duplicate=remove_duplicate)]
