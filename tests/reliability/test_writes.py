@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,14 +14,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from killing import Aim, Snapshot, kill
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+import lorica
 from lorica.formats import atomic_folder as folders
-from lorica.run import checkpoints
+from lorica.run import Trainer, checkpoints
 from lorica.run.folder import RunFolder
 from lorica.run.options import UsageError
+from models import llama
 
 NOBODY = 65534
 MIB = 2**20
@@ -104,6 +113,7 @@ def test_a_run_goes_on_from_the_one_before(cut, nursery, straight):
     truncate(cut / "checkpoint-8")
     said = resumed(nursery, cut, straight)
     assert "checkpoint-8 is damaged" in said and "Going on from checkpoint-6" in said
+    assert "changed by something else" not in said, "the log is as it was"
     assert checkpoints.flaw(cut / "checkpoint-8") is None  # written anew on the way
 
 
@@ -456,3 +466,120 @@ def test_foreign_lines_in_the_log_are_passed_over(tmp_path):
         '[]\n{"mine": 1}\n{"step": 2, "seconds": 1.5, "loss": 1.0}\n{"step": 3, "se'
     )
     assert RunFolder(tmp_path).lines() == [{"step": 2, "seconds": 1.5, "loss": 1.0}]
+
+
+# -- metrics.jsonl in other hands ------------------------------------------------------------------
+
+
+def forget(file: Path) -> None:
+    file.unlink()
+
+
+def empty(file: Path) -> None:
+    file.write_text("")
+
+
+def shorten(file: Path) -> None:
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: len(lines) // 2]))
+
+
+def spoil(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe" + file.read_bytes()[7:])
+
+
+HANDS = [forget, empty, shorten, spoil]
+
+
+@pytest.mark.parametrize("change", [forget, spoil])
+def test_a_log_that_was_lost_before_the_resumption_is_whole_again(change, cut, nursery, straight):
+    change(cut / "metrics.jsonl")
+    said = resumed(nursery, cut, straight)  # which compares the lines
+    assert f"{cut / 'metrics.jsonl'} was deleted, cut or changed by something else (it held" in said
+
+
+@pytest.mark.parametrize("change", HANDS)
+def test_a_log_that_is_lost_while_a_run_goes_on_is_whole_at_the_end(change, tmp_path, caplog):
+    from lorica.run.log import RunLog
+
+    log = RunLog(RunFolder(tmp_path), torch.device("cpu"), {})
+    state = TrainerState(max_steps=9, log_history=[], num_input_tokens_seen=0)
+    log.begin(state)
+    for step in range(1, 7):
+        state.global_step, state.epoch = step, step / 10
+        names = {"loss": 1 / step, "grad_norm": math.nan} if step % 3 else {"eval_loss": 2 / step}
+        state.log_history.append({**names, "epoch": state.epoch, "step": step})
+        log.on_log(None, state, None, logs=names)
+        if step == 4:
+            whole = (tmp_path / "metrics.jsonl").read_text()
+            assert not caplog.records
+            change(tmp_path / "metrics.jsonl")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.startswith(whole) and [x["step"] for x in log.lines] == [1, 2, 3, 4, 5, 6]
+    assert RunFolder(tmp_path).lines() == log.lines and '"grad_norm": null' in text
+    assert caplog.text.count("was deleted, cut or changed by something else") == 1
+    change(tmp_path / "metrics.jsonl")
+    log.check()
+    assert (tmp_path / "metrics.jsonl").read_text() == text, "the end looks once more"
+    os.utime(tmp_path / "metrics.jsonl", (1, 1))
+    log.check()
+    assert caplog.text.count("was deleted, cut") == 2, "touched is not changed"
+
+
+# -- what is said of a disk ------------------------------------------------------------------------
+
+
+def full(folder: Path) -> str:
+    """What a run is told that cannot write its first checkpoint."""
+    with pytest.raises(OSError) as caught, checkpoints.saving("checkpoint-1", folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return str(caught.value)
+
+
+def test_the_way_out_of_a_full_disk_is_one_that_is_open(tmp_path):
+    """The folder of a run that has logged a step remains, so starting again would be refused."""
+    folder = RunFolder(tmp_path / "out")
+    with contextlib.suppress(OSError), folder.held():
+        folder.write("config.yaml", "# Written by lorica\nseed: 1\n")
+        said = full(folder.path)
+        raise OSError
+    assert "start again" in said and not folder.path.exists()
+    with contextlib.suppress(OSError), folder.held():
+        folder.write("config.yaml", "# Written by lorica\nseed: 1\n")
+        folder.write("metrics.jsonl", '{"step": 1, "seconds": 1.0, "loss": 1.0}\n')
+        said = full(folder.path)
+        raise OSError
+    assert "No space left on device" in said and "start again" not in said
+    assert said.endswith("the same command with `--resume` begins again at the first step")
+    assert folder.check(resume="last", overwrite=False) is None
+    with pytest.raises(UsageError, match="holds a run already"):
+        folder.check(resume=None, overwrite=False)
+
+
+@pytest.mark.parametrize("logs", [True, False], ids=["a line", "a checkpoint"])
+def test_a_folder_that_was_moved_is_called_moved(logs, tmp_path):
+    """Whichever is written next; no second folder of the old name comes to be."""
+    from lorica.run.log import RunLog
+
+    out, there = tmp_path / "out", tmp_path / "there"
+
+    class Mover(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                out.rename(there)
+
+    model = llama()
+    lorica.attach(model, "lora", r=2, verbose=False)
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=6, per_device_train_batch_size=2, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_steps=2, logging_steps=1 if logs else 100,
+    )  # fmt: skip
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 16, "labels": [[1, 2, 3]] * 16})
+    log = RunLog(RunFolder(out), torch.device("cpu"), {})
+    run = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log, Mover()])
+    with pytest.raises(OSError) as caught:
+        run.train()
+    said = str(caught.value)
+    assert f"`{out}` is gone. It was moved or removed while this ran" in said
+    assert "--resume" in said and "There is no checkpoint" not in said
+    assert not out.exists() and checkpoints.flaw(there / "checkpoint-2") is None

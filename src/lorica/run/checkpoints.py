@@ -171,16 +171,33 @@ def saving(what: str, folder: Path) -> Iterator[None]:
             raise
         first = (str(error) or type(error).__name__).splitlines()[0]
         why = error.strerror if isinstance(error, OSError) and error.strerror else first
-        named = [path.name for path in resumable(folder)]
-        left = (
+        if not folder.is_dir():
+            raise NotSaved(
+                f"{what} was not written: `{folder}` is gone. It was moved or removed while this"
+                " ran. What is complete in it is good: move it back, or find it where it is now,"
+                " and go on from its last checkpoint with `--resume` (in Python:"
+                " `resume_from_checkpoint=True`)"
+            ) from error
+        raise NotSaved(
+            f"{what} was not written to `{folder}`: {why} ({_free(folder)} are free there)."
+            f" {_left(folder)}"
+        ) from error
+
+
+def _left(folder: Path) -> str:
+    """What there is to go on from once nothing keeps the run from writing, and how."""
+    if named := [path.name for path in resumable(folder)]:
+        return (
             f"{named[-1]} is there, and only what came after it is lost: once that is mended, go on"
             " from it with `--resume` (in Python: `resume_from_checkpoint=True`)"
-            if named
-            else "There is no checkpoint to go on from: once that is mended, start again"
         )
-        raise NotSaved(
-            f"{what} was not written to `{folder}`: {why} ({_free(folder)} are free there). {left}"
-        ) from error
+    log = folder / "metrics.jsonl"
+    if (folder / "config.yaml").is_file() and log.is_file() and log.stat().st_size:
+        return (  # what `RunFolder.held` leaves behind
+            "There is no checkpoint to go on from: once that is mended, the same command with"
+            " `--resume` begins again at the first step"
+        )
+    return "There is no checkpoint to go on from: once that is mended, start again"
 
 
 class NotSaved(OSError):

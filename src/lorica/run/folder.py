@@ -292,7 +292,8 @@ class RunFolder:
         """The complete lines of metrics.jsonl."""
         log = self / "metrics.jsonl"
         out = []
-        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, RecursionError):  # torn by a kill: the last one
                 read = json.loads(line)
                 if isinstance(read, dict) and all(

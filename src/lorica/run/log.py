@@ -38,6 +38,10 @@ class RunLog(TrainerCallback, ExportableState):
     """Writes metrics.jsonl, tells of progress, evaluates at the last step, and stops a run whose
     loss is no number.
 
+    What a line holds is in the Trainer's own log too, which every checkpoint keeps. So a file that
+    was deleted, emptied, cut or changed, while the run went on or before it is resumed, is written
+    anew with every line, and a warning says so.
+
     Args:
         folder: where metrics.jsonl lies; lines after the step that a run goes on from are dropped.
         device: whose memory is measured.
@@ -64,6 +68,8 @@ class RunLog(TrainerCallback, ExportableState):
         self.idle = 0.0  # seconds since the last line in which nothing was trained
         self.first = self.tokens = 0  # step and tokens that this session begins with
         self.live = main and sys.stderr.isatty()
+        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl
+        self.stamp: tuple[int, ...] | None = None  # of the file as this process left it
 
     def state(self) -> dict[str, Any]:
         log = self.folder / "metrics.jsonl"
@@ -81,13 +87,17 @@ class RunLog(TrainerCallback, ExportableState):
 
     def begin(self, state: Any) -> None:
         """Keep the lines up to the step that the run goes on from."""
-        kept = [line for line in self.folder.lines() if line["step"] <= state.global_step]
-        kept = kept if state.global_step else []
-        self.before = max((line["seconds"] for line in kept), default=0.0)
-        self.first, self.tokens = state.global_step, state.num_input_tokens_seen
+        step = state.global_step
+        found = [line for line in self.folder.lines() if line["step"] <= step] if step else []
+        self.lines = [strict(_line(entry)) for entry in state.log_history if "seconds" in entry]
+        resumed = (self.folder / f"checkpoint-{step}").is_dir()
+        if self.lines and resumed and found != self.lines:
+            self._warn(f"it held {len(found)} of the {len(self.lines)} lines up to step {step}")
+        self.lines = self.lines or found  # a checkpoint of an older version has none
+        self.before = max((line["seconds"] for line in self.lines), default=0.0)
+        self.first, self.tokens = step, state.num_input_tokens_seen
         if self.main:
-            with saving("metrics.jsonl", self.folder.path):
-                self.folder.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept))
+            self._rewrite()
         self.start = self.last = self.mark = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -118,11 +128,10 @@ class RunLog(TrainerCallback, ExportableState):
         tokens, self.tokens = state.num_input_tokens_seen - self.tokens, state.num_input_tokens_seen
         pace = tokens / max(now - self.last - self.idle, 1e-9)
         self.last, self.idle = now, 0.0
-        line = {"step": state.global_step, "epoch": round(state.epoch, 6), "loss": logs["loss"]}
-        line |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
-        line |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
-        line |= {"tokens_per_second": round(pace, 1), "peak_memory": peak_memory(self.device)}
-        self._write(line)
+        entry = state.log_history[-1]  # what was just logged; a checkpoint keeps it
+        entry |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
+        entry |= {"tokens_per_second": round(pace, 1), "peak_memory": peak_memory(self.device)}
+        self._write(entry)
         done = state.global_step
         left = (state.max_steps - done) * (now - self.start) / max(done - self.first, 1)
         self._say(
@@ -138,10 +147,9 @@ class RunLog(TrainerCallback, ExportableState):
     def _eval_line(self, state: Any, logs: dict[str, Any]) -> None:
         figures = {k: v for k, v in logs.items() if k.startswith("eval_") and measures(k)}
         alike = logs.get(DEGENERATE)
-        self._write(
-            {"step": state.global_step, **figures, "seconds": round(self.seconds, 3)}
-            | ({} if alike is None else {"degenerate": degenerate(alike)})
-        )
+        entry = state.log_history[-1]
+        entry["seconds"] = round(self.seconds, 3)
+        self._write(entry)
         shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in figures.items())
         self._say(f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
         if alike is not None and self.main:
@@ -160,14 +168,45 @@ class RunLog(TrainerCallback, ExportableState):
         now = time.perf_counter()
         self.idle, self.mark = self.idle + now - self.mark, now
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Append a line, to a file that holds all those before it."""
         if not self.main:
             return
-        with (
-            saving(f"the line of step {line['step']} in metrics.jsonl", self.folder.path),
-            open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(strict(line)) + "\n")
+        line = strict(_line(entry))
+        with saving(f"the line of step {line['step']} in metrics.jsonl", self.folder.path):
+            self.check()
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        self.stamp = self._stamp()
+
+    def check(self) -> None:
+        """The file is as this process left it; else it is written anew."""
+        if not self.main or self._stamp() == self.stamp:
+            return
+        if (found := self.folder.lines()) != self.lines:
+            self._warn(f"it held {len(found)} of {len(self.lines)} lines")
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        with saving("metrics.jsonl", self.folder.path):
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            self.folder.write("metrics.jsonl", text)
+        self.stamp = self._stamp()
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        try:
+            told = os.stat(self.folder / "metrics.jsonl")
+        except OSError:
+            return None
+        return told.st_ino, told.st_size, told.st_mtime_ns
+
+    def _warn(self, what: str) -> None:
+        if self.main:
+            logger.warning(
+                f"{self.folder / 'metrics.jsonl'} was deleted, cut or changed by something else"
+                f" ({what}). It is written again with every line"
+            )
 
     def _say(self, text: str) -> None:
         if self.live:
@@ -196,6 +235,20 @@ class StreamPlace(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         place = self.streamed.place(self.consumed)
         return {"args": {}, "attributes": {"place": place, "consumed": self.consumed}}
+
+
+def _line(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl, of an entry of the Trainer's log."""
+    cost = ("tokens", "seconds", "tokens_per_second", "peak_memory")
+    if "loss" in entry:
+        names = ("loss", "grad_norm", "learning_rate", *cost)
+        epoch = {"epoch": round(entry["epoch"], 6)}
+        return {"step": entry["step"], **epoch, **{k: entry[k] for k in names if k in entry}}
+    figures = {k: v for k, v in entry.items() if k.startswith("eval_") and measures(k)}
+    alike = entry.get(DEGENERATE)
+    return {"step": entry["step"], **figures, "seconds": entry["seconds"]} | (
+        {} if alike is None else {"degenerate": degenerate(alike)}
+    )
 
 
 def degenerate(told: dict[str, Any]) -> dict[str, Any]:

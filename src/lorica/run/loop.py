@@ -104,7 +104,6 @@ def measured(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> dict[
     figures = {k: v for k, v in (found or {}).items() if k.startswith("eval_") and measures(k)}
     alike = (found or {}).get(DEGENERATE)
     adapters, state, summary = plan.adapters, trainer.state, plan.adapters.summary
-    # Not those of metrics.jsonl: in another folder they begin with the resumption.
     lines = [line for line in state.log_history if "loss" in line]
     training = plan.arguments.training
     best = bool(training.load_best_model_at_end and state.best_global_step)
@@ -149,6 +148,7 @@ def write_result(plan: RunPlan[Any, Any], result: dict[str, Any], log: RunLog) -
         NotSaved: the disk refuses it.
     """
     result = strict(result)
+    log.check()
     if plan.main:
         text = json.dumps(result, indent=2, ensure_ascii=False)
         with checkpoints.saving("result.json", plan.folder.path):

@@ -233,6 +233,8 @@ class TrainerMixin(Guarded):
         aside = final / checkpoints.ASIDE
         pending = vars(self).get("_tr_loss")  # older Trainers keep it to themselves
         losses = gather_object([] if pending is None else [pending.item()])
+        if trial is not None and self.args.should_save:  # each has a folder of its own
+            final.mkdir(parents=True, exist_ok=True)
         try:
             with checkpoints.saving(name, final):
                 self._write_checkpoint(model, trial, aside, name, losses)
@@ -247,7 +249,7 @@ class TrainerMixin(Guarded):
         final = aside.parent
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            aside.mkdir()  # the folder is there since the start, or it was moved away
         self.accelerator.wait_for_everyone()
         with _output_dir(self, aside):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
