@@ -104,4 +104,6 @@ def test_nothing_starts_on_a_base_that_holds_no_numbers(init: str):
 def test_large_values_are_finite():
     assert all_finite(torch.full((4,), 3e38)) and all_finite(torch.full((9,), 60000.0).half())
     assert all_finite(torch.ones(3).to(torch.float8_e4m3fn)) and all_finite(torch.ones(3).int())
+    assert all_finite(torch.empty(0, 4)) and all_finite(torch.tensor([True]))
+    assert not all_finite(torch.tensor([1, torch.nan, 1]).half())
     assert not all_finite(torch.tensor([3e38, 3e38, -torch.inf]))
