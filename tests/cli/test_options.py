@@ -14,18 +14,22 @@ OPTIONS = {
     "eval": (
         "adapter answer_pattern chat_template columns compare_base data dtype exact_match "
         "header ignore_base_hash json limit max_length max_new_tokens metrics model "
-        "per_device_eval_batch_size split task train_on"
+        "per_device_eval_batch_size split task train_on trust_remote_code"
     ),
-    "export": ("adapter dtype ignore_base_hash json model output_dir overwrite portable r to"),
+    "export": (
+        "adapter dtype ignore_base_hash json model output_dir overwrite portable r to "
+        "trust_remote_code"
+    ),
     "generate": (
         "adapter batch_size chat chat_template columns do_sample dtype file header "
         "ignore_base_hash json limit max_new_tokens merged model num_beams "
         "num_return_sequences output repetition_penalty seed stop_strings stream temperature "
-        "top_k top_p"
+        "top_k top_p trust_remote_code"
     ),
     "inspect": ("adapter json"),
     "merge": (
-        "adapter approximate ignore_base_hash json max_shard_size model output_dir overwrite"
+        "adapter approximate ignore_base_hash json max_shard_size model output_dir overwrite "
+        "trust_remote_code"
     ),
     "methods": ("json words"),
     "pretrain": (
@@ -38,7 +42,8 @@ OPTIONS = {
         "seed split streaming target_modules tokenizer vocab_size warmup_ratio"
     ),
     "targets": (
-        "exclude_modules json layers_to_transform lora_alpha method model r target_modules"
+        "exclude_modules json layers_to_transform lora_alpha method model r target_modules "
+        "trust_remote_code"
     ),
     "train": (
         "adapter alpha_pattern attn_implementation bf16 bias chat_template columns data "
@@ -48,7 +53,7 @@ OPTIONS = {
         "lora_dropout_on lr_scheduler_type max_length max_lost_text max_samples max_steps "
         "method model modules_learning_rate modules_to_save now num_train_epochs output_dir "
         "overwrite_output_dir packing per_device_train_batch_size r rank_pattern report_to "
-        "resume seed shape split target_modules task train_on warmup_ratio"
+        "resume seed shape split target_modules task train_on trust_remote_code warmup_ratio"
     ),
 }
 

@@ -524,7 +524,66 @@ def test_code_of_a_model_is_never_run(subjects, tmp_path):
     _bring_code(folder, subjects._own_code(b"", __import__("random").Random(0))[1])
     found = forked(subjects._load_model(folder), seconds=60, canary=subjects.canary)
     assert [f.kind for f in found] == ["refused"] * 4
-    assert all("Python code of its own, which is never run" in f.text for f in found[:1])
+    assert all("which is run only where you trust it and type" in f.text for f in found[:1])
+
+    def trusted():
+        from transformers import dynamic_module_utils
+
+        dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path / "modules")
+        load_model.read_config(str(folder), trust_remote_code=True)
+
+    found = forked([("trusted", trusted)], seconds=60, canary=subjects.canary)
+    assert found[-1].kind == "executed"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "paged|someone/kernel@main:forward"},
+        {"attn_implementation": {"": "sdpa", "text_config": "someone/kernel"}},
+        {"text_config": {"attn_implementation": "someone/kernel"}},
+        {"experts_implementation": "sonicmoe"},
+        {"experts_implementation": "someone/experts"},
+        {"parts": [{"_experts_implementation_internal": "someone/experts"}]},
+        {"attn_implementation": ["sdpa"]},
+        {"use_kernels": True},
+        {"kernel_config": {"MLP": "someone/mlp:MLP"}},
+    ],
+)
+def test_a_configuration_that_fetches_code(subjects, tmp_path, changes):
+    folder = copied(subjects, "model", tmp_path)
+    edit(folder / "config.json", **changes)
+    for read_it in (
+        lambda: load_model.read_config(str(folder)),
+        lambda: load_model.load_model(
+            str(folder), "causal-lm", labels=None, dtype="auto", widen=True
+        ),
+        lambda: load_model.empty_model(str(folder)),
+    ):
+        with pytest.raises(ValueError, match="Nothing that a file names is run: take the key out"):
+            read_it()
+
+
+def test_what_is_installed_or_typed_is_no_foreign_code(monkeypatch):
+    from lorica.formats import foreign_code
+
+    def refused(config, **typed):
+        try:
+            foreign_code.refuse_code(config, "config.json", **typed)
+        except ValueError:
+            return True
+        return False
+
+    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
+    for way in ("eager", "sdpa", None, "flex_attention", "paged|sdpa", "flash_attention_2"):
+        assert not refused({"attn_implementation": way}), way
+    assert not refused(quantised)
+    assert not refused({"attn_implementation": "someone/kernel"}, attn_implementation="a/kernel")
+    assert refused({"experts_implementation": "someone/x"}, attn_implementation="a/kernel")
+    monkeypatch.setattr(foreign_code, "find_spec", {"kernels": "there"}.get)  # and no flash_attn
+    assert refused({"attn_implementation": "flash_attention_2"}) and refused(quantised)
+    assert not refused({"attn_implementation": "sdpa"})
 
 
 @pytest.mark.parametrize("part", ["../model/model.safetensors", "/etc/passwd", 3, None, ""])

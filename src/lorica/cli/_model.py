@@ -44,15 +44,19 @@ class Source:
         config: the base's.
         tokenizer: the adapter's own where its folder has one (it knows the chat template of its
             training), else the base's.
+        trust_remote_code: run code that the model brings, or names.
     """
 
     model: str
     adapter: Path | None
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool = False
 
     @classmethod
-    def find(cls, model: str | None, adapter: str | None) -> Source:
+    def find(
+        cls, model: str | None, adapter: str | None, *, trust_remote_code: bool = False
+    ) -> Source:
         """Look at both; no weights are read.
 
         Raises:
@@ -65,9 +69,11 @@ class Source:
 
         folder = None if adapter is None else locate(adapter)
         name = base_name(model, folder)
-        config = read_config(name)
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        config = read_config(name, **trust)
         own = folder is not None and (folder / "tokenizer_config.json").is_file()
-        return cls(name, folder, config, load_tokenizer(str(folder) if own else name))
+        tokenizer = load_tokenizer(str(folder) if own else name, **trust)
+        return cls(name, folder, config, tokenizer, **trust)
 
     def labels(self, task: str) -> Labels | None:
         """The classes of the model's head, or of the adapter's; None: the data has to say."""
@@ -109,8 +115,18 @@ class Source:
         from lorica.training.checks import check_effect
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        make = _unpacked if is_packed(self.model) else load_model
-        loaded = make(self.model, task, labels=labels, dtype=dtype, widen=device.type == "cpu")
+        widen = device.type == "cpu"
+        if is_packed(self.model):
+            loaded = _unpacked(self.model, task, dtype=dtype, widen=widen)
+        else:
+            loaded = load_model(
+                self.model,
+                task,
+                labels=labels,
+                dtype=dtype,
+                widen=widen,
+                trust_remote_code=self.trust_remote_code,
+            )
         model: Any = loaded.model
         set_padding(model, task, self.tokenizer)
         drawn = loaded.drawn(None)
@@ -138,9 +154,7 @@ class Source:
         return Loaded(model.to(device), adapters, tuple(drawn))
 
 
-def _unpacked(
-    name: str, task: str, *, labels: Labels | None, dtype: str, widen: bool
-) -> FromCheckpoint:
+def _unpacked(name: str, task: str, *, dtype: str, widen: bool) -> FromCheckpoint:
     """A compressed model, as `load_model` gives others; its head and its classes are its own."""
     import torch
 

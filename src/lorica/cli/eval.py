@@ -74,6 +74,8 @@ class Options(VerbOptions):
         dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
             becomes float32 on a CPU.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
     """
 
     model: Annotated[str | None, PATH, HINT] = None
@@ -95,6 +97,7 @@ class Options(VerbOptions):
     compare_base: bool = False
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
+    trust_remote_code: bool = False
 
     smaller: ClassVar[str] = "type a smaller `--per-device-eval-batch-size` or `--max-length`"
 
@@ -129,7 +132,9 @@ def run(options: Options) -> Outcome:
     except ValueError as error:
         raise UsageError(str(error)) from None
     data, split = chosen_data(options.data, options.split)
-    source = Source.find(home(options.model), home(options.adapter))
+    source = Source.find(
+        home(options.model), home(options.adapter), trust_remote_code=options.trust_remote_code
+    )
     return _Work(options, source, data, split).outcome()
 
 

@@ -29,6 +29,8 @@ class Options(VerbOptions):
         dtype: dtype of the adapter's tensors. Default: the one it was trained in.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
         overwrite: replace the contents of `output_dir`.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
     """
 
     adapter: Annotated[str, PATH, HINT]
@@ -40,6 +42,7 @@ class Options(VerbOptions):
     dtype: Annotated[str | None, choice("float32", "bfloat16", "float16"), HINT] = None
     ignore_base_hash: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
 
 
 def run(options: Options) -> Outcome:
@@ -61,7 +64,9 @@ def run(options: Options) -> Outcome:
     adapter, out = home(options.adapter), Path(home(options.output_dir))
     check_free(out, overwrite=options.overwrite, marks=marks(options.to))
     quieten()
-    model, tokenizer = load_base(adapter, home(options.model))
+    model, tokenizer = load_base(
+        adapter, home(options.model), trust_remote_code=options.trust_remote_code
+    )
     more: dict[str, Any] = {"tokenizer": tokenizer} if whole else {}
     done: Any = formats.export(
         adapter,

@@ -86,6 +86,8 @@ class Options(VerbOptions):
         dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
             becomes float32 on a CPU.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
     """
 
     model: Annotated[str | None, PATH, HINT] = None
@@ -113,6 +115,7 @@ class Options(VerbOptions):
     limit: Annotated[int | None, WHOLE, HINT] = None
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
+    trust_remote_code: bool = False
 
     smaller: ClassVar[str] = (
         "type a smaller `--batch-size`, `--num-return-sequences`, `--num-beams` or"
@@ -162,7 +165,9 @@ def run(options: Options) -> Outcome:
         decoding = Decoding(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         raise UsageError(str(error)) from None
-    source = Source.find(home(options.model), home(options.adapter))
+    source = Source.find(
+        home(options.model), home(options.adapter), trust_remote_code=options.trust_remote_code
+    )
     ask = Prompter(source.tokenizer, language_task(source.config), options.chat_template)
     work = _Work(options, source, ask, decoding)
     if options.chat:

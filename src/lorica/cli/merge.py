@@ -29,6 +29,8 @@ class Options(VerbOptions):
             layer on a sample of token ids, and print the error of each layer.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
         overwrite: replace the model in `output_dir`.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
     """
 
     adapter: Annotated[str, PATH, HINT]
@@ -38,6 +40,7 @@ class Options(VerbOptions):
     approximate: bool = False
     ignore_base_hash: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
 
 
 def run(options: Options) -> Outcome:
@@ -55,7 +58,9 @@ def run(options: Options) -> Outcome:
     adapter, out = home(options.adapter), Path(home(options.output_dir))
     check_free(out, overwrite=options.overwrite, marks=MARKS)
     quieten()
-    model, tokenizer = load_base(adapter, home(options.model))
+    model, tokenizer = load_base(
+        adapter, home(options.model), trust_remote_code=options.trust_remote_code
+    )
     adapters = formats.load(
         model, adapter, check_base=not options.ignore_base_hash, trainable=False
     )

@@ -27,6 +27,8 @@ class Options(VerbOptions):
         target_modules: names, one regular expression, or `all-linear`.
         exclude_modules: layers to leave out, in the same forms.
         layers_to_transform: indices of the transformer blocks.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
     """
 
     model: tyro.conf.Positional[Annotated[str | None, PATH, HINT]] = None
@@ -36,6 +38,7 @@ class Options(VerbOptions):
     target_modules: Annotated[str | tuple[str, ...], MODULES, HINT] = "all-linear"
     exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
     layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
+    trust_remote_code: bool = False
 
 
 def run(options: Options) -> Outcome:
@@ -44,7 +47,7 @@ def run(options: Options) -> Outcome:
     from lorica.run.load_model import base_name, empty_model
 
     name = base_name(options.model)
-    model = empty_model(name)
+    model = empty_model(name, trust_remote_code=options.trust_remote_code)
     groups = survey(model)
     given = {"r": options.r, "lora_alpha": options.lora_alpha}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import lorica
 from lorica.formats.atomic_folder import check_free, first, together, writing
 from lorica.formats.fields import Field, check_fields, check_given
+from lorica.formats.foreign_code import read_config_dict, refuse_code
 from lorica.formats.merge import Change, make_sample, outputs
 from lorica.formats.safe_files import read_json, read_tensors, sha256, write_tensors
 from lorica.methods.optional import OutlivesBase
@@ -336,6 +337,11 @@ def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> Pre
             " from where it came"
         )
     config: Any = None
+    try:
+        raw = read_config_dict(str(folder))
+    except Exception as error:  # transformers says what is wrong in many ways
+        raise ValueError(_misfit(folder / "config.json", error)) from None
+    refuse_code(raw, str(folder / "config.json"), attn_implementation=attn_implementation)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):  # weights are drawn, and written over

@@ -125,7 +125,8 @@ def read_data(plan: FineTuning) -> None:
 
     options = plan.options
     base = base_name(options.model, options.adapter)
-    config = read_config(base)
+    trust = {"trust_remote_code": options.trust_remote_code}
+    config = read_config(base, attn_implementation=options.attn_implementation, **trust)
     source, train_rows, held_rows = _rows(options)
     shape = detect(
         train_rows.column_names,
@@ -134,7 +135,7 @@ def read_data(plan: FineTuning) -> None:
         sample=sample_of(train_rows),
     )
     task = options.task or shape.default_task
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, **trust)
     limit = longest(config, tokenizer)
     max_length = options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH)
     refuse(
@@ -360,6 +361,7 @@ def load_model(plan: FineTuning) -> None:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         widen=plan.device.type == "cpu",
+        trust_remote_code=options.trust_remote_code,
     )
     model: Any = loaded.model
     model.name_or_path = absolute(data.base)  # what is written names the base by it

@@ -69,23 +69,48 @@ def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     return name
 
 
-def read_config(name: str) -> PretrainedConfig:
+def read_config(
+    name: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """The model's configuration.
 
+    Args:
+        attn_implementation: what the user asked for in place of the configuration's own.
+        trust_remote_code: run code that the model brings, or names.
+
     Raises:
-        ValueError: there is no such folder, or no model in it, or no such model to be had.
+        ValueError: there is no such folder, or no model in it, or no such model to be had; it asks
+            for code that is not trusted.
     """
     from transformers import AutoConfig
 
     check_source(name)
+    check_code(name, attn_implementation, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         classes = config.architectures or []
         if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
             raise ValueError(f"`architectures` is {str(classes)[:80]}, not a list of class names")
     except Exception as error:  # transformers says what is wrong with a file in many ways
         raise ValueError(_cannot("a model", name, error)) from error
     return config
+
+
+def check_code(name: str, attn_implementation: str | None, trusted: bool) -> None:
+    """The configuration asks for no code that is not installed.
+
+    Raises:
+        ValueError: it does, and is not trusted; or it can't be read.
+    """
+    from lorica.formats.foreign_code import read_config_dict, refuse_code
+
+    if trusted:
+        return
+    try:
+        config = read_config_dict(name)
+    except Exception as error:  # see `read_config`
+        raise ValueError(_cannot("a model", name, error)) from error
+    refuse_code(config, f"the config.json of `{name}`", attn_implementation=attn_implementation)
 
 
 def check_source(name: str) -> None:
@@ -135,7 +160,10 @@ def _cannot(what: str, name: str, error: Exception) -> str:
     if not isinstance(error, (OSError, ValueError)) or not reason:
         reason = f"{type(error).__name__}: {reason}"
     if "trust_remote_code" in reason:
-        reason = "it brings Python code of its own, which is never run here"
+        reason = (
+            "it brings Python code of its own, which is run only where you trust it and type"
+            " `--trust-remote-code`"
+        )
     reason = reason if len(reason) < 300 else reason[:297] + "..."
     return (
         f"cannot load {what} from `{name}`: {reason.rstrip('.')}. Copy it again from where it came,"
@@ -143,12 +171,12 @@ def _cannot(what: str, name: str, error: Exception) -> str:
     )
 
 
-def empty_model(name: str) -> PreTrainedModel:
+def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules without any weights (on the meta device), from its configuration."""
     import torch
     import transformers
 
-    config = read_config(name)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     made_for = (config.architectures or [""])[0]
     cls: Any = getattr(transformers, made_for, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
@@ -156,18 +184,20 @@ def empty_model(name: str) -> PreTrainedModel:
     with torch.device("meta"):
         try:
             if cls is None:
-                return transformers.AutoModel.from_config(config, trust_remote_code=False)
+                return transformers.AutoModel.from_config(
+                    config, trust_remote_code=trust_remote_code
+                )
             return cls(config)
         except Exception as error:
             raise ValueError(_cannot("the layers", name, error)) from error
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; where it has no padding token, EOS pads (nothing looks at padding)."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ValueError(_cannot("a tokenizer", name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -200,6 +230,7 @@ def load_model(
     dtype: str,
     attn_implementation: str | None = None,
     widen: bool,
+    trust_remote_code: bool = False,
 ) -> FromCheckpoint:
     """The model for a task, on the CPU.
 
@@ -207,13 +238,16 @@ def load_model(
         labels: the classes of a classification; a head of that size is made where the checkpoint
             has none.
         dtype: `auto` keeps the checkpoint's.
+        attn_implementation: transformers' name of it; None: the checkpoint's own.
         widen: make float32 of a checkpoint's float16 (exact: every float16 is a float32).
+        trust_remote_code: run code that the model brings, or names.
     """
     import torch
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    check_code(name, attn_implementation, trust_remote_code)
     check_parts(name)
     auto: Any = getattr(transformers, AUTO[task][0])
     more: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
@@ -228,7 +262,7 @@ def load_model(
         }
     try:
         model, told = auto.from_pretrained(
-            name, trust_remote_code=False, output_loading_info=True, **more
+            name, trust_remote_code=trust_remote_code, output_loading_info=True, **more
         )
     except Exception as error:
         raise ValueError(_cannot(f"a model for {task}", name, error)) from error
@@ -270,12 +304,15 @@ def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None
         config.pad_token_id = pad_of(tokenizer)
 
 
-def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
+def load_base(
+    adapter: str, name: str | None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer
     (None where neither folder has one).
 
     Args:
         name: the base; None: the one that the adapter names.
+        trust_remote_code: run code that the base brings, or names.
     """
     from lorica import formats
     from lorica.formats.safe_files import locate
@@ -291,17 +328,18 @@ def load_base(adapter: str, name: str | None) -> tuple[PreTrainedModel, Any]:
             f"`{adapter}` is a whole model already (`{told['method']}` trains the base itself); use"
             " it as it is"
         )
-    config = read_config(name)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     task = _task(told, config)
     classes = _head_size(own, task)
     labels = own_labels(config, task)
     if labels is None and classes is not None:
         labels = _labels(own, classes)
-    model = load_model(name, task, labels=labels, dtype="auto", widen=False).model
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    model = load_model(name, task, labels=labels, dtype="auto", widen=False, **how).model
     tokenizer = None
     for folder in (own, Path(name)):
         if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(name if folder is not own else str(own))
+            tokenizer = load_tokenizer(name if folder is not own else str(own), **how)
             break
     set_padding(model, task, tokenizer)
     return model, tokenizer

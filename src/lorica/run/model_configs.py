@@ -123,6 +123,7 @@ def find(name: str) -> Plan:
 def _read(name: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    from lorica.formats.foreign_code import refuse_code
     from lorica.run.load_model import read_config
 
     path = to_path(name)
@@ -141,6 +142,7 @@ def _read(name: str) -> PretrainedConfig:
             f"cannot read a model's configuration from `{name}` ({type(error).__name__}:"
             f" {one_line(error)}). A config.json of transformers is wanted, with its `model_type`"
         ) from error
+    refuse_code(found, name)
     with _told(name):
         return AutoConfig.for_model(kind, **found)
 

@@ -28,9 +28,9 @@ GROUPS: tuple[Group, ...] = (
         "model and data",
         (
             "model", "model_config", "data", "tokenizer", "vocab_size", "adapter",
-            "ignore_base_hash", "split", "columns", "header", "shape", "documents", "streaming",
-            "task", "max_samples", "max_length", "packing", "chat_template", "now", "train_on",
-            "max_lost_text",
+            "ignore_base_hash", "trust_remote_code", "split", "columns", "header", "shape",
+            "documents", "streaming", "task", "max_samples", "max_length", "packing",
+            "chat_template", "now", "train_on", "max_lost_text",
         ),
         ("dataloader_num_workers", "dataloader_drop_last"),
     ),

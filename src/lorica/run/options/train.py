@@ -43,6 +43,8 @@ class TrainOptions(RunOptions, _Tuned):
         adapter: start from this adapter (Lorica's or PEFT's), with its method.
         ignore_base_hash: with `adapter`, use a base other than the one that the adapter was
             trained on.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
         num_train_epochs: number of epochs. Default: 3, unless `max_steps` is given.
         per_device_train_batch_size: examples per device and forward pass.
         dtype: dtype of the frozen weights. `auto` keeps the checkpoint's dtype, except that
@@ -77,6 +79,7 @@ class TrainOptions(RunOptions, _Tuned):
     bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
     adapter: Annotated[str | None, PATH, HINT] = None
     ignore_base_hash: bool = False
+    trust_remote_code: bool = False
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     eval_data: Annotated[str | None, PATH, HINT] = None
     eval_split: Annotated[str | None, TEXT, HINT] = None
