@@ -68,6 +68,7 @@ class AttachAs(NamedTuple):
 
     Attributes:
         initialise: the start has to be computed from the base, as PEFT does when it loads the file.
+        recorded: the layers of a file that names them.
         ranks: (rank, alpha) of each layer, where they followed from data; None: the recipe says.
     """
 
@@ -76,6 +77,7 @@ class AttachAs(NamedTuple):
     dtype: torch.dtype
     initialise: bool
     ranks: Mapping[str, tuple[int, float | None]] | None = None
+    recorded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,8 @@ class AdapterFile:
         if self.own is not None:
             recipe = self.own.parse_recipe(self.folder)
             ranks = ranks_from_data(recipe, self.own.layers)
-            return AttachAs(recipe, self.own.heads, self.own.torch_dtype, False, ranks)
+            layers = tuple(self.own.layers)
+            return AttachAs(recipe, self.own.heads, self.own.torch_dtype, False, ranks, layers)
         recipe, frozen_start = recipe_for(model, *self.plain, self.config_file)
         return AttachAs(recipe, (), torch.float32, frozen_start)
 

@@ -121,6 +121,7 @@ def _attach(model: nn.Module, file: AdapterFile, *, verbose: bool) -> Adapters:
             verbose=verbose,
             initialise=wanted.initialise,
             ranks=wanted.ranks,
+            recorded=wanted.recorded,
         )
     except ValueError as error:
         base = file.base

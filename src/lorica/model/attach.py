@@ -29,6 +29,7 @@ from lorica.model.modules_to_save import (
 from lorica.model.summary import Summary, fill, say
 from lorica.model.targets import (
     Targets,
+    drop_thin,
     find,
     refuse,
     refuse_idle,
@@ -60,6 +61,7 @@ def attach(
     initialise: bool = True,
     data: Iterable[Batch] | None = None,
     ranks: Mapping[str, tuple[int, float | None]] | None = None,
+    recorded: Collection[str] = (),
     **fields: Any,  # Any: of `Recipe`
 ) -> Adapters:
     """Adapt a model in place and return the handle.
@@ -89,6 +91,8 @@ def attach(
             device needs none.
         ranks: {module path: (rank, alpha)} that every target is built with, instead of the recipe's
             choice of ranks; for a load, where the file decides.
+        recorded: paths of layers that are adapted even where `all-linear` would leave them out; for
+            a load, where the file has them.
         **fields: fields of `Recipe`, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Raises:
@@ -126,6 +130,7 @@ def attach(
         heads=untold,
         wraps=wraps,
     )
+    drop_thin(model, recipe, targets, dtype, recorded)
     refuse_missing(model, missing_keys, recipe, targets.layers, targets.saved)
     refuse(model, recipe, targets)
     tables = find_tables(model, recipe, targets)
@@ -149,7 +154,9 @@ def attach(
 
     adapters = Adapters(model, recipe, dtype)
     adapters.requires_grad = {n: p.requires_grad for n, p in named_parameters(model)}
-    summary = Summary(method=recipe.text(), heads=targets.heads, tied=targets.tied)
+    summary = Summary(
+        method=recipe.text(), heads=targets.heads, left_out=targets.left_out, tied=targets.tied
+    )
     if wraps:
         layers = {
             n: _build(model.get_submodule(n), b, recipe, sites[n])
@@ -369,11 +376,13 @@ def _build(
     # A frozen start is dropped with the start that it takes out; finished links are not dropped.
     starts_elsewhere = init is not None and "zero_start" not in init.gives
     drop_frozen = starts_elsewhere and recipe.lora_dropout_on == "update"
+    store = base(module)
     update = Update(
-        recipe.delta.build(site), site, dropout=recipe.lora_dropout, drop_frozen=drop_frozen
-    )
+        recipe.delta.build(site), site, dropout=recipe.lora_dropout, drop_frozen=drop_frozen,
+        padding=store.padding,
+    )  # fmt: skip
     layer = AdaptedLinear(
-        base(module), update, combine.build(site), kernel, site, train_bias=recipe.bias != "none"
+        store, update, combine.build(site), kernel, site, train_bias=recipe.bias != "none"
     )
     return layer.train(module.training)
 

@@ -51,7 +51,7 @@ class AdaptedLinear(nn.Module):
             return self.base(x)
         if self.frozen_for_now:
             return self._forward_partly_frozen(x)
-        y = self.combine(x, self.store, self.update, self.kernel)
+        y = self.store.finish(self.combine(x, self.store, self.update, self.kernel))
         if self.store.lookup or torch.is_autocast_enabled(x.device.type):
             return y
         return y.to(x.dtype)

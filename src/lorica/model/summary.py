@@ -21,6 +21,7 @@ from lorica.recipe.recipe import Recipe
 logger = logging.getLogger("lorica")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SHOWN = 6  # weights that are not adapted, by name; the smaller ones are added up
+LISTED = 3  # layers that are left out for one reason, by name
 IN_FULL = "modules in full"
 # Keys of `Summary.memory` that a reader would not understand alone.
 _KINDS = {
@@ -52,6 +53,7 @@ class Summary:
         saved: paths of the modules that train in full.
         heads: {path: why it trains in full} of those that no option names.
         tokens: {table, tied ones joined by " = ": ids of the tokens whose rows train}.
+        left_out: {layer that `all-linear` leaves out: why}.
         unadapted: {weight matrix: share of all parameters} that neither trains nor is adapted.
         tied: {adapted module: module that shares its weight}.
         memory: bytes of each kind.
@@ -69,6 +71,7 @@ class Summary:
     saved: list[str] = field(default_factory=list[str])
     heads: dict[str, str] = field(default_factory=dict[str, str])
     tokens: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
     unadapted: dict[str, float] = field(default_factory=dict[str, float])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     memory: dict[str, int] = field(default_factory=dict[str, int])
@@ -104,6 +107,10 @@ class Summary:
             lines.append(f"  in full      {name}" + f" ({why})" * bool(why))
         for name, ids in self.tokens.items():
             lines.append(f"  tokens       {name}: {len(ids):,} rows train ({shown(ids)})")
+        for why in dict.fromkeys(self.left_out.values()):
+            names = [n for n, w in self.left_out.items() if w == why]
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            lines.append(f"  left out     {', '.join(names[:LISTED])}{more} ({why})")
         rest = sorted(self.unadapted.items(), key=lambda kv: -kv[1])
         for name, part in rest[:SHOWN]:
             lines.append(f"  not adapted  {name} ({part:.1%} of all parameters)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Site
 from lorica.methods.optional import BuildsOtherRank
+from lorica.methods.ranks.base import first_matches
 from lorica.model.bases.base import AbstractBase, base_for
 from lorica.model.heads import head_names, topmost, within
 from lorica.model.layer import AdaptedLinear
@@ -32,6 +33,8 @@ class Targets:
     saved: list[str] = field(default_factory=list[str])  # modules that train in full
     # those of them that no option names -> why
     heads: dict[str, str] = field(default_factory=dict[str, str])
+    # layers that `all-linear` leaves out -> why
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
     # weight matrices left out -> elements
     unadapted: dict[str, int] = field(default_factory=dict[str, int])
     # adapted path -> another path of its weight
@@ -293,6 +296,7 @@ def _unsupported(name: str, module: nn.Module, inside: str | None) -> str:
 
 def _fill_rest(model: nn.Module, out: Targets) -> None:
     """Matrices that stay frozen, and adapted weights that another module shares."""
+    out.unadapted, out.tied = {}, {}
     places: dict[int, list[str]] = {}
     parameters = dict(named_parameters(model, remove_duplicate=False))
     for name, p in parameters.items():
@@ -402,6 +406,43 @@ def refuse_idle(layer: AdaptedLinear, recipe: Recipe) -> None:
                 )
 
 
+def drop_thin(
+    model: nn.Module, recipe: Recipe, targets: Targets, dtype: torch.dtype, recorded: Container[str]
+) -> None:
+    """Of `all-linear`, leave out the layers that are too thin for their rank (a router, the gate of
+    a shared expert), but for those that `rank_pattern` names.
+
+    Args:
+        recorded: layers that a file has; they stay.
+    """
+    if recipe.target_modules != "all-linear" or "r" not in recipe.takes or not targets.layers:
+        return
+    if recipe.delta.wraps:
+        sites = sites_of(model, recipe, targets, dtype, any_rank=True)
+        sizes = {n: (s.out_features, s.in_features, s.r) for n, s in sites.items()}
+    else:
+        assert recipe.r is not None  # filled where it is taken
+        stores = {n: kind(model.get_submodule(n)) for n, kind in targets.layers.items()}
+        sizes = {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
+    thin = _too_thin(recipe, sizes)
+    named = first_matches(recipe.rank_pattern, list(thin))
+    thin = {n: most for n, most in thin.items() if n not in named and n not in recorded}
+    if len(thin) == len(targets.layers):
+        return  # the rank is wrong, not the layers
+    for name, most in thin.items():
+        del targets.layers[name]
+        targets.left_out[name] = f"too thin for r={sizes[name][2]}, at most {most} fits"
+    _fill_rest(model, targets)
+
+
+def _too_thin(recipe: Recipe, sites: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
+    """{layer whose rank is too large: the largest that fits}; `sites` as in `check_ranks`."""
+    below = any(c.below_full for c in recipe.choices)
+    most = {n: recipe.delta.most_r(wide, out) for n, (out, wide, _) in sites.items()}
+    fits = {n: m - below for n, m in most.items() if m is not None}
+    return {n: m for n, m in fits.items() if sites[n][2] > m}
+
+
 def check_ranks(recipe: Recipe, sites: Mapping[str, tuple[int, int, int]]) -> None:
     """Ranks fit their layers.
 
@@ -412,12 +453,8 @@ def check_ranks(recipe: Recipe, sites: Mapping[str, tuple[int, int, int]]) -> No
         ValueError: a rank above min(in, out), or at it where a choice needs one below.
     """
     below = [c.name for c in recipe.choices if c.below_full]
-    most_there = {
-        n: largest - bool(below)
-        for n, (out, wide, _) in sites.items()
-        if (largest := recipe.delta.most_r(wide, out)) is not None
-    }
-    bad = {n: f"{n} ({o} x {i})" for n, (o, i, r) in sites.items() if r > most_there.get(n, r)}
+    most_there = _too_thin(recipe, sites)
+    bad = {n: f"{n} ({sites[n][0]} x {sites[n][1]})" for n in most_there}
     if bad:
         assert recipe.r is not None  # filled where it is taken
         what = f"not below (as `{below[0]}` needs)" if below else "larger than"

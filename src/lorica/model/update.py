@@ -29,8 +29,12 @@ class Update(nn.Module):
     frozen_A: nn.Parameter | None  # (k, in), frozen
     frozen_B: nn.Parameter | None  # (out, k), frozen; sign folded in, scale that of the delta
 
-    def __init__(self, delta: AbstractDelta, site: Site, *, dropout: float, drop_frozen: bool):
+    def __init__(
+        self, delta: AbstractDelta, site: Site, *, dropout: float, drop_frozen: bool,
+        padding: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.padding = padding  # a token id whose update is zero and stays so
         self.delta = delta
         self.lookup = site.lookup
         self.dropout = dropout
@@ -55,6 +59,7 @@ class Update(nn.Module):
             )
         device, dtype = A.device, self._dtype
         right, left = A.to(device, dtype), B.to(device, dtype)
+        right = right if self.padding is None else self._unpadded(right)
         if self.frozen_A is not None and self.frozen_B is not None:
             right = torch.cat([self.frozen_A, right])
             left = torch.cat([self.frozen_B, left], dim=1)
@@ -81,7 +86,7 @@ class Update(nn.Module):
         Raises:
             ValueError: `factors` of a delta that has none, or of a model that is sharded already.
         """
-        factors = self.delta.factors()
+        factors = self._own_factors()
         if accumulate == "factors":
             if factors is None:
                 raise ValueError(
@@ -95,7 +100,7 @@ class Update(nn.Module):
                 transposed=base.transposed,
             )  # fmt: skip
         else:
-            weight = self.delta.weight(base)
+            weight = self._own_weight(base)
             assert weight is not None  # `weight` is what every caller needs of a delta
             add_(base.parameter, share * (weight.T if base.transposed else weight))
 
@@ -120,19 +125,35 @@ class Update(nn.Module):
 
     def factors(self) -> Factors | None:
         """Low-rank view of the whole update, rank r + k, or None where the delta has none."""
-        own, frozen = self.delta.factors(), self.frozen_factors
+        own, frozen = self._own_factors(), self.frozen_factors
         if own is None or frozen is None:
             return own
         if own.scale != frozen.scale:
             own = Factors(own.A, own.B * (own.scale / frozen.scale), frozen.scale)
         return Factors(torch.cat([own.A, frozen.A]), torch.cat([own.B, frozen.B], 1), own.scale)
 
+    def _own_factors(self) -> Factors | None:
+        """The delta's, without the padding's column."""
+        factors = self.delta.factors()
+        if factors is None or self.padding is None:
+            return factors
+        return Factors(self._unpadded(factors.A), factors.B, factors.scale)
+
+    def _own_weight(self, base: BaseLike) -> Tensor | None:
+        weight = self.delta.weight(base)
+        return weight if weight is None or self.padding is None else self._unpadded(weight)
+
+    def _unpadded(self, A: Tensor) -> Tensor:
+        """A (k, in) with zeros in the padding's column."""
+        ids = torch.arange(A.shape[1], device=A.device)
+        return A * (ids != self.padding).to(A.dtype)
+
     def weight(self, base: BaseLike) -> Tensor:
         """ΔW (out, in) of the whole update, in at least float32."""
         if (factors := self.factors()) is not None:
             return factors.weight()
         with no_autocast(base.parameter.device.type):
-            own, frozen = self.delta.weight(base), self.frozen_factors
+            own, frozen = self._own_weight(base), self.frozen_factors
         assert own is not None, "the combine needs a weight and the recipe's check let this pass"
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         return own if frozen is None else own + frozen.weight()
@@ -186,13 +207,19 @@ class Update(nn.Module):
 
     def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input after dropout; for token ids a mask (..., 1) instead, since a dropped one-hot
-        is a zero."""
-        if not self.dropping:
-            return x, None
-        if self.lookup:
-            mask = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
-            return x, F.dropout(mask, self.dropout)
-        return dropout.drop(x, self.dropout), None
+        is a zero, and so is the padding's."""
+        if not self.lookup:
+            return (dropout.drop(x, self.dropout) if self.dropping else x), None
+        mask = self._live(x)
+        if self.dropping:
+            ones = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
+            dropped = F.dropout(ones, self.dropout)
+            mask = dropped if mask is None else mask * dropped
+        return x, mask
+
+    def _live(self, x: Tensor) -> Tensor | None:
+        """1 for each token id, 0 for the padding's (..., 1); None: there is no such id."""
+        return None if self.padding is None else (x != self.padding).unsqueeze(-1).to(self._dtype)
 
     def dropped_part(self, x: Tensor, base: BaseLike, keep: Tensor | None = None) -> Tensor:
         """The part that dropout falls on, of an input already dropped."""

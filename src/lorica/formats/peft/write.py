@@ -30,6 +30,7 @@ from lorica.formats.peft.tables import indices_of
 from lorica.formats.safe_files import PEFT_CONFIG
 from lorica.methods.ranks.base import ENDS, flaw
 from lorica.model.adapters import Adapters
+from lorica.model.bases.dense import ScaledEmbedding
 from lorica.patterns import find
 from lorica.tensors.dtensor_ops import read_full
 
@@ -48,6 +49,8 @@ def obstacle(adapters: Adapters) -> str | None:
     for site, layer in adapters:
         if form is None and layer.update.delta.factors() is None:
             return f"`{recipe.delta.name}` is no product of two factors ({site!r})"
+        if isinstance(layer.store, ScaledEmbedding) and not layer.store.peft_knows:
+            return f"PEFT does not know the constant that {site!r} multiplies its output by"
         unknown = {n for n, _ in layer.combine.named_parameters()} - set(combine.peft_tensors)
         if unknown:
             return f"PEFT has no place for {sorted(unknown)} of `{combine.name}` ({site!r})"

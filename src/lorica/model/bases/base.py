@@ -22,6 +22,7 @@ class AbstractBase(abc.ABC):
 
     gives: ClassVar[frozenset[str]] = frozenset()
     lookup: bool = False
+    padding: int | None = None  # the token id whose row does not train
     in_features: int
     out_features: int
 
@@ -61,6 +62,10 @@ class AbstractBase(abc.ABC):
     @abc.abstractmethod
     def linear(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What the module does with the product of its weight, adapted or not."""
+        return y
 
 
 @functools.cache
