@@ -44,6 +44,36 @@ def test_a_lengthened_run_is_the_longer_run(words, tmp_path, curve, ended):
     assert yaml.safe_load((short / "config.yaml").read_text())["max_steps"] == 7
 
 
+@pytest.mark.parametrize(
+    "streaming, length, ended",
+    [
+        (False, "max-tokens", True), (True, "max-steps", False),
+        pytest.param(False, "max-steps", False, marks=pytest.mark.slow),
+        pytest.param(True, "max-tokens", True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_pretraining_is_lengthened(subjects: Subjects, tmp_path, streaming, length, ended):
+    """Also beyond the end of the data, which begin anew."""
+    root = subjects.folder
+    words = ["--model-config", root / "shape.json", "--data", root / "shards", *CONSTANT, "--seed",
+             1, "--max-length", 32, "--per-device-train-batch-size", 16, "--save-steps", 1,
+             *(["--streaming"] if streaming else [])]  # fmt: skip
+    size = {"max-steps": 1, "max-tokens": 16 * 32}[length]
+    long, short = tmp_path / "long", tmp_path / "short"
+    call("pretrain", *words, f"--{length}", 9 * size, "--output-dir", long)
+    call("pretrain", *words, f"--{length}", 3 * size, "--output-dir", short)
+    if not ended:
+        shutil.rmtree(short / "checkpoint-3")
+        shutil.rmtree(short / "model")
+        (short / "result.json").unlink()
+    said = call("pretrain", "--resume", f"--{length}", 9 * size, "--output-dir", short)
+    assert f"lengthened from {3 * size} to {9 * size} {length[4:]}" in said
+    assert digest(short) == digest(long)
+    assert json.loads((short / "result.json").read_text())["steps"] == 9
+    said = call("pretrain", "--resume", f"--{length}", size, "--output-dir", short, status=2)
+    assert f"`{length.replace('-', '_')}` is {9 * size}, not {size}" in said
+
+
 @pytest.mark.parametrize("more, why", [
     (("--lr-scheduler-type", "cosine"), "`lr_scheduler_type` is cosine"),
     (("--lr-scheduler-type", "constant_with_warmup", "--warmup-ratio", 0.5), "the warm-up"),

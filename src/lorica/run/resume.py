@@ -13,6 +13,7 @@ from typing import Any
 from lorica.run import checkpoints, config
 from lorica.run.config import absolute, plain
 from lorica.run.options import UsageError
+from lorica.run.options.checks import flag
 from lorica.run.plan import RunPlan
 from lorica.run.recipe import curved
 
@@ -24,6 +25,9 @@ _FREE = {
     "disable_tqdm", "save_total_limit", "run_name", "dataloader_num_workers",
     "dataloader_pin_memory", "log_level", "use_cpu",
 }  # fmt: skip
+
+
+_LENGTHS = {"max_steps": "steps", "max_tokens": "tokens"}  # options that may grow
 
 
 def check_given(plan: RunPlan[Any, Any]) -> None:
@@ -107,8 +111,10 @@ def _refuse_changed(plan: RunPlan[Any, Any], now: Mapping[str, Any], names: set[
     changed = {k for k in names - _FREE if before.get(k) != now.get(k)}
     if _method(before) == _method(now):
         changed.discard("method")
-    if "max_steps" in changed and (longer := _lengthened(plan, before, now)):
-        changed.discard("max_steps")
+    for length in changed & _LENGTHS.keys():
+        if not (longer := _lengthened(plan, length, before, now)):
+            continue
+        changed.discard(length)
         if not changed and plan.main and names >= before.keys():
             logger.info(longer)
     if changed:
@@ -120,13 +126,18 @@ def _refuse_changed(plan: RunPlan[Any, Any], now: Mapping[str, Any], names: set[
         )
 
 
-def _lengthened(plan: RunPlan[Any, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _lengthened(
+    plan: RunPlan[Any, Any], length: str, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> str:
     """What to say of a run that is to be longer than it was; "" where it is not.
+
+    Args:
+        length: the option that says how long it is.
 
     Raises:
         UsageError: something is fitted to the number of steps.
     """
-    old, new = before.get("max_steps"), now.get("max_steps")
+    old, new, unit = before.get(length), now.get(length), _LENGTHS[length]
     if not (isinstance(old, int) and isinstance(new, int) and old < new):
         return ""
     from lorica.training.horizon import fitted_curve, fitted_method
@@ -136,14 +147,15 @@ def _lengthened(plan: RunPlan[Any, Any], before: Mapping[str, Any], now: Mapping
     fitted = "" if plan.recipe is None else fitted_method(plan.recipe)
     if fitted := fitted or fitted_curve(curve, warmup):
         raise UsageError(
-            f"`--max-steps {new}`: the run had {old} steps, and {fitted} is fitted to that number,"
-            " so a longer run is another one from its first step on. Leave `--max-steps` out, or"
-            " start a run of its own with another `--output-dir`; a run that is to be lengthened"
-            " later takes `--lr-scheduler-type constant` and a method without a schedule"
+            f"`{flag(length)} {new}`: the run had {old} {unit}, and {fitted} is fitted to that"
+            " length, so a longer run is another one from its first step on. Leave"
+            f" `{flag(length)}` out, or start a run of its own with another `--output-dir`; a run"
+            " that is to be lengthened later takes `--lr-scheduler-type constant` and a method"
+            " without a schedule"
         )
     return (
-        f"the run is lengthened from {old} to {new} steps; nothing before step {old} would have"
-        " been different, and how often it evaluates, saves and logs stays as it was"
+        f"the run is lengthened from {old} to {new} {unit}; nothing before that would have been"
+        " different, and how often it evaluates, saves and logs stays as it was"
     )
 
 
