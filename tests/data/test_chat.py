@@ -172,6 +172,150 @@ def test_thoughts_are_trained_as_the_model_writes_them(tmp_path, chatting):
         prepared(tmp_path, chatting, {"messages": [user("a"), bot("no thought")]})
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLED = [user("once?"), bot("", tool_calls=[CALL]), {"role": "tool", "content": "7", "name": "f"},
+          bot("seven")]  # fmt: skip
+_HEAD = "{{ '<|im_start|>' + m['role'] + '\\n' }}"
+_END = "{{ '<|im_end|>\\n' }}{% endfor %}"
+_OPEN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+
+
+def test_arguments_of_calls_as_the_template_takes_them(tmp_path, chatting):
+    """DeepSeek's kind wants JSON text, as OpenAI's files have it, most others a mapping."""
+    text = (
+        "{{ tools | tojson }}{% for m in messages %}" + _HEAD + "{{ m['content'] }}"
+        "{% for c in m['tool_calls'] %}{{ c['function']['name'] + c['function']['arguments'] }}"
+        "{% endfor %}" + _END + _OPEN
+    )
+    made = prepared(
+        tmp_path, chatting, {"messages": CALLED, "tools": [TOOL]}, chat_template=text
+    )  # fmt: skip
+    assert trained(made, chatting) == ['f{"x": 1}<|im_end|>', "seven<|im_end|>"]
+
+
+def test_a_template_that_cannot_do_without_a_call_reads_it(tmp_path, chatting):
+    """gpt-oss's kind: an answer of a tool without its call raises an error."""
+    text = (
+        "{{ tools | tojson }}{% set s = namespace(called=false) %}{% for m in messages %}"
+        "{% if m['tool_calls'] %}{% set s.called = true %}{% endif %}"
+        "{% if m['role'] == 'tool' and not s.called %}{{ raise_exception('no call') }}{% endif %}"
+        + _HEAD + "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}"
+        "{% endif %}" + _END + _OPEN
+    )  # fmt: skip
+    made = prepared(tmp_path, chatting, {"messages": CALLED, "tools": [TOOL]}, chat_template=text)
+    assert ["f" in part for part in trained(made, chatting)] == [True, False]
+
+
+def test_a_call_behind_a_thought_that_the_prompt_begins(tmp_path, chatting):
+    """Nemotron's kind: the prompt ends in a line of its own, which the rendered turn lacks."""
+    text = (
+        "{{ tools | tojson }}{% for m in messages %}" + _HEAD
+        + "{% if m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}{{ m['content'] }}"
+        "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}" + _END
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )  # fmt: skip
+    made = prepared(tmp_path, chatting, {"messages": CALLED, "tools": [TOOL]}, chat_template=text)
+    first, second = trained(made, chatting)
+    assert first.startswith("</think>[{") and second == "</think>seven<|im_end|>"
+
+
+def test_a_thought_that_the_prompt_has_begun_is_not_begun_again(tmp_path, chatting):
+    """The template writes an empty thought before a content that has one."""
+    text = (
+        "{% for m in messages %}" + _HEAD
+        + "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] }}" + _END
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )  # fmt: skip
+    chat = {"messages": [user("once?"), bot("<think>\nhm\n</think>\n\ntwo")]}
+    made = prepared(tmp_path, chatting, chat, chat_template=text)
+    assert trained(made, chatting) == ["hm\n</think>\n\ntwo<|im_end|>"]
+    made = prepared(
+        tmp_path, chatting, {"messages": [user("once?"), bot("two")]}, chat_template=text
+    )
+    assert trained(made, chatting) == ["\n</think>\n\ntwo<|im_end|>"]
+
+
+def test_an_end_mark_need_not_have_a_role(tmp_path, tokenizer):
+    """A special token that is only in the tokenizer's list ends a turn, as Gemma's does."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("<turn|>", special=True)])
+    text = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<turn|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    chat = {"messages": [user("once?"), bot("two"), user("hello"), bot("four")]}
+    made = prepared(tmp_path, tokenizer, chat, chat_template=text)
+    assert trained(made, tokenizer) == ["two<turn|>", "four<turn|>"]
+
+
+def test_a_greeting_that_the_template_refuses_can_be_left_out(tmp_path, chatting):
+    """Qwen3.5's kind wants a user's message in whatever it renders."""
+    text = (
+        "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+        "{{ raise_exception('no user query') }}{% endif %}{% for m in messages %}" + _HEAD
+        + "{{ m['content'] }}" + _END + _OPEN
+    )  # fmt: skip
+    chat = [bot("welcome"), user("once?"), bot("two")]
+    with pytest.raises(ValueError, match='no user query.*"train": false'):
+        prepared(tmp_path, chatting, {"messages": chat}, chat_template=text)
+    chat[0]["train"] = False
+    made = prepared(tmp_path, chatting, {"messages": chat}, chat_template=text)
+    assert trained(made, chatting) == ["two<|im_end|>"]
+
+
+def detail(first, last, train=True):
+    return {"begin_offset": first, "end_offset": last, "train": train}
+
+
+@pytest.mark.parametrize("template", ["chatml", "thinking", "marked", "plain"])
+@pytest.mark.parametrize("words", ["tokenizer", "marking_tokenizer"])
+def test_stretches_of_a_turn_are_trained(template, words, tmp_path, request):
+    """Axolotl's `train_detail`: what no entry trains is left out, and a token that has a character
+    of a stretch is trained; so is what ends the turn."""
+    tokenizer = request.getfixturevalue(words)
+    text = TEMPLATES[template].text if template in TEMPLATES else template
+    said = "KLM QRS TUV XYZ"  # no token has two of these letters
+    turn = bot(said, train_detail=[detail(4, 6), detail(8, 10, False), detail(12, 14)])
+    chat = {"messages": [user("once?"), turn, user("hello"), bot("a fox")]}
+    made = prepared(tmp_path, tokenizer, chat, chat_template=text)
+    parts = [part.strip() for part in trained(made, tokenizer)]
+    ids = prepared(tmp_path, tokenizer, {"messages": [user("once?"), bot(said), user("hello"),
+                   bot("a fox")]}, chat_template=text).dataset["input_ids"]  # fmt: skip
+    assert list(made.dataset["input_ids"]) == list(ids)  # the tokens are those of whole turns
+    assert parts[0] == "QRS" and parts[1].startswith("XYZ") and len(parts) == 3
+    assert "TUV" not in "".join(parts) and parts[1].removeprefix("XYZ") in parts[2]
+
+
+def test_stretches_beside_flags_and_rows_that_have_none(tmp_path, tokenizer):
+    turn = bot("two is four", train_detail=[detail(7, 10)])
+    for more, found in (({}, 1), ({"train": True}, 1), ({"train": False}, 0)):
+        chats = [
+            {"messages": [user("once?"), {**turn, **more}]},
+            {"messages": [user("a"), bot("b")]},
+        ]
+        made = prepared(tmp_path, tokenizer, *chats, chat_template="chatml")
+        assert sum("four" in part for part in trained(made, tokenizer)) == found
+        assert not any("two" in part for part in trained(made, tokenizer))
+    nothing = bot("two", train_detail=[])
+    made = prepared(
+        tmp_path, tokenizer, {"messages": [user("a"), nothing, user("b"), bot("four")]},
+        chat_template="chatml", train_on="all",
+    )  # fmt: skip
+    assert not any("two" in part for part in trained(made, tokenizer))
+    trimmed = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    padded = bot("  two is four ", train_detail=[detail(9, 12)])
+    made = prepared(tmp_path, tokenizer, {"messages": [user("a"), padded]}, chat_template=trimmed)
+    assert [part.strip() for part in trained(made, tokenizer)] == ["four</s>"]
+    loud = trimmed.replace("| trim", "| upper")
+    with pytest.raises(ValueError, match="leaves out the content|doesn't write the content"):
+        prepared(tmp_path, tokenizer, {"messages": [user("a"), padded]}, chat_template=loud)
+
+
 def test_a_conversation_may_begin_with_the_assistant(tmp_path, chatting):
     for name in ("chatml", "default system", "dated", "thinking", "marked"):
         chatting.chat_template = TEMPLATES[name].text
@@ -225,7 +369,21 @@ def test_flags_hold_in_every_shape_of_messages(tmp_path, tokenizer):
         (bot("a", weight=0.5), "`weight` is 0.5; allowed are true and false, or 1 and 0"),
         (bot("a", loss="maybe"), '`loss` is "maybe"'),
         (bot("a", weight=1, train=False), "`weight`, `train` disagree"),
-        (bot("a", train_detail=[{"begin_offset": 0}]), "`train_detail`.*parts of a turn"),
+        (bot("a", train_detail=[{"begin_offset": 0}]), "`train_detail` has .*an entry is like"),
+        (
+            bot("a", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": True}]),
+            "the last one .here 0 at most. included",
+        ),
+        (
+            bot(
+                "ab",
+                train_detail=[
+                    {"begin_offset": 0, "end_offset": 1, "train": True},
+                    {"begin_offset": 1, "end_offset": 1, "train": False},
+                ],
+            ),
+            "disagree on character 1",
+        ),
         (bot("a", mood="glad"), "message 1 has the key `mood`.*would be lost"),
         (bot("a", timestamp=3), "message 1 has the key `timestamp`"),
         (user("a", reasoning="because"), "message 1 has the key `reasoning`"),

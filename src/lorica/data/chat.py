@@ -12,17 +12,19 @@ marks what is trained of a turn.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, cached_property
 from os.path import commonprefix
 from string import ascii_letters
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Piece
+from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Flag, Piece, Ranges
 from lorica.data.turns import READ, REASONING, ROLES
 from lorica.data.words import excerpt, listing
 from lorica.text import nearest, to_path
@@ -50,6 +52,7 @@ BUILT_IN = {
 _TOOLS = "{% if tools %}{{ 'Tools: ' }}{{ tools | tojson }}{{ '\\n\\n' }}{% endif %}"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FLAGS = "-_0^#"  # of strftime's codes: `%-d`
+_THINK = "<think>"
 _STAND_INS = ("Qx7", "Zk9")  # contents that share no beginning and no end
 
 COMPLETION = frozenset({ASSISTANT})
@@ -115,7 +118,10 @@ class Format:
 
     @cached_property
     def _marks(self) -> tuple[str, ...]:
-        return tuple(map(str, self.tokenizer.all_special_tokens))
+        """Special tokens, those among them that have no role: turns often end in one."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        own = map(str, self.tokenizer.all_special_tokens)
+        return tuple(dict.fromkeys([*own, *(token.content for token in added if token.special)]))
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
@@ -143,11 +149,27 @@ class Format:
                 made[i] = {**message, "content": said.removesuffix(mark)}
         return made
 
+    def _spelt(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> list[dict[str, Any]]:
+        """The messages with the arguments of calls as the template takes them: most want mappings,
+        some, such as DeepSeek's, JSON text as OpenAI has it."""
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        texts = [_with_text_arguments(message) for message in messages]
+        try:
+            self._text(messages, tools, prompt=False)
+        except ValueError:
+            with contextlib.suppress(ValueError):
+                self._text(texts, tools, prompt=False)
+                return texts
+        return messages
+
     # -- conversations ---------------------------------------------------------------------------
 
     def whole(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Piece]:
         """A conversation in one piece, all of it trained."""
-        messages = self._undoubled(messages)
+        messages = self._spelt(self._undoubled(messages), tools)
         text = self._text(messages, tools, prompt=False)
         self._check_written(messages, tools, text)
         done = text.rstrip()
@@ -161,7 +183,7 @@ class Format:
         messages: list[dict[str, Any]],
         tools: list[Any] | None,
         trained_from: int,
-        flags: tuple[bool | None, ...] = (),
+        flags: tuple[Flag, ...] = (),
     ) -> list[list[Piece]]:
         """The examples of a conversation; none where no turn of it is trained.
 
@@ -174,18 +196,19 @@ class Format:
             ValueError: no template, one that refuses the messages or leaves out a part of them, or
                 one whose generation prompt doesn't fit the turn.
         """
-        if self.roles is None and False not in flags:
+        if self.roles is None and all(flag is None or flag is True for flag in flags):
             return [self.whole(messages, tools)]
-        messages = self._undoubled(messages)
+        messages = self._spelt(self._undoubled(messages), tools)
         whole = self._text(messages, tools, prompt=False)
         self._check_written(messages, tools, whole)
         said = flags or (None,) * len(messages)
+        stretches = {i: flag for i, flag in enumerate(said) if isinstance(flag, tuple)}
         wanted = {
             i
             for i, (message, flag) in enumerate(zip(messages, said, strict=True))
             if (flag if flag is not None else i >= trained_from and self.trains(message["role"]))
         }
-        examples, done = self._chain(messages, tools, wanted)
+        examples, done = self._chain(messages, tools, wanted, stretches)
         if not examples:
             return []
         tail = whole[len(done) :] if whole.startswith(done) else ""
@@ -198,7 +221,7 @@ class Format:
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Piece]:
         """A conversation up to the assistant's next turn, with the seams that training has."""
-        messages = self._undoubled(messages)
+        messages = self._spelt(self._undoubled(messages), tools)
         whole = self._text(messages, tools, prompt=True)
         spoken = {i for i, message in enumerate(messages) if message["role"] == ASSISTANT}
         try:
@@ -218,7 +241,11 @@ class Format:
         return text.rpartition(answer)[2] if answer in text else ""
 
     def _chain(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, wanted: Collection[int]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        wanted: Collection[int],
+        stretches: Mapping[int, Ranges] = MappingProxyType({}),
     ) -> tuple[list[list[Piece]], str]:
         """The examples that train these messages, and the text of the last one.
 
@@ -242,7 +269,10 @@ class Format:
                 examples.append([])
                 done = ""
             examples[-1].append(Piece(False, text=before[len(done) :]))
-            examples[-1] += [Piece(i in wanted and own, text=text) for text, own in parts]
+            if i in wanted and i in stretches:
+                examples[-1] += self._in_part(messages, tools, i, parts, stretches[i])
+            else:
+                examples[-1] += [Piece(i in wanted and own, text=text) for text, own in parts]
             done = before + "".join(text for text, _ in parts)
         return [pieces for pieces in examples if any(piece.trained for piece in pieces)], done
 
@@ -264,6 +294,46 @@ class Format:
         if own.rstrip().endswith(self._marks):  # generation ends there
             own = own.rstrip()
         return before, [(own, True)]
+
+    def _in_part(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        i: int,
+        parts: list[tuple[str, bool]],
+        ranges: Ranges,
+    ) -> list[Piece]:
+        """A turn of which stretches of its content are trained, and what ends it.
+
+        Raises:
+            ValueError: the template doesn't write the content as it is.
+        """
+        own = "".join(text for text, _ in parts)
+        said = messages[i]["content"]
+        content = said if said in own else said.strip()
+        ahead = len(said) - len(said.lstrip()) if content != said else 0
+        behind = self.behind(messages[:i], tools).rstrip()
+        at = len(own.rstrip()) - len(behind) - len(content)
+        if not own.startswith(content + behind, max(at, 0)):
+            at = own.find(content) if own.count(content) == 1 else -1
+        if at < 0:
+            raise ValueError(
+                f"the chat template ({self._template.name}) doesn't write the content of message "
+                f"{i}, {excerpt(said)}, as it is, so the stretches of its `train_detail` can't be "
+                'found. Use another template (`chat_template="chatml"`), or say `"train": true`.'
+            )
+        shift, last = at - ahead, at + len(content)
+        wanted = [(max(a + shift, at), min(b + shift, last)) for a, b in ranges]
+        wanted = [(a, b) for a, b in wanted if a < b]
+        if wanted and last < len(own):
+            wanted.append((last, len(own)))
+        pieces, first = [], 0
+        for text, trains in parts:
+            inside = ((max(a - first, 0), min(b - first, len(text))) for a, b in wanted)
+            kept = tuple((a, b) for a, b in inside if a < b) if trains else ()
+            pieces.append(Piece(bool(kept), text=text, ranges=kept or None))
+            first += len(text)
+        return pieces
 
     def _before(self, messages: list[dict[str, Any]], tools: list[Any] | None, i: int) -> str:
         """The text that generation sees before an assistant's turn."""
@@ -293,20 +363,22 @@ class Format:
                 leaves out the turn's content.
         """
         content = messages[i]["content"].strip()
-        if not content:
-            if not after.startswith(before):
-                raise self._misfit(i, before, after)
-            return after
         shared = commonprefix([before, after])
         begun = before[len(shared) :]  # what the prompt has and the rendered turn lacks
+        closed = begun.strip().endswith("</think>") or not begun.strip()
+        if not content:
+            if not closed:
+                raise self._misfit(i, before, after)
+            return before + after[len(shared) :]
+        if before.rstrip().endswith(_THINK) and after[len(shared) :].count(_THINK) > 0:
+            begun = _THINK + before.rpartition(_THINK)[2]  # written twice: by the prompt, too
         shown, answer = after[len(shared) :], content.rpartition("</think>")[2].strip()
         thought = content.partition("</think>")[0].removeprefix("<think>").strip()
         cut_out = "</think>" in content and thought not in shown and _in(answer, shown)
-        if cut_out or (begun and content.startswith(begun.strip())):
+        if cut_out or (begun.strip() and content.startswith(begun.strip())):
             rest = content.removeprefix(begun.strip()) if begun else content
             rest = rest.removeprefix("\n") if begun.endswith("\n") else rest
             return before + rest + self.behind(messages[:i], tools)
-        closed = begun.strip().endswith("</think>") or not begun.strip()
         if begun and not (closed and _in(content, shown)):
             raise self._misfit(i, before, after)
         if not _in(content, shown) and not _in(answer, shown):
@@ -399,7 +471,10 @@ class Format:
                 gone = REASONING if key in REASONING else (key,)
                 bare = {name: value for name, value in message.items() if name not in gone}
                 others = [*messages[:i], bare, *messages[i + 1 :]]
-                if self._text(others, tools, prompt=False) != whole:
+                try:
+                    if self._text(others, tools, prompt=False) != whole:
+                        continue
+                except ValueError:  # the template can't do without it
                     continue
                 # A template may write it only until later turns follow.
                 upto = (
@@ -444,8 +519,22 @@ class Format:
             raise ValueError(
                 f"the chat template ({self._template.name}) refuses the messages of "
                 f"{listing(message['role'] for message in messages)}: {error}. Correct the "
-                'conversation, or use another template (`chat_template="chatml"`).'
+                'conversation, give a message that is not to be trained `"train": false`, or use '
+                'another template (`chat_template="chatml"`).'
             ) from error
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its calls' arguments as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        text = {"arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
+        spelt = {**function, **text}
+        calls.append({**call, "function": spelt} if "function" in call else spelt)
+    return {**message, "tool_calls": calls}
 
 
 def _in(part: str, text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorica.data.collate import IGNORED
 from lorica.data.pack import Span
-from lorica.data.samples import AbstractCausalSample, Piece, Row
+from lorica.data.samples import AbstractCausalSample, Piece, Ranges, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,32 @@ class Encoder:
     def _alone(self, text: str) -> list[int]:
         behind = (self._behind(guard, [text])[0] for guard in (".", "a"))
         return next((ids for ids in behind if ids is not None), self._ids([text])[0])
+
+    def trained(self, text: str, opens: bool, ids: Sequence[int], ranges: Ranges) -> list[bool]:
+        """Whether each of a text's ids has a character of these stretches of it.
+
+        Args:
+            text, opens: as in `encode`, which has made `ids` of them.
+
+        Raises:
+            ValueError: the tokenizer doesn't say which characters a token stands for.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "`train_detail` needs a tokenizer that tells which characters a token stands for, "
+                f"and {type(self.tokenizer).__name__} is none (it has no tokenizer.json). Take a "
+                'model with a fast tokenizer, or say `"train": true` or false of whole turns.'
+            )
+        for guard in ("",) if opens or not self._marks_start else ("\n", ".", "a", ""):
+            skipped = len(self._ids([guard])[0]) if guard else 0
+            made = self.tokenizer(
+                guard + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            if list(made["input_ids"])[skipped:] == list(ids):
+                break
+        places: Any = made["offset_mapping"][skipped:]
+        moved = [(a + len(guard), b + len(guard)) for a, b in ranges]
+        return [any(a < last and first < b for a, b in moved) for first, last in places]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -119,10 +145,15 @@ def assembled(
     for row, sample, pieces in held:
         ids: list[int] = []
         learn: list[bool] = []
+        opening = True
         for piece in pieces:
             part = next(made) if piece.text else piece.ids
             ids += part
-            learn += piece.mask if piece.mask is not None else [piece.trained] * len(part)
+            if piece.text and piece.ranges is not None:
+                learn += encoder.trained(piece.text, opening, part, piece.ranges)
+            else:
+                learn += piece.mask if piece.mask is not None else [piece.trained] * len(part)
+            opening = opening and not piece.text
         if not ids:
             yield row, sample, None
             continue

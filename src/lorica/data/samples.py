@@ -20,6 +20,13 @@ USER = "user"
 ASSISTANT = "assistant"
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Stretches of a text, each from a character to the one behind its last, counted from 0."""
+
+Flag = bool | Ranges | None
+"""What a turn says of itself: trained or not, trained in these stretches alone, or nothing."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of an example: `text` still to be tokenised, or `ids` that stand as they are."""
@@ -28,6 +35,7 @@ class Piece:
     text: str | None = None
     ids: tuple[int, ...] = ()
     mask: tuple[bool, ...] | None = None  # per id, where a piece is trained in part
+    ranges: Ranges | None = None  # of its text, where a piece is trained in part
 
 
 class AbstractCausalSample(ABC):
@@ -104,14 +112,14 @@ class Chat(AbstractCausalSample):
     """Messages for a chat template, with plain turns for models that have none.
 
     `trained_from` is the first message that may be trained: those before it are a prompt. `flags`
-    holds what each message says of itself: trained, not trained, or nothing (None).
+    holds what each message says of itself.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     plain: Exchange | None = None
     trained_from: int = 0
-    flags: tuple[bool | None, ...] = ()
+    flags: tuple[Flag, ...] = ()
     divisible: ClassVar[bool] = False
     templated: ClassVar[bool] = True
 

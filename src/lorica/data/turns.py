@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lorica.data.samples import ASSISTANT, USER, Row
+from lorica.data.samples import ASSISTANT, USER, Flag, Row
 from lorica.data.words import excerpt, kind_of, listing
 from lorica.text import nearest
 
@@ -52,10 +52,10 @@ READ = frozenset(
     {"role", "content", "name", "tool_call_id"}
 )  # needed, or ids that may go unwritten
 _CALLS = ("function_call", "tool_call")  # roles whose content is a call as JSON
-_PARTIAL = ("train_detail",)  # flags for parts of a turn
+DETAIL = "train_detail"  # Axolotl (its `message_field_training_detail` names the key)
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
-Turns = tuple[list[dict[str, Any]], tuple[bool | None, ...]]
+Turns = tuple[list[dict[str, Any]], tuple[Flag, ...]]
 """Messages, and for each what its flag says (None: it has none); no flags at all where none has."""
 
 
@@ -67,7 +67,7 @@ def turns_of(row: Row, column: str) -> Turns:
             a role that looks mistyped. The row's place and the turn are named.
     """
     messages: list[dict[str, Any]] = []
-    flags: list[bool | None] = []
+    flags: list[Flag] = []
     for number, item in enumerate(as_list(row, column)):
         for turn in _pairs(row, column, number, item):
             flags.append(_flag(row, column, number, turn))
@@ -130,7 +130,7 @@ def _pairs(row: Row, column: str, number: int, item: dict[str, Any]) -> list[dic
 
 
 def _message(row: Row, column: str, number: int, item: dict[str, Any]) -> dict[str, Any]:
-    made = {key: value for key, value in item.items() if key not in FLAGS}
+    made = {key: value for key, value in item.items() if key not in (*FLAGS, DETAIL)}
     spoken = _one(row, column, number, made, "role", "from")
     said = _one(row, column, number, made, "content", "value")
     if not isinstance(spoken, str) or not spoken.strip():
@@ -184,15 +184,8 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _flag(row: Row, column: str, number: int, item: dict[str, Any]) -> bool | None:
-    """Whether the turn says that it is trained, or None where it says nothing."""
-    if partial := next((key for key in _PARTIAL if key in item), None):
-        raise row.error(
-            column,
-            f"message {number} has `{partial}`, a mask for parts of a turn, and turns are trained "
-            "whole or not at all: split the turn, or drop the key and use "
-            f"`train`: true or false",
-        )
+def _flag(row: Row, column: str, number: int, item: dict[str, Any]) -> Flag:
+    """What the turn says of itself; that it is not trained at all outranks its details."""
     found: dict[str, bool] = {}
     for key, means in FLAGS.items():
         if key not in item:
@@ -209,7 +202,42 @@ def _flag(row: Row, column: str, number: int, item: dict[str, Any]) -> bool | No
         raise row.error(
             column, f"message {number}: {listing(found)} disagree on whether it is trained"
         )
-    return next(iter(found.values()), None)
+    whole = next(iter(found.values()), None)
+    if DETAIL not in item or whole is False:
+        return whole
+    return _ranges(row, column, number, item)
+
+
+def _ranges(
+    row: Row, column: str, number: int, item: dict[str, Any]
+) -> tuple[tuple[int, int], ...]:
+    """The stretches of a turn's text that its details train; `end_offset` is the last character."""
+    text = _text(item.get("content", item.get("value"))) or ""
+    says: dict[int, bool] = {}
+    entries = item[DETAIL]
+    for entry in entries if isinstance(entries, list) else [entries]:
+        entry = entry if isinstance(entry, dict) else {}
+        first, last = entry.get("begin_offset"), entry.get("end_offset")
+        trained = str(entry.get("train")).strip().lower()
+        if not (
+            type(first) is int and type(last) is int and 0 <= first <= last < len(text)
+            and trained in (*_YES, *_NO) and len(entry) == 3
+        ):  # fmt: skip
+            raise row.error(
+                column,
+                f"message {number}: `{DETAIL}` has {excerpt(entry or entries)}; an entry is like "
+                '{"begin_offset": 0, "end_offset": 3, "train": true}: characters of the content, '
+                f"counted from 0, the last one (here {len(text) - 1} at most) included",
+            )
+        for at in range(first, last + 1):
+            if says.setdefault(at, trained in _YES) != (trained in _YES):
+                raise row.error(
+                    column, f"message {number}: entries of `{DETAIL}` disagree on character {at}"
+                )
+    marked = [says.get(at, False) for at in range(len(text))]
+    begins = [at for at, mark in enumerate(marked) if mark and not (at and marked[at - 1])]
+    ends = [at + 1 for at, mark in enumerate(marked) if mark and not any(marked[at + 1 : at + 2])]
+    return tuple(zip(begins, ends, strict=True))
 
 
 def _written_calls(row: Row, column: str, number: int, value: Any) -> list[Any]:
