@@ -297,3 +297,22 @@ def test_shared_files_are_read(shared):
     }
     for name, (count, how) in expected.items():
         assert len(read(shared / name, **how)) == count, name
+
+
+def test_a_folder_of_everything_is_no_folder_of_data(tmp_path, monkeypatch):
+    """`--data /` walked the whole machine, and ended at the first folder without permission."""
+    module = sys.modules[read.__module__]
+    monkeypatch.setattr(module, "MOST_FILES", 3)
+    for place in ("a", ".cache", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "rows.jsonl").write_text('{"text": "the cat"}\n')
+        (tmp_path / place / "notes.md").touch()
+    with pytest.raises(ValueError, match="holds more than 3 files: that is no folder of data"):
+        read(tmp_path)
+    monkeypatch.setattr(module, "MOST_FILES", 4)
+    assert len(read(tmp_path)) == 2
+    (tmp_path / "b" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds more than 4 files"):
+        read(tmp_path)
+    monkeypatch.setattr(module, "MOST_FILES", 9)
+    assert len(read(tmp_path)) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli._outcome import Others
+from lorica.run.effects import DECIDED
 from lorica.run.options import RunOptions, UsageError, checkpoint_path
 from lorica.run.stopping import Stopped
 
@@ -31,15 +32,6 @@ class TrainingFields(Others):
         verb: for messages.
     """
 
-    # What the run decides itself, or what has another name here.
-    hidden = frozenset(
-        {
-            "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
-            "disable_tqdm", "remove_unused_columns", "include_num_input_tokens_seen",
-            "activation_checkpointing", "label_names",
-        }
-    )  # fmt: skip
-
     def __init__(self, options: type, verb: str) -> None:
         self.options, self.verb = options, verb
 
@@ -47,7 +39,7 @@ class TrainingFields(Others):
     def fields(self) -> dict[str, Any]:
         from transformers import TrainingArguments
 
-        own = {f.name for f in dataclasses.fields(self.options)} | self.hidden
+        own = {f.name for f in dataclasses.fields(self.options)} | DECIDED
         return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.name not in own}
 
     @cached_property

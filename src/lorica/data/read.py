@@ -9,6 +9,7 @@ compressed files are never unpacked to disk, and the same bytes give the same ro
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -301,6 +302,8 @@ def _missing(path: Path) -> str:
     )
 
 
+MOST_FILES = 100_000  # in a folder of data and the folders in it
+
 # What lies beside data and is none.
 _ABOUT = re.compile(
     r"(dataset_infos?|dataset_dict|state|config|tokenizer.*|package)\.json"
@@ -310,8 +313,21 @@ _ABOUT = re.compile(
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files of a folder, in order; where it holds none itself, those of its folders."""
-    return _data_files(folder, [child for child in folder.rglob("*") if child.is_file()])
+    """The data files of a folder, in order; where it holds none itself, those of its folders.
+
+    Raises:
+        ValueError: it is no folder of data, by the number of files in it.
+    """
+    every: list[Path] = []
+    for place, folders, names in os.walk(folder):  # passes over what it may not read
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        every += [Path(place, name) for name in names]
+        if len(every) > MOST_FILES:
+            raise ValueError(
+                f"The folder {folder} holds more than {MOST_FILES:,} files: that is no folder of "
+                "data. Name the one that holds the data files."
+            )
+    return [file for file in _data_files(folder, every) if os.path.isfile(file)]
 
 
 def _data_files(folder: Path, every: list[Path]) -> list[Path]:

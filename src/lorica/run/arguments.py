@@ -5,13 +5,15 @@ transformers is imported inside the functions: importing this module costs nothi
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from lorica.run.effects import refuse_without_effect
+from lorica.run.effects import check_curve, refuse_unread, refuse_without_effect, warms_up
 from lorica.run.options import UsageError
-from lorica.run.options.checks import MOST, refuse
+from lorica.run.options.checks import MOST, flag, refuse
 from lorica.run.plan import RunArguments, RunPlan
 from lorica.run.recipe import curved, curves
 
@@ -56,6 +58,11 @@ def cadence(plan: RunPlan[Any, Any], steps: int, *, by_epoch: bool) -> dict[str,
         **evaluates,
         **further,
     }
+    for what in ("logging", "save", "eval"):  # no step where it does not go by steps
+        if values.get(f"{what}_strategy", "steps") != "steps" and f"{what}_steps" not in further:
+            values.pop(f"{what}_steps", None)
+    if values["save_strategy"] == "no" and "save_total_limit" not in further:
+        del values["save_total_limit"]
     if plan.recipe is not None and "optim" not in further:
         from transformers import TrainingArguments
 
@@ -102,12 +109,14 @@ def training_arguments(
         f"this run would take {steps:,} steps, and {MOST:,} is the most; give a smaller"
         " `--max-steps`, or fewer tokens or passes",
     )
-    refuse_without_effect(plan)
     warmup = warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
     warming = math.ceil(warmup * steps)
     # The first step of a warm-up has rate 0: a warm-up of one step would only waste it, and a run
     # that is all warm-up would move nothing.
     if warming <= 1 or (options.warmup_ratio is None and warming >= steps):
+        warmup = 0.0
+    curve = _curve(plan, options.lr_scheduler_type, steps, warmup)
+    if curve == options.lr_scheduler_type and not warms_up(curve):
         warmup = 0.0
     kept = dict(values)
     fixed = {
@@ -117,7 +126,7 @@ def training_arguments(
         "num_train_epochs": epochs,
         "max_steps": max_steps or -1,
         "learning_rate": learning_rate,
-        "lr_scheduler_type": _curve(plan, options.lr_scheduler_type, steps, warmup),
+        "lr_scheduler_type": curve,
         "seed": options.seed,
         "bf16": options.bf16,
         "report_to": list(options.report_to),
@@ -133,7 +142,8 @@ def training_arguments(
         fields = TrainingArguments.__dataclass_fields__
         newer = "activation_checkpointing" in fields
         name = "activation_checkpointing" if newer else "gradient_checkpointing"
-        fixed[name], values[f"{name}_kwargs"] = True, {"use_reentrant": False}
+        fixed[name], values[f"{name}_kwargs"] = True, _recomputing(values)
+    refuse_without_effect(plan, values)
     try:
         training = TrainingArguments(**{**values, **fixed})
     except (
@@ -143,6 +153,9 @@ def training_arguments(
             f"transformers refuses these options: {' '.join(str(error).split()).rstrip('.')}."
             " Leave out or correct the one that it names"
         ) from None
+    check_curve(plan, training, steps)
+    if plan.recipe is not None:  # else the adapter brings it
+        refuse_unread(plan, plan.recipe, training)
     refuse_best_without_checkpoint(training)
     refuse_sharding(plan, training, gathers=gathers)
     if training.n_gpu > 1:
@@ -151,6 +164,30 @@ def training_arguments(
             f"one process trains on one GPU; `torchrun -m lorica {plan.verb}` takes several"
         )
     return RunArguments(training=training, learning_rate=learning_rate, values=kept)
+
+
+def _recomputing(values: dict[str, Any]) -> dict[str, Any]:
+    """How activations are recomputed: as the user says, and without reentrant segments otherwise.
+
+    Args:
+        values: of which the two names of this option are taken out.
+
+    Raises:
+        UsageError: both were given, or it is no mapping.
+    """
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    given = {flag(name): values.pop(name) for name in names if name in values}
+    refuse(len(given) > 1, f"`{'` and `'.join(given)}` are two names of one option; give one")
+    for name, value in given.items():
+        own: Any = None
+        with contextlib.suppress(ValueError):
+            own = json.loads(value) if isinstance(value, str) else value
+        refuse(
+            not isinstance(own, dict),
+            f"""`{name} {value}`: a JSON mapping is wanted, e.g. '{{"use_reentrant": true}}'""",
+        )
+        return {"use_reentrant": False, **own}
+    return {"use_reentrant": False}
 
 
 def _curve(plan: RunPlan[Any, Any], name: str, steps: int, warmup: float) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorica.run import resume
 from lorica.run.arguments import cadence, training_arguments
 from lorica.run.config import absolute
+from lorica.run.effects import refuse_unread
 from lorica.run.options import TrainOptions, UsageError, masking
 from lorica.run.options.checks import refuse
 from lorica.run.plan import RunData, RunPlan
@@ -162,6 +163,7 @@ def read_data(plan: FineTuning) -> None:
         held = prepare(held_rows, tokenizer, **how, **_labelled(data.labels))
     if data.chat_template is not None:
         tokenizer.chat_template = data.chat_template
+    scores = _scores(task, data)
     facts: dict[str, Any] = {"data_sha256": hash_rows(data.dataset)}
     if held is not None:
         facts["eval_data_sha256"] = hash_rows(held.dataset)
@@ -176,12 +178,15 @@ def read_data(plan: FineTuning) -> None:
         facts=facts,
         settled=settled,
         evaluates=held is not None,
+        measured=scores.measure is not None,
+        shuffled=True,
+        uniform=False,
         base=base,
         config=config,
         task=task,
         train=data,
         held=held,
-        scores=_scores(task, data),
+        scores=scores,
         name=absolute(source),
         columns=tuple(train_rows.column_names),
     )
@@ -415,6 +420,7 @@ def _load_adapter(plan: FineTuning, adapter: str) -> None:
     plan.adapters = formats.load(plan.model, adapter, check_base=not options.ignore_base_hash)
     plan.recipe = plan.adapters.recipe
     check_optim(options, plan.recipe)
+    refuse_unread(plan, plan.recipe, arguments.training)
     if options.learning_rate is None and plan.recipe.learning_rate is not None:
         arguments.learning_rate = plan.recipe.learning_rate[0]
         arguments.training.learning_rate = arguments.learning_rate

@@ -35,6 +35,9 @@ class RunData:
         facts: saved with every checkpoint; a resumed run must find the same values.
         settled: options that reading the data settled, for config.yaml.
         evaluates: whether there are rows to evaluate on.
+        measured: whether an evaluation has figures of predictions, beside the loss.
+        shuffled: whether the rows' order is drawn; otherwise they are read in order.
+        uniform: whether all rows have one length and fill whole batches.
     """
 
     source: str
@@ -43,6 +46,9 @@ class RunData:
     facts: dict[str, Any]
     settled: dict[str, Any]
     evaluates: bool
+    measured: bool
+    shuffled: bool
+    uniform: bool
 
 
 @dataclass(kw_only=True)

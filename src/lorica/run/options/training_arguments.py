@@ -15,7 +15,6 @@ import tyro
 
 from lorica.run.options.checks import (
     MOST,
-    UsageError,
     check_whole,
     flag,
     is_number,
@@ -32,6 +31,7 @@ _AT_LEAST = {
     "dataloader_num_workers": 0,
 }  # fmt: skip
 _CADENCES = ("save_steps", "eval_steps", "logging_steps")
+_PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}
 _FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
@@ -50,11 +50,11 @@ class TrainingArgumentsOptions:
         """Raises UsageError: a value that transformers would accept and fail on later."""
         for name, value in self.further.items():
             _check(name, value)
-        deepspeed = self.further.get("deepspeed")
-        if deepspeed and importlib.util.find_spec("deepspeed") is None:
-            raise UsageError(
-                f"`--deepspeed {deepspeed}`: the package deepspeed is not installed; install it, or"
-                " leave the option out"
+        for name, package in _PACKAGES.items():
+            refuse(
+                bool(self.further.get(name)) and importlib.util.find_spec(package) is None,
+                f"`{flag(name)}`: the package {package.replace('_', '-')} is not installed; install"
+                " it, or leave the option out",
             )
 
 
