@@ -46,8 +46,8 @@ OPTIONS = {
         "trust_remote_code"
     ),
     "train": (
-        "adapter alpha_pattern attn_implementation bf16 bias chat_template columns data "
-        "documents dtype early_stopping_patience eval_data eval_fraction eval_split "
+        "adapter add_tokens alpha_pattern attn_implementation bf16 bias chat_template columns "
+        "data documents dtype early_stopping_patience eval_data eval_fraction eval_split "
         "exclude_modules gradient_accumulation_steps gradient_checkpointing header "
         "ignore_base_hash json layers_to_transform learning_rate lora_alpha lora_dropout "
         "lora_dropout_on lr_scheduler_type max_length max_lost_text max_samples max_steps "

@@ -75,6 +75,14 @@ class Source:
         tokenizer = load_tokenizer(str(folder) if own else name, **trust)
         return cls(name, folder, config, tokenizer, **trust)
 
+    @property
+    def embeddings(self) -> int | None:
+        """Rows of the model's table of tokens; None: it has none."""
+        from lorica.run.new_tokens import vocabulary_with
+
+        trust = self.trust_remote_code
+        return vocabulary_with(self.model, self.config, self.adapter, trust_remote_code=trust)
+
     def labels(self, task: str) -> Labels | None:
         """The classes of the model's head, or of the adapter's; None: the data has to say."""
         from lorica.run.load_model import _head_size, _labels, own_labels
@@ -112,6 +120,7 @@ class Source:
         from lorica.data import check_causal
         from lorica.formats.compressed import is_packed
         from lorica.run.load_model import load_model, set_padding
+        from lorica.run.new_tokens import fit_adapter
         from lorica.training.checks import check_effect
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,6 +141,7 @@ class Source:
         drawn = loaded.drawn(None)
         adapters = None
         if self.adapter is not None:
+            fit_adapter(model, self.adapter)
             adapters = formats.load(model, self.adapter, check_base=check_base, trainable=False)
             check_effect(adapters, "every answer")
         bare = loaded.drawn(adapters)

@@ -235,7 +235,7 @@ class _Work:
             source.tokenizer,
             max_length=options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH),
             task=self.task,
-            embeddings=getattr(source.config.get_text_config(), "vocab_size", None),
+            embeddings=source.embeddings,
             max_lost_text=1.0,  # nothing is trained, and the notes say what is lost
             **how,
         )

@@ -43,6 +43,7 @@ def run(options: Options) -> Outcome:
 
 def _head(data: dict[str, Any]) -> list[str]:  # Any: what `formats.inspect` returns
     from lorica.model.summary import human
+    from lorica.model.token_rows import shown
 
     base, versions = data["base"], data["versions"]
     lines = [
@@ -56,6 +57,10 @@ def _head(data: dict[str, Any]) -> list[str]:  # Any: what `formats.inspect` ret
     ]
     if data["saved"]:
         lines.append(f"  in full     {', '.join(data['saved'])}")
+    if data["tokens"]:
+        tables = data["tokens"] if isinstance(data["tokens"], dict) else {"": data["tokens"]}
+        each = [f"{name} {shown(ids)}".strip() for name, ids in tables.items()]
+        lines.append(f"  tokens      {'; '.join(each)}")
     if data["why_not_peft"]:
         lines.append(f"  not PEFT's  {data['why_not_peft']}")
     return lines

@@ -54,6 +54,7 @@ from lorica.interfaces import Factors
 from lorica.methods.optional import RanksFromData
 from lorica.methods.ranks.base import first_matches
 from lorica.model.adapters import Adapters
+from lorica.recipe.compatibility import tokens
 from lorica.recipe.recipe import Recipe
 from lorica.text import shorten
 
@@ -269,6 +270,21 @@ class AdapterFile:
             )
             for path, f in self.factors.items()
         }
+
+    def vocabulary(self, embeddings: Collection[str]) -> int:
+        """Rows that the base's tables need for this file, at least; 0: it says nothing of them.
+
+        Args:
+            embeddings: paths of the base's input and output embeddings.
+        """
+        given = self.own.recipe if self.own is not None else self.config
+        ids = tokens(given.get("trainable_token_indices") or None)
+        several = ids.values() if isinstance(ids, Mapping) else [ids or ()]
+        ends = [i[-1] + 1 for i in several if i]
+        inner = ("", ".copy", ".base_layer", ".token_adapter.base_layer")
+        keys = {f"{p}{i}.weight" for p in embeddings for i in inner}
+        ends += [len(t) for key, t in self.tensors.items() if key.removeprefix(PREFIX) in keys]
+        return max(ends, default=0)
 
     # -- what is wrong
 

@@ -17,6 +17,7 @@ def inspect(path: str | Path) -> dict[str, Any]:  # Any: JSON values
     """Everything a folder says about its adapter; JSON-ready.
 
     Keys: `path`, `type` ("peft", "lorica" or "model"), `method`, `r`, `lora_alpha`, `targets`,
+    `tokens` (ids of the tokens whose rows train, as the recipe names them; None: none do),
     `layers` ({module path: shape (out, in), r (with frozen factors), scale, norm}), `parameters`,
     `bytes`, `dtypes`, `saved` (modules trained in full), `base`, `versions`, `task_type`,
     `problems`. `norm` is the Frobenius norm of ΔW, computed from the factors; None where the folder
@@ -57,6 +58,7 @@ def inspect(path: str | Path) -> dict[str, Any]:  # Any: JSON values
         "versions": _versions(file),
         "layers": _layers(file),
         "saved": list(file.saved),
+        "tokens": says.get("trainable_token_indices"),
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": sum(f.stat().st_size for f in file.tensor_files),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),

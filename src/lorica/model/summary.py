@@ -149,7 +149,7 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     for name, table in adapters.tables.items():
         groups.setdefault(id(table.rows), []).append(name)
     for names in groups.values():
-        ids = [int(i) for i in adapters.tables[names[0]].indices]
+        ids = [*adapters.tables[names[0]].tokens]
         summary.tokens[" = ".join(names)] = ids
     if not adapters.direct or adapters.layers:
         left = {

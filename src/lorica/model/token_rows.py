@@ -58,6 +58,7 @@ class TokenRows(nn.Module):
         # A buffer that no checkpoint holds: a frozen parameter would be cast by mixed precision.
         where = torch.tensor(indices, device=table.device)
         self.register_buffer("indices", where, persistent=False)
+        self.tokens = (*indices,)
         self.owner = like is None
         wide = torch.float64 if table.dtype is torch.float64 else dtype
         own = table.detach()[where].to(wide, copy=True) if like is None else None
@@ -126,7 +127,7 @@ class TokenRows(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def extra_repr(self) -> str:
-        return f"tokens={shown([int(i) for i in self.indices])}"
+        return f"tokens={shown(self.tokens)}"
 
 
 @dataclass(frozen=True)

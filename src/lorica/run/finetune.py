@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorica.run import resume
+from lorica.run import new_tokens, resume
 from lorica.run.arguments import cadence, training_arguments
 from lorica.run.config import absolute
 from lorica.run.effects import refuse_unread
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lorica.inference.metrics import Scores
     from lorica.run.log import RunLog
     from lorica.run.loop import RunTrainer
+    from lorica.run.new_tokens import NewTokens
 
 logger = logging.getLogger("lorica")
 
@@ -59,6 +60,7 @@ class FineTuningData(RunData):
         scores: the task's figures.
         name: the data, for result.json.
         columns: the names in the data.
+        new: tokens that the tokenizer was given, if any.
     """
 
     base: str
@@ -69,6 +71,7 @@ class FineTuningData(RunData):
     scores: Scores
     name: str
     columns: tuple[str, ...]
+    new: NewTokens | None
 
 
 class FineTuning(RunPlan[TrainOptions, FineTuningData]):
@@ -136,7 +139,11 @@ def read_data(plan: FineTuning) -> None:
         sample=sample_of(train_rows),
     )
     task = options.task or shape.default_task
-    tokenizer = load_tokenizer(base, **trust)
+    tokenizer = load_tokenizer(_tokenizer_of(options, base), **trust)
+    new = None if options.add_tokens is None else new_tokens.add(tokenizer, options.add_tokens)
+    embeddings = new_tokens.vocabulary_with(base, config, options.adapter, **trust)
+    if new is not None and embeddings is not None:
+        embeddings = max(embeddings, new.vocabulary)
     limit = longest(config, tokenizer)
     max_length = options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH)
     refuse(
@@ -148,7 +155,7 @@ def read_data(plan: FineTuning) -> None:
         "task": task,
         "shape": options.shape,
         "now": None if options.now is None else datetime.fromisoformat(options.now),
-        "embeddings": getattr(config.get_text_config(), "vocab_size", None),
+        "embeddings": embeddings,
     }
     if options.max_lost_text is not None:
         how["max_lost_text"] = options.max_lost_text
@@ -189,7 +196,20 @@ def read_data(plan: FineTuning) -> None:
         scores=scores,
         name=absolute(source),
         columns=tuple(train_rows.column_names),
+        new=new,
     )
+
+
+def _tokenizer_of(options: TrainOptions, base: str) -> str:
+    """Where the tokenizer is: with an adapter that has one, which knows the tokens and the chat
+    template of its training, else with the base."""
+    from lorica.formats.safe_files import locate
+
+    if options.adapter is not None:
+        own = locate(options.adapter)
+        if (own / "tokenizer_config.json").is_file():
+            return str(own)
+    return base
 
 
 def _scores(task: str, data: Prepared) -> Scores:
@@ -369,6 +389,8 @@ def load_model(plan: FineTuning) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     model: Any = loaded.model
+    if data.new is not None:
+        new_tokens.start(model, data.new)
     model.name_or_path = absolute(data.base)  # what is written names the base by it
     model.config.name_or_path = absolute(data.base)
     if model.config.pad_token_id is None:
@@ -384,6 +406,8 @@ def load_model(plan: FineTuning) -> None:
     plan.model, plan.collator = model, collator
     if options.adapter is None:
         assert plan.recipe is not None
+        if data.new is not None:
+            plan.recipe = new_tokens.trained_by(plan.recipe, model, data.new)
         start = attach_options(plan, lambda _: data.train.dataset)
         plan.adapters = lorica.attach(model, plan.recipe, missing_keys=loaded.missing_keys, **start)
     else:
@@ -417,6 +441,7 @@ def _load_adapter(plan: FineTuning, adapter: str) -> None:
     from lorica import formats
 
     options, arguments = plan.options, plan.arguments
+    new_tokens.fit_adapter(plan.model, adapter)
     plan.adapters = formats.load(plan.model, adapter, check_base=not options.ignore_base_hash)
     plan.recipe = plan.adapters.recipe
     check_optim(options, plan.recipe)

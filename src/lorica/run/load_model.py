@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorica.run.new_tokens import fit_adapter
 from lorica.text import to_path
 
 if TYPE_CHECKING:
@@ -336,6 +337,7 @@ def load_base(
         labels = _labels(own, classes)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     model = load_model(name, task, labels=labels, dtype="auto", widen=False, **how).model
+    fit_adapter(model, own)
     tokenizer = None
     for folder in (own, Path(name)):
         if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():

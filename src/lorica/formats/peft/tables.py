@@ -164,9 +164,7 @@ def indices_of(adapters: Adapters) -> list[int] | dict[str, list[int]] | None:
             )
         if first in own and adapters.tables[first].alone and {*users} - {*adapters.tables}:
             raise LookupError(f"PEFT would tie other modules with the rows of {first!r}")
-    indices = {
-        paths[0]: [int(i) for i in adapters.tables[paths[0]].indices] for paths in groups.values()
-    }
+    indices = {paths[0]: [*adapters.tables[paths[0]].tokens] for paths in groups.values()}
     if [*indices] == own:
         return indices[own[0]]
     names = {path: trained_names([path], modules, ()) for path in indices}

@@ -32,6 +32,7 @@ _NAMES: dict[str, str] = {
     "lora_dropout": "dropout",
     "target_modules": "lora_target lora_target_modules lora_modules modules",
     "modules_to_save": "additional_target lora_modules_to_save",
+    "add_tokens": "new_tokens additional_tokens add_special_tokens new_special_tokens",
     "adapter": "adapter_name_or_path lora_model_dir adapter_path resume_adapter",
     "method": (
         "finetuning_type train_type peft_type use_dora use_rslora peft_use_dora peft_use_rslora "

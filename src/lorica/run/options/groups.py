@@ -39,7 +39,7 @@ GROUPS: tuple[Group, ...] = (
         (
             "method", "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
             "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
-            "modules_to_save", "bias",
+            "modules_to_save", "add_tokens", "bias",
         ),
     ),
     Group(

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import tyro
@@ -200,6 +201,20 @@ def _path(words: Sequence[str]) -> str:
     return words[0]
 
 
+def _tokens(words: Sequence[str]) -> tuple[str, ...]:
+    one = words[0] if len(words) == 1 else None
+    if one is not None and (file := Path(one)).is_file():
+        try:
+            found = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+        except UnicodeDecodeError:
+            raise ValueError(f"{shorten(one)} is no UTF-8 text with one token a line") from None
+    else:
+        found = [*words] if one is None else one.split(",")
+    if not found or "" in found:
+        raise ValueError("tokens are wanted, or a file with one token a line, e.g. `<user> <bot>`")
+    return (*found,)
+
+
 TEXT = Kind("TEXT", _first)
 PATH = Kind("PATH", _path)
 FOLDER = _Folder("PATH", _path)
@@ -207,6 +222,7 @@ PATHS = Kind("PATH ...", _paths, nargs="*")
 METHOD = Kind("METHOD", _first, mapping=method_text)
 WHOLE = Kind("INT", _whole)
 NUMBER = Kind("FLOAT", _number)
+TOKENS = Kind("FILE|TOKEN ...", _tokens, nargs="*")
 NAMES = Kind("NAME ...", _names, nargs="*")
 MODULES = Kind("NAMES|REGEX|all-linear", _modules, nargs="*")
 WHOLES = Kind("INT ...", _wholes, nargs="*")

@@ -9,7 +9,18 @@ from typing import Annotated, ClassVar
 
 from lorica.embedded.source import is_embedded
 from lorica.run.options.checks import UsageError, check_whole, flag, refuse
-from lorica.run.options.kinds import DTYPE, HINT, NAMES, NUMBER, PATH, TASKS, TEXT, WHOLE, choice
+from lorica.run.options.kinds import (
+    DTYPE,
+    HINT,
+    NAMES,
+    NUMBER,
+    PATH,
+    TASKS,
+    TEXT,
+    TOKENS,
+    WHOLE,
+    choice,
+)  # fmt: skip
 from lorica.run.options.run import RunOptions
 
 
@@ -39,6 +50,8 @@ class TrainOptions(RunOptions, _Tuned):
             trains every weight. `lorica methods` lists them. Default: lora.
         modules_to_save: modules that train in full and are saved with the adapter. The head of a
             classifier, and what the checkpoint has no weights for, always are.
+        add_tokens: new tokens, as a list or as a file with one token per line. They are added to
+            the tokenizer, and their rows of the embedding and of the output head train.
         bias: `none`, `lora_only` (biases of adapted layers train) or `all`.
         adapter: start from this adapter (Lorica's or PEFT's), with its method.
         ignore_base_hash: with `adapter`, use a base other than the one that the adapter was
@@ -76,6 +89,7 @@ class TrainOptions(RunOptions, _Tuned):
     """
 
     modules_to_save: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
+    add_tokens: Annotated[tuple[str, ...] | None, TOKENS, HINT] = None
     bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
     adapter: Annotated[str | None, PATH, HINT] = None
     ignore_base_hash: bool = False
@@ -125,6 +139,11 @@ class TrainOptions(RunOptions, _Tuned):
                 ) from error
         check_whole("early_stopping_patience", self.early_stopping_patience)
         self.check_one_evaluation_source(self.eval_data, self.eval_split)
+        refuse(
+            self.add_tokens is not None and self.adapter is not None and self.resume is None,
+            f"`--add-tokens` was given with `--adapter {self.adapter}`, whose own file says which"
+            " rows it trains; leave it out, or train a new adapter",
+        )
         fresh = self.resume is None  # else the run's own config.yaml tells what was changed
         if fresh and self.adapter is not None and (self.method is not None or self.recipe_fields()):
             given = (["method"] if self.method is not None else []) + list(self.recipe_fields())
