@@ -12,7 +12,43 @@ from pathlib import Path
 from typing import Any
 
 _LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what a terminal would obey
+# What a terminal would obey, or what hides or turns around what it shows: C0 without tab and line
+# break, C1, line separators, marks of direction, and halves of surrogate pairs.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+LONGEST = 4000  # characters of a message
+
+
+class Styled(str):
+    """A text with escape sequences of ours, whose data `printable` has been through."""
+
+    __slots__ = ()
+
+
+def printable(text: str) -> str:
+    r"""The text as it leaves for a terminal or a page: what that would obey is spelt as JSON
+    spells it, so that a line of JSON stays one.
+
+    Example:
+        >>> print(printable("a\x1b[2J\u202eb"))
+        a\u001b[2J\u202eb
+    """
+    if isinstance(text, Styled):
+        return text
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def one_line(text: object, width: int = 500) -> str:
+    r"""A name, or a free text of a file, within a line of ours: `printable`, without line breaks,
+    and cut.
+
+    Example:
+        >>> print(one_line("base\nPROBLEM: none"))
+        base\nPROBLEM: none
+    """
+    spelt = str(text)[: width + 1].replace("\n", "\\n").replace("\t", "\\t")
+    return printable(spelt if len(spelt) <= width else spelt[: width - 3] + "...")
 
 
 def shorten(value: Any, width: int = 120) -> str:
@@ -27,14 +63,15 @@ def shorten(value: Any, width: int = 120) -> str:
 
 
 def cut(text: str) -> str:
-    """The text, of whose words none is longer than 1,000 characters, with control characters as
-    Python writes them.
+    """A message as a person is shown it: `printable`, no word longer than 1,000 characters, and of
+    4,000 in all, with its end, which says what to do.
 
     Example:
-        >>> len(cut("a" * 9000))
-        503
+        >>> len(cut("a" * 9000)), len(cut("a " * 9000)), cut("a " * 9000 + "leave it out")[-14:]
+        (503, 4000, 'a leave it out')
     """
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], _LONG.sub(r"\1...", text))
+    text = printable(_LONG.sub(r"\1...", text))
+    return text if len(text) <= LONGEST else text[: LONGEST - 1005] + " ... " + text[-1000:]
 
 
 def nearest(name: str, known: Iterable[str], *, flag: bool = False) -> str:

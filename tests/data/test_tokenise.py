@@ -455,3 +455,16 @@ def test_glue(shared):
     made = prepare(train, tokenizer, max_length=64)
     held = prepare(dev, tokenizer, max_length=64, labels=made.labels)
     assert made.labels.names == ("0", "1") and held.report.rows == 500
+
+
+def test_an_example_of_the_data_cannot_speak_to_the_terminal(tokenizer):
+    from lorica.text import CONTROL
+
+    text = "one \x1b[8m two \x9b2J three \u202e four"
+    for rows in ({"text": [text]}, {"text": ["one"] * 4, "label": ["a\x1b[2J\nb", "c"] * 2}):
+        ready = prepare(Dataset.from_dict(rows), tokenizer, max_length=64)
+        for color in (True, False):
+            shown = show_example(ready, tokenizer, color=color)
+            for own in ("\x1b[1;32m", "\x1b[2m", "\x1b[0m"):
+                shown = shown.replace(own, "")
+            assert CONTROL.search(shown) is None and "\nb" not in shown

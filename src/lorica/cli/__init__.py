@@ -34,7 +34,7 @@ from lorica.cli._outcome import as_json, write
 from lorica.cli._parse import parse
 from lorica.run.options import UsageError
 from lorica.run.stopping import Stopped, terminable
-from lorica.text import nearest, no_memory
+from lorica.text import Styled, cut, nearest, no_memory, printable
 
 __all__ = ["main", "verbs"]
 
@@ -148,6 +148,7 @@ __doc_line__ = "Train transformers through low-rank updates: methods that compos
 
 
 def _failed(message: str, status: int, wants_json: bool) -> int:
+    message = cut(message)
     print(f"lorica: {message}", file=sys.stderr)
     if wants_json and os.environ.get("RANK", "0") == "0":
         print(as_json({"error": message, "status": status}))
@@ -194,12 +195,20 @@ def _message(error: Exception, smaller: str) -> str:
     return f"{type(error).__name__}: {error} (LORICA_DEBUG=1 shows where)"
 
 
+class _Printable(logging.Formatter):
+    """Messages may quote data; `Styled` ones have been made printable already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        styled = isinstance(record.msg, Styled) and not record.args
+        return record.msg if styled else printable(super().format(record))
+
+
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
     """Lorica's own messages go to standard error, as they are."""
     logger = logging.getLogger("lorica")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Printable("%(message)s"))
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

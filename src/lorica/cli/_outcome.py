@@ -7,10 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorica.run.folder import strict
 from lorica.run.options import Group
+from lorica.text import one_line, printable
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class Others(abc.ABC):
@@ -77,11 +81,18 @@ def write(outcome: Outcome, *, json: bool) -> None:
         console = Console(highlight=False, width=240)
     for part in outcome.shown:
         if isinstance(part, str):
-            print(part)
+            print(printable(part))
         else:
             console.print(part)
 
 
 def as_json(data: Any) -> str:
     """One line of strict JSON: what is no finite number becomes null."""
-    return json.dumps(strict(data), allow_nan=False, ensure_ascii=False, default=str)
+    return printable(json.dumps(strict(data), allow_nan=False, ensure_ascii=False, default=str))
+
+
+def cell(text: object) -> Text:
+    """A name of a file in a cell of a table: nothing in it is Rich's markup, or a terminal's."""
+    from rich.text import Text
+
+    return Text(one_line(text))

@@ -30,6 +30,7 @@ from lorica.run.options import (
     Kind,
     UsageError,
 )
+from lorica.text import printable
 
 if TYPE_CHECKING:
     from lorica.cli._model import Source
@@ -329,7 +330,7 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 def _say(text: str) -> None:
     """To the person at the terminal, at once."""
-    sys.stderr.write(text)
+    sys.stderr.write(printable(text))
     sys.stderr.flush()
 
 

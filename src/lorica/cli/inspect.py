@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.cli._outcome import Outcome, VerbOptions, cell
 from lorica.run.options import HINT, PATH
+from lorica.text import cut, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,9 +37,10 @@ def run(options: Options) -> Outcome:
     if is_packed(adapter):
         info = read_info(adapter)
         data = {"path": adapter, "type": "compressed", **info}
-        return Outcome(data, (*_small(data), _ranks(info["ranks"])))
+        return Outcome(data, (*map(one_line, _small(data)), _ranks(info["ranks"])))
     data = formats.inspect(adapter)
-    return Outcome(data, (*_head(data), _table(data), *_problems(data)))
+    said = map(one_line, _head(data))  # a file's free text may hold line breaks
+    return Outcome(data, (*said, _table(data), *_problems(data)))
 
 
 def _head(data: dict[str, Any]) -> list[str]:  # Any: what `formats.inspect` returns
@@ -75,7 +77,7 @@ def _table(data: dict[str, Any]) -> Table:
     for path, layer in data["layers"].items():
         norm = "" if layer["norm"] is None else f"{layer['norm']:.4g}"
         out, of = layer["shape"]
-        table.add_row(path, f"{out} x {of}", str(layer["r"]), f"{layer['scale']:g}", norm)
+        table.add_row(cell(path), f"{out} x {of}", str(layer["r"]), f"{layer['scale']:g}", norm)
     return table
 
 
@@ -99,9 +101,9 @@ def _ranks(ranks: dict[str, int]) -> Table:
     table.add_column("layer", overflow="fold")
     table.add_column("r", justify="right")
     for path, r in ranks.items():
-        table.add_row(path, str(r))
+        table.add_row(cell(path), str(r))
     return table
 
 
 def _problems(data: dict[str, Any]) -> list[str]:
-    return [f"PROBLEM: {problem}" for problem in data["problems"]]
+    return [f"PROBLEM: {cut(problem)}" for problem in data["problems"]]

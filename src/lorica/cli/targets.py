@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.cli._outcome import Outcome, VerbOptions, cell
 from lorica.run.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES, UsageError
 
 RANKS = (4, 8, 16, 32, 64)
@@ -130,7 +130,7 @@ def _table(data: dict[str, Any]) -> Any:
     for g in data["layers"]:
         table.add_row(
             f"{g['adapted']} of {g['count']}",
-            g["pattern"],
+            cell(g["pattern"]),
             f"{g['out']} x {g['in']}",
             g["role"],
             f"{g['parameters']:,}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorica.data.collate import IGNORED
 from lorica.data.tokenise import Prepared
+from lorica.text import Styled, one_line, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,8 @@ def show_example(
     max_tokens: int = 400,
     color: bool | None = None,
 ) -> str:
-    """Row `index` as text for a terminal, its trained tokens green and the others dim.
+    """Row `index` as text for a terminal, its trained tokens green and the others dim; what the
+    data hold of escape sequences is spelt out.
 
     Without colour trained tokens stand in `[[ ]]`. For classification the label follows the text;
     for an encoder-decoder source and target follow each other.
@@ -41,20 +43,24 @@ def show_example(
             f"`index` is {index}, and there are {len(prepared.dataset)} rows: 0 to "
             f"{len(prepared.dataset) - 1}."
         )
-    if color is None:
-        return show_example(
-            prepared,
-            tokenizer,
-            index=index,
-            max_tokens=max_tokens,
-            color=sys.stderr.isatty() and "NO_COLOR" not in os.environ,
-        )
+    terminal = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    colored = terminal if color is None else color
+    return Styled(_shown(prepared, tokenizer, index, max_tokens, colored))
+
+
+def _shown(
+    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    max_tokens: int,
+    color: bool,
+) -> str:
     row = prepared.dataset[index]
     ids, labels = row["input_ids"], row["labels"]
     classes = prepared.labels
     if not isinstance(labels, list):
         assert classes is not None
-        name = labels if classes.regression else classes.names[labels]
+        name = labels if classes.regression else one_line(classes.names[labels])
         return f"{_text(tokenizer, ids[:max_tokens])}{_more(ids, max_tokens)}\n-> {name}"
     if len(labels) != len(ids) or prepared.report.task == "seq2seq-lm":
         shown = [
@@ -78,7 +84,7 @@ def _more(ids: list[int], shown: int) -> str:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False))
+    return printable(str(tokenizer.decode(ids, skip_special_tokens=False)))
 
 
 def _marked(text: str, trained: bool, color: bool) -> str:
@@ -110,6 +116,7 @@ def _tagged(
 ) -> str:
     tokens = tokenizer.convert_ids_to_tokens(ids)
     return " ".join(
-        f"{token}{_marked(names[label], True, color)}" if label != IGNORED else str(token)
+        printable(str(token))
+        + (_marked(one_line(names[label]), True, color) if label != IGNORED else "")
         for token, label in zip(tokens, labels, strict=False)
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lorica.embedded.source import WHERE as WHERE  # the column that names a row's file and line
+from lorica.text import one_line, printable
 
 INDEX = "__index__"
 """Hidden column that says that the data came with the index of a table, which was dropped."""
@@ -21,9 +22,16 @@ def visible(columns: Iterable[str]) -> list[str]:
     return [name for name in columns if not name.startswith("__")]
 
 
-def listing(names: Iterable[str]) -> str:
-    """Names in back-ticks, for the end of a sentence."""
-    return ", ".join(f"`{name}`" for name in names) or "none"
+def listing(names: Iterable[str], most: int = 30) -> str:
+    """Names in back-ticks, for the end of a sentence; of more than `most` the first ones.
+
+    Example:
+        >>> listing(["text", "label"]), listing(map(str, range(99)), most=1)
+        ('`text`, `label`', '`0` and 98 more')
+    """
+    names = list(names)
+    shown = ", ".join(f"`{one_line(name, 100)}`" for name in names[:most]) or "none"
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def kind_of(value: Any) -> str:
@@ -42,8 +50,10 @@ def kind_of(value: Any) -> str:
 
 
 def excerpt(value: Any, width: int = 60) -> str:
-    """The value as JSON, cut to `width` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """The value as JSON, `printable`, and cut to `width` characters."""
+    if isinstance(value, str):
+        value = value[: width + 1]
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

@@ -17,6 +17,7 @@ from lorica.model.layer import AdaptedLinear
 from lorica.model.targets import Targets
 from lorica.model.token_rows import shown
 from lorica.recipe.recipe import Recipe
+from lorica.text import printable
 
 logger = logging.getLogger("lorica")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -207,4 +208,4 @@ def say(text: str) -> None:
     if logger.hasHandlers():
         logger.info(text)
     else:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)

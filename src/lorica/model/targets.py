@@ -75,12 +75,12 @@ def _whole_matches(what: str, spec: str, paths: list[str]) -> list[str]:
 
 def _nothing(what: str, pattern: str, paths: list[str], rule: str) -> str:
     endings = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
-    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], endings, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(pattern[-200:].rsplit(".", 1)[-1], endings, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     where = "of the targets" if what == "exclude_modules" else "of the model"
     return (
-        f"`{what}`: {pattern!r} matches no module {where} ({rule}). {hint}"
-        f"Modules there end in: {', '.join(endings)}"
+        f"`{what}`: {shorten(pattern)} matches no module {where} ({rule}). {hint}"
+        f"Modules there end in: {', '.join(endings[:40])}{', ...' if len(endings) > 40 else ''}"
     )
 
 
