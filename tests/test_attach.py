@@ -116,6 +116,7 @@ CALLS: dict[str, Callable[[Adapters, Path], object]] = {
     "pairs": lambda a, path: list(a.pairs()),
     "layers": lambda a, path: a.layers,
     "saved": lambda a, path: a.saved,
+    "tables": lambda a, path: a.tables,
     "iterate": lambda a, path: list(a),
     "length": lambda a, path: len(a),
     "loss": lambda a, path: a.loss({"loss": torch.zeros(())}),
@@ -144,7 +145,7 @@ def test_a_released_handle_says_so_at_every_call(take_out, method, tmp_path):
             call(adapters, path)
             pytest.fail(name)
         assert name == "restore" or not path.exists()
-    adapters.model(**batch(0)).loss.backward()
+    adapters.model(**batch(adapters.model)).loss.backward()
     with pytest.raises(ValueError, match="no longer part of"):
         optimizer.step()
     assert adapters.recipe.text() == method and str(adapters.summary)
@@ -153,7 +154,7 @@ def test_a_released_handle_says_so_at_every_call(take_out, method, tmp_path):
 def test_adapters_that_left_their_model_hold_up_no_other_optimizer():
     model = lorica.detach(attached(method="loraplus").model)
     adapters = lorica.attach(model, "lora", r=4, verbose=False)
-    model(**batch(0)).loss.backward()
+    model(**batch(model)).loss.backward()
     torch.optim.SGD([t.parameter for t in adapters.trained()], 0.1).step()
 
 

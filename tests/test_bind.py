@@ -419,3 +419,55 @@ def test_accumulation_and_clipping_are_the_callers():
     torch.nn.utils.clip_grad_norm_([t.parameter for t in adapters.trained()], 1.0)
     optimizer.step()
     assert LOG[0].startswith("before 0") and len(LOG) == 2
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "model"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "cola(every=2)",
+        "plora(every=2)",
+        "raclora(every=2)",
+        "xgblora(every=2,layers=1)",
+        "dora+olora",
+        "relora(every=2)",
+    ],
+)
+def test_a_plain_loop_resumes_from_either_state(method, whole, tmp_path):
+    """`model.load_state_dict` and `adapters.load_state_dict`: finished links come back, and go
+    where the state has none."""
+    r = {} if "xgb" in method else {"r": 2}
+
+    def run():
+        adapters = lorica.attach(llama(), method, verbose=False, **r)
+        return adapters, lorica.optimizer(adapters, lr=1e-2, total_steps=8)
+
+    def states(adapters, optimizer):
+        own = adapters.model.state_dict() if whole else adapters.state_dict()
+        return copy.deepcopy({"weights": own, "optimizer": optimizer.state_dict()})
+
+    def restore(adapters, optimizer, state):
+        (adapters.model if whole else adapters).load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    straight, optimizer = run()
+    train(straight, optimizer, 1)
+    early = states(straight, optimizer)
+    train(straight, optimizer, 4, first=1)
+    torch.save(states(straight, optimizer), tmp_path / "late.pt")
+    train(straight, optimizer, 2, first=5)
+
+    resumed, other = run()
+    restore(resumed, other, torch.load(tmp_path / "late.pt"))
+    train(resumed, other, 2, first=5)
+    assert resumed.fingerprint() == straight.fingerprint()
+    restore(resumed, other, early)  # back to where no link was finished
+    train(resumed, other, 6, first=1)
+    assert resumed.fingerprint() == straight.fingerprint()
+
+
+def test_a_state_without_adapters_leaves_their_frozen_factors_alone():
+    adapters = lorica.attach(llama(), "olora", r=2, verbose=False)
+    before = adapters.fingerprint()
+    adapters.model.load_state_dict({"lm_head.weight": torch.zeros(61, 32)}, strict=False)
+    assert adapters.fingerprint() == before

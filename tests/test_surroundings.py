@@ -450,5 +450,5 @@ def test_accelerate_prepares_an_adapted_model_and_gives_it_back():
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare(adapters.model)
     assert Adapters.of(accelerator.unwrap_model(model)) is adapters
-    model(**batch(0)).loss.backward()
+    model(**batch(model)).loss.backward()
     assert all(layer.update.delta.B.grad is not None for _, layer in adapters)

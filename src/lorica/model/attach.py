@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Batch, Site
 from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, StartsFromData
+from lorica.model import save_pretrained
 from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
 from lorica.model.forward_hooks import ForwardHooks
@@ -198,6 +199,7 @@ def attach(
             layer.update.fold_frozen_(layer.store)
             layer.update.clear_frozen_()
     adapters.hooks = ForwardHooks(adapters)
+    save_pretrained.install(adapters)
     adapters.summary = fill(summary, adapters, targets)
     expect(adapters)
     if verbose:
@@ -393,5 +395,6 @@ def _release(adapters: Adapters, *, by: Released) -> None:
     adapters.released = by
     discard(adapters)
     adapters.hooks.remove()
+    save_pretrained.remove(adapters)
     for name, p in named_parameters(model):
         p.requires_grad_(adapters.requires_grad.get(name, True))

@@ -48,18 +48,9 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
     reshard(adapters.model)
     before: dict[str, tuple[nn.Parameter | None, nn.Parameter | None]] = {}
-    for site, layer in adapters.layers.items():  # frozen factors grow and shrink with training
-        update, device = layer.update, layer.store.parameter.device
-        a, b = (saved.get(f"{site}.update.frozen_{side}") for side in "AB")
-        rank = -1 if a is None or b is None else a.shape[0]
-        if rank == (-1 if update.frozen_A is None else update.frozen_A.shape[0]):
-            continue
-        before[site] = update.frozen_A, update.frozen_B
-        update.clear_frozen_()
-        if a is not None and b is not None:
-            update.add_frozen_(
-                torch.zeros_like(a, device=device), torch.zeros_like(b, device=device)
-            )
+    for site, layer in adapters.layers.items():
+        before[site] = layer.update.frozen_A, layer.update.frozen_B
+        layer.update.fit_frozen_(*(saved.get(f"{site}.update.frozen_{side}") for side in "AB"))
     own = tensors(adapters)
     both = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     wrong = {

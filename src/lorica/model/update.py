@@ -7,6 +7,8 @@ Combines, norms, kernels and export take the update as a whole, of rank r + k.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +20,7 @@ from lorica.tensors import dropout
 from lorica.tensors.dtensor_ops import add_, outer_add_, zero_
 from lorica.tensors.linalg import vector_norm
 from lorica.tensors.matmul import added, no_autocast
+from lorica.tensors.modules import call_before_loading
 
 ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
 
@@ -43,6 +46,7 @@ class Update(nn.Module):
         # them.
         self.register_parameter("frozen_A", None)
         self.register_parameter("frozen_B", None)
+        call_before_loading(self, _fit)
 
     @torch.no_grad()
     def add_frozen_(self, A: Tensor, B: Tensor) -> None:
@@ -65,6 +69,18 @@ class Update(nn.Module):
             left = torch.cat([self.frozen_B, left], dim=1)
         self.frozen_A = nn.Parameter(right.clone(), requires_grad=False)
         self.frozen_B = nn.Parameter(left.clone(), requires_grad=False)
+
+    @torch.no_grad()
+    def fit_frozen_(self, A: Tensor | None, B: Tensor | None) -> None:
+        """Make room for what was frozen elsewhere, A (k, in) and B (out, k), before it is written;
+        None: nothing was. It grows and shrinks with training."""
+        rank = -1 if A is None or B is None else A.shape[0]
+        if rank == (-1 if self.frozen_A is None else self.frozen_A.shape[0]):
+            return
+        self.clear_frozen_()
+        if A is not None and B is not None:
+            device = next(self.delta.parameters()).device
+            self.add_frozen_(torch.zeros_like(A, device=device), torch.zeros_like(B, device=device))
 
     @torch.no_grad()
     def fold_frozen_(self, base: BaseLike) -> None:
@@ -251,3 +267,10 @@ class Update(nn.Module):
         # The small factors go to x's dtype, never x to theirs: no wide copy of an activation.
         B = factors.B if factors.scale == 1 else factors.B * factors.scale
         return F.linear(F.linear(x, factors.A.to(x.dtype)), B.to(x.dtype))
+
+
+def _fit(update: Update, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Before `model.load_state_dict`; a state without this layer changes nothing."""
+    first = next(name for name, _ in update.delta.named_parameters())
+    if f"{prefix}delta.{first}" in state:
+        update.fit_frozen_(*(state.get(f"{prefix}frozen_{side}") for side in "AB"))

@@ -37,6 +37,16 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+def call_before_loading(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call `hook(module, state, prefix, ...)` before each `load_state_dict` that reaches the
+    module.
+
+    Args:
+        hook: a function of a module's top level, so that the model can still be pickled.
+    """
+    module.register_load_state_dict_pre_hook(hook)  # pyright: ignore[reportUnknownMemberType]  # torch has no type for it
+
+
 def call_after_loading(module: M, hook: Callable[[M, object], None]) -> None:
     """Call `hook(module, keys)` after each `load_state_dict` that reaches the module.
 
