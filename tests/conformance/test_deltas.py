@@ -73,10 +73,15 @@ def test_what_is_carried_is_part_of_the_product(word, kind):
 def test_declared_capabilities_are_there_and_no_others(word):
     layer, gives = layer_of(word), registry.find(word).gives
     delta = layer.update.delta
-    assert ("factors" in gives) == (delta.factors() is not None)
-    assert ("pair" in gives) == (delta.pair() is not None)
-    assert ("sides" in gives) == ({"A", "B"} <= set(delta.roles.values()))
-    assert "wrapped" in gives
+    found = {
+        "factors": delta.factors() is not None,
+        "pair": delta.pair() is not None,
+        "sides": {"A", "B"} <= set(delta.roles.values()),
+        "wrapped": True,
+    }
+    for name, there in found.items():
+        verb = "declare it" if there else "it is not there, leave it out"
+        assert (name in gives) == there, f"`{name}` in `gives` of `{word}`: {verb}"
     if (factors := delta.factors()) is not None:
         torch.testing.assert_close(factors.weight(), delta.weight(layer.store))
         assert factors.A.shape[1] == IN and factors.B.shape[0] == OUT
