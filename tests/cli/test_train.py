@@ -396,14 +396,17 @@ def test_two_processes_equal_one(train, llama, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_equals_processes_that_hold_the_model_and_resumes(llama, text, tmp_path):
+@pytest.mark.parametrize("method", ["dora", "vera"])  # vera: tensors that all layers share
+def test_a_sharded_run_equals_processes_that_hold_the_model_and_resumes(
+    method, llama, text, tmp_path
+):
     """FSDP2 by the Trainer, its branch forced on the CPU: shards of base and update are trained,
     saved whole, and gone on from to the bit."""
     import os
     import subprocess
     import sys
 
-    words = ["--model", llama, "--data", text, "--method", "dora", "--r", "2", "--max-steps", "4",
+    words = ["--model", llama, "--data", text, "--method", method, "--r", "2", "--max-steps", "4",
              "--save-steps", "2", "--learning-rate", "1e-2", "--use-cpu"]  # fmt: skip
     wrap = '{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
 

@@ -218,11 +218,12 @@ def one_for_all(cls: type) -> None:
             seen.clear()
             first.clear()
         seen.add(site.name)
-        for name, p in list(module.named_parameters(recurse=False)):
-            key = name, p.shape, p.dtype, p.device, site.scale
+        for path, p in list(module.named_parameters()):
+            key = path, p.shape, p.dtype, p.device, site.scale
             if key in first:
                 act()
-                setattr(module, name, first[key])
+                owner, _, name = path.rpartition(".")
+                module.get_submodule(owner).register_parameter(name, first[key])
             first.setdefault(key, p)
         return module
 
@@ -361,41 +362,37 @@ def early(cls: type) -> None:
                 training.step -= 1
 
 
-INTERVALS = ("every", "interval", "update_proj_gap", "deltaT", "warmup", "faded")
+INTERVALS = ("every", "interval", "update_proj_gap", "deltaT")
 
 
-def interval_of(fitted: Any) -> str | None:
-    """The field that holds a fitted schedule's interval, where it has one."""
-    return next((n for n in INTERVALS if type(getattr(fitted, n, None)) is int), None)
+def has_interval(cls: type) -> bool:
+    return any(f.name in INTERVALS for f in dataclasses.fields(cls))
 
 
-@fault("schedules", "interval or horizon doubled")
+@fault("schedules", "interval doubled", has_interval)
 def doubled(cls: type) -> None:
-    """Its interval where it has one, else the number of steps that it is planned for."""
-
     @wrapped(cls, "fit")
     def fit(original: Any, self: Any, total_steps: int | None) -> Any:
-        fitted = original(total_steps)
-        if (name := interval_of(fitted)) is None:
-            return original(total_steps and 2 * total_steps)
         act()
+        fitted = original(total_steps)
         made = object.__new__(type(fitted))
         vars(made).update(vars(fitted))
-        object.__setattr__(made, name, 2 * getattr(fitted, name))
+        for name in INTERVALS:
+            if isinstance(value := getattr(fitted, name, None), int):
+                object.__setattr__(made, name, 2 * value)
         return made
 
-    for event in ("before_step", "after_step"):
 
-        @wrapped(cls, event)
+@fault("schedules", "every second step left out", lambda cls: not has_interval(cls))
+def every_second(cls: type) -> None:
+    for name in ("before_step", "after_step"):
+
+        @wrapped(cls, name)
         def step(original: Any, self: Any, state: Any, training: Any) -> None:
-            total = training.total_steps
-            if interval_of(self) is None and total is not None:
+            if training.step % 2:
                 act()
-                training.total_steps = 2 * total
-            try:
+            else:
                 original(state, training)
-            finally:
-                training.total_steps = total
 
 
 @fault("schedules", "all but the last layer")
@@ -618,12 +615,24 @@ def no_share(cls: type) -> None:
         return original(task, dataclasses.replace(context, share=1.0 + (context.share == 1.0)))
 
 
-@fault("objectives", "first layer only")
+def walks_layers(cls: type) -> bool:
+    return "pair" in cls.needs  # type: ignore[attr-defined]
+
+
+@fault("objectives", "first layer only", walks_layers)
 def first_penalty_only(cls: type) -> None:
     @wrapped(cls, "loss")
     def loss(original: Any, self: Any, task: Tensor, context: Any) -> Tensor:
         few = Fewer(context.adapters, lambda names: names[:1])
         return original(task, dataclasses.replace(context, adapters=few))
+
+
+@fault("objectives", "task's loss counted twice", lambda cls: not walks_layers(cls))
+def task_twice(cls: type) -> None:
+    @wrapped(cls, "loss")
+    def loss(original: Any, self: Any, task: Tensor, context: Any) -> Tensor:
+        act()
+        return original(2 * task, context)
 
 
 # -- the plugin ------------------------------------------------------------------------------------

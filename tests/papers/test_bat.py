@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import chains
 import lorica
 from lorica.formats import export
 from lorica.methods.deltas.bat import product
@@ -54,6 +55,10 @@ def test_the_first_gradient_equals_the_twin(shape, tokens):
     (y * dy).sum().backward()
     expected = twin.gradient(dy.T @ x, one.base.weight.detach(), shape[2])
     torch.testing.assert_close(one.update.delta.D.grad, expected)
+
+
+def test_layers_train_as_the_twin():
+    chains.assert_trains_as("bat", lambda p, W: twin.weight(W, p["D"]), lora_alpha=None)
 
 
 @pytest.mark.parametrize("tokens", [2, 4])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import chains
 import lorica
 from models import MODELS, llama, logits, perturb, train
 from reference import bone as twin
@@ -36,6 +37,10 @@ def test_it_equals_the_twin(shape):
     torch.testing.assert_close(one.update(x, one.store), expected)
     torch.testing.assert_close(delta.weight(one.store), twin.weight(delta.D, shape[1]))
     torch.testing.assert_close(model(x), one.base(x) + expected)
+
+
+def test_layers_train_as_the_twin():
+    chains.assert_trains_as("bone", lambda p, W: twin.weight(p["D"], W.shape[1]), lora_alpha=None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

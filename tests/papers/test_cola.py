@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorica
-from chains import IN, OUT, R, effective, gradient, move, one, rank, state_of, teacher
+from chains import IN, OUT, R, effective, gradient, move, one, rank, several, state_of, teacher
 from lorica import Recipe
 from lorica.methods.schedules.cola import Cola
 from reference import cola as twin
@@ -26,21 +26,28 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int) -> Any:
 
 
 def test_it_is_the_twin_over_three_links():
-    adapters, optimizer = one(f"cola(every={EVERY})", steps=STEPS)
-    layer, pair = adapters.layers["0"], next(adapters.pairs())[1]
-    run = twin.Run(layer.store.weight().detach(), pair.A.detach(), pair.scale)
+    adapters, optimizer = several(f"cola(every={EVERY})", steps=STEPS)
+    pairs = dict(adapters.pairs())
+    runs = {
+        name: twin.Run(layer.store.weight().detach(), pairs[name].A.detach(), 3 / R)
+        for name, layer in adapters
+    }
     for u in range(STEPS):
         factor = twin.rate(u, [EVERY, 2 * EVERY], STEPS)
-        run.step(gradient(run.effective(), u)[2], 0.02 * factor)
+        for run in runs.values():
+            run.step(gradient(run.effective(), u)[2], 0.02 * factor)
         move(adapters, optimizer, u)
         assert optimizer.param_groups[0]["lorica"]["rate"] == pytest.approx(0.02 * factor)
-        if (u + 1) % EVERY == 0:
-            before = run.A
-            run.knot(pair.A.detach())
-            assert not torch.allclose(before, run.A), "a fresh draw"
-        torch.testing.assert_close(effective(adapters), run.effective(), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(pair.B.detach(), run.B, rtol=1e-8, atol=1e-11)
-    assert state_of(optimizer)["links"] == len(run.links) == 2
+        for name, run in runs.items():
+            pair = pairs[name]
+            if (u + 1) % EVERY == 0:
+                before = run.A
+                run.knot(pair.A.detach())
+                assert not torch.allclose(before, run.A), "a fresh draw"
+            own = effective(adapters, name)
+            torch.testing.assert_close(own, run.effective(), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(pair.B.detach(), run.B, rtol=1e-8, atol=1e-11)
+    assert state_of(optimizer)["links"] == 2 and all(len(run.links) == 2 for run in runs.values())
 
 
 def test_the_first_link_is_lora_bit_for_bit():

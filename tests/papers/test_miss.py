@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import chains
 import lorica
 import models
 from lorica.formats import export, inspect
@@ -59,6 +60,17 @@ def test_the_mini_form_equals_the_twin(shape, q):
     torch.testing.assert_close(factors.weight(), weight)
     assert factors.A.shape[0] == min(r, q), "no more than its rank"
     torch.testing.assert_close(model(x), one.base(x) + x @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("method", "weight"),
+    [
+        ("miss", lambda p, W: twin.weight(p["D"], W.shape[0])),
+        ("miss(mini_r=2)", lambda p, W: twin.mini_weight(p["D"], W.shape[1], W.shape[0])),
+    ],
+)
+def test_layers_train_as_the_twin(method, weight):
+    chains.assert_trains_as(method, weight, lora_alpha=None)
 
 
 def test_the_widest_mini_form_is_the_block_sum():

@@ -40,6 +40,14 @@ def shift(delta: Any) -> int:
 # -- the equations ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_layers_train_as_the_twin(kind):
+    chains.assert_trains_as(
+        f"mora(type={kind})", lambda p, W: twin.delta(p["M"], kind, W.shape[1], W.shape[0]),
+        lora_alpha=None,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("links", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lorica
-from chains import effective, gradient, move, one, rank, teacher
+from chains import R, effective, gradient, move, one, rank, several, teacher
 from lorica import Recipe
 from reference import plora as twin
 from reference.cola import rate
@@ -20,20 +20,27 @@ STEPS, EVERY = 20, 8
 @pytest.mark.parametrize("accumulate", ["factors", "base"])
 @pytest.mark.parametrize("momentum", [0, 0.3])
 def test_it_is_the_twin_over_three_stages(momentum, accumulate):
-    adapters, optimizer = one(
+    adapters, optimizer = several(
         f"plora(every={EVERY}, momentum={momentum}, accumulate='{accumulate}')", steps=STEPS
     )
-    layer, pair = adapters.layers["0"], next(adapters.pairs())[1]
-    run = twin.Run(layer.store.weight().detach(), pair.A.detach(), pair.scale, momentum)
+    pairs = dict(adapters.pairs())
+    runs = {
+        name: twin.Run(layer.store.weight().detach(), pairs[name].A.detach(), 3 / R, momentum)
+        for name, layer in adapters
+    }
     for u in range(STEPS):
         factor = rate(u, [EVERY, 2 * EVERY], STEPS)
-        run.step(gradient(run.effective(), u)[2], 0.02 * factor)
+        for run in runs.values():
+            run.step(gradient(run.effective(), u)[2], 0.02 * factor)
         move(adapters, optimizer, u)
-        if (u + 1) % EVERY == 0:
-            run.unload(pair.A.detach())
-        torch.testing.assert_close(effective(adapters), run.effective(), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(pair.A.detach(), run.A, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(pair.B.detach(), run.B, rtol=1e-8, atol=1e-11)
+        for name, run in runs.items():
+            pair = pairs[name]
+            if (u + 1) % EVERY == 0:
+                run.unload(pair.A.detach())
+            own = effective(adapters, name)
+            torch.testing.assert_close(own, run.effective(), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(pair.A.detach(), run.A, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(pair.B.detach(), run.B, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("accumulate", ["factors", "base"])

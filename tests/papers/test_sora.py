@@ -17,24 +17,31 @@ from reference import sora as twin
 OUT, IN, R, STEPS = 6, 5, 4, 60
 
 
-def begin(method: str, *, steps: int = STEPS, lr: float = 0.02, decay: float = 0.0, **fields: Any):
+def begin(
+    method: str, sizes: tuple[tuple[int, int], ...] = ((IN, OUT),), *, steps: int = STEPS,
+    lr: float = 0.02, decay: float = 0.0, **fields: Any,
+):  # fmt: skip
+    """Layers of these (in, out) that don't feed each other, adapted, and their optimizer."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(IN, OUT, bias=False, dtype=torch.float64))
+    layers = (nn.Linear(*size, bias=False, dtype=torch.float64) for size in sizes)
+    model = nn.Sequential(*layers)
     adapters = lorica.attach(model, method, r=R, dtype=torch.float64, verbose=False, **fields)
     return adapters, lorica.optimizer(
         adapters, lr=lr, weight_decay=decay, total_steps=steps, seed=1
     )
 
 
-def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def data(step: int, features: int = IN, out: int = OUT) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(9, IN, generator=generator, dtype=torch.float64)
-    return x, 0.3 * x @ torch.ones(IN, OUT, dtype=torch.float64)
+    x = torch.randn(9, features, generator=generator, dtype=torch.float64)
+    return x, 0.3 * x @ torch.ones(features, out, dtype=torch.float64)
 
 
 def move(adapters: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    x, y = data(step)
-    nn.functional.mse_loss(adapters.model(x), y).backward()
+    """A step on the sum of the layers' losses."""
+    for _, layer in adapters:
+        x, y = data(step, layer.in_features, layer.out_features)
+        nn.functional.mse_loss(layer(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -76,23 +83,26 @@ def test_the_threshold_has_its_closed_form(rule):
     ],
 )
 def test_it_is_the_twin_with_two_optimizers_over_sixty_steps(arguments, how):
-    adapters, optimizer = begin(f"sora({arguments})", decay=0.1, lora_alpha=3)
+    sizes = (IN, OUT), (4, 7), (IN, OUT)
+    adapters, optimizer = begin(f"sora({arguments})", sizes, decay=0.1, lora_alpha=3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
-    pair = only(adapters)
-    assert not pair.B.any() and pair.A.any() and len(set(pair.E.flatten().tolist())) == R
-    layer = adapters.layers["0"]
-    run = twin.Run(
-        layer.store.weight().detach(), pair.A.detach(), pair.B.detach(),
-        pair.E.detach().flatten(), pair.scale, 0.02, decay=0.1, **how,
-    )  # fmt: skip
+    runs = []
+    for (_, layer), (_, pair) in zip(adapters, adapters.pairs(), strict=True):
+        assert not pair.B.any() and pair.A.any() and len(set(pair.E.flatten().tolist())) == R
+        runs.append(twin.Run(
+            layer.store.weight().detach(), pair.A.detach(), pair.B.detach(),
+            pair.E.detach().flatten(), 3 / R, 0.02, decay=0.1, **how,
+        ))  # fmt: skip
     for t in range(STEPS):
-        run.step(*data(t), factor=1 - t / STEPS)
+        for size, run in zip(sizes, runs, strict=True):
+            run.step(*data(t, *size), factor=1 - t / STEPS)
         move(adapters, optimizer, t)
         scheduler.step()
-        for ours, theirs in ((pair.A, run.A), (pair.B, run.B), (pair.E.flatten(), run.g)):
-            torch.testing.assert_close(
-                ours.detach(), theirs.detach(), rtol=1e-8, atol=1e-11, msg=f"step {t}"
-            )
+        for (_, pair), run in zip(adapters.pairs(), runs, strict=True):
+            for ours, theirs in ((pair.A, run.A), (pair.B, run.B), (pair.E.flatten(), run.g)):
+                torch.testing.assert_close(
+                    ours.detach(), theirs.detach(), rtol=1e-8, atol=1e-11, msg=f"step {t}"
+                )
 
 
 def test_the_support_is_final_at_the_end_alone():

@@ -75,23 +75,29 @@ def test_gradcheck(start, few):
     assert torch.autograd.gradcheck(product, (x, *delta.cores))
 
 
-def test_training_is_the_twin():
-    """Adam on the cores of α·(T − T₀), gradients by hand from the entries of T."""
-    shape, p, r = (5, 3, 2), 1, 2  # of the layer of `chains`
-    method = f"tt(shape={list(shape)})"
-    adapters, optimizer = chains.one(method, r=r, lora_alpha=3)
-    delta, W = adapters.layers["0"].update.delta, adapters.layers["0"].store.weight().detach()
-    cores = [c.detach().clone() for c in delta.cores]
-    first, states = twin.matrix(cores, p), [{} for _ in cores]
+@pytest.mark.parametrize(
+    ("method", "sizes"), [("tt(shape=[5, 3, 2])", ((5, 6), (5, 6))), ("tt", chains.SIZES)]
+)
+def test_training_is_the_twin(method, sizes):
+    """Adam on the cores of α·(T − T₀) of several layers, gradients from the entries of T."""
+    adapters, optimizer = chains.several(method, sizes, r=2, lora_alpha=3)
+    weights = [layer.store.weight().detach() for _, layer in adapters]
+    deltas = [layer.update.delta for _, layer in adapters]
+    cores = [[c.detach().clone() for c in delta.cores] for delta in deltas]
+    first = [twin.matrix(c, d.inputs) for c, d in zip(cores, deltas, strict=True)]
+    states = [[{} for _ in own] for own in cores]
     for u in range(8):
-        leaves = [c.clone().requires_grad_() for c in cores]
-        effective = W + 3 * (twin.matrix(leaves, p) - first)
-        G = chains.gradient(effective.detach(), u)[2]
-        grads = torch.autograd.grad(effective, leaves, G)
-        cores = [adamw.step(c, g, s, lr=0.02) for c, g, s in zip(cores, grads, states, strict=True)]
+        for i, (W, delta) in enumerate(zip(weights, deltas, strict=True)):
+            leaves = [c.clone().requires_grad_() for c in cores[i]]
+            effective = W + 3 * (twin.matrix(leaves, delta.inputs) - first[i])
+            G = chains.gradient(effective.detach(), u)[2]
+            grads = torch.autograd.grad(effective, leaves, G)
+            each = zip(cores[i], grads, states[i], strict=True)
+            cores[i] = [adamw.step(c, g, state, lr=0.02) for c, g, state in each]
         chains.move(adapters, optimizer, u)
-        for ours, theirs in zip(delta.cores, cores, strict=True):
-            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-7, atol=1e-10)
+        for delta, own in zip(deltas, cores, strict=True):
+            for ours, theirs in zip(delta.cores, own, strict=True):
+                torch.testing.assert_close(ours.detach(), theirs, rtol=1e-7, atol=1e-10)
 
 
 def test_two_cores_are_lora():
