@@ -27,7 +27,7 @@ from lorica.recipe.registry import axis_of, build, find, names, normalise, unkno
     ("pissa(nitre=4)", {}, ["`pissa` has no argument `nitre`", "`niter`", "`pissa(niter=...)`"]),
     ("olora(x=4)", {}, ["`olora` has no argument `x`", "its arguments: none", "type `olora`"]),
     ("pissa(4)", {}, ["not of the form name=value", "pissa(niter=16)"]),
-    ("pissa(niter=open)", {}, ["not of the form name=value"]),
+    ("pissa(niter=open)", {}, ["`pissa(niter='open')`"]),
     ("pissa(niter=", {}, ["a bracket is missing"]),
     ("pissa)niter(", {}, ["is not a method's name"]),
     ("dora++olora", {}, ["is not a method's name"]),
@@ -195,3 +195,11 @@ def test_axes():
         find("dora", "inits")
     with pytest.raises(ValueError, match="unknown method `nope`"):
         find("nope")
+
+
+@pytest.mark.parametrize("text", ["galore(proj_type=left)", "dora(dropout=authors)"])
+def test_strings_need_no_quotes(text):
+    name, _, value = text.rstrip(")").partition("=")
+    assert Recipe.parse(text) == Recipe.parse(f"{name}='{value}')")
+    with pytest.raises(ValueError, match="allowed"):
+        Recipe.parse(f"{name}=sideways)")

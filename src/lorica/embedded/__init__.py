@@ -22,12 +22,14 @@ Example:
 from __future__ import annotations
 
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lorica.embedded.sampling import generate, side_of, tasks
 from lorica.embedded.task import AbstractTask
 
-__all__ = ["AbstractTask", "base_path", "generate", "side_of", "tasks"]
+__all__ = ["BASE", "AbstractTask", "base_path", "generate", "located", "named", "side_of", "tasks"]
+
+BASE = "lorica:base"  # the embedded base model's name, the same on every machine
 
 
 def base_path() -> Path:
@@ -43,3 +45,30 @@ def base_path() -> Path:
         'base'
     """
     return Path(str(files("lorica.embedded") / "base"))
+
+
+def named(model: str) -> str:
+    """What an adapter's files call its base: `lorica:base` for the embedded model's folder, any
+    other name as it is.
+
+    Example:
+        >>> named(str(base_path())), named("org/name")
+        ('lorica:base', 'org/name')
+    """
+    return BASE if model and Path(model).expanduser().resolve() == base_path().resolve() else model
+
+
+def located(model: str) -> str:
+    """Where a model with this name is: the inverse of `named`.
+
+    A path of the embedded model on another machine, as older adapters have it, means the one here.
+
+    Example:
+        >>> located("lorica:base") == str(base_path()), located("org/name")
+        (True, 'org/name')
+        >>> located("/elsewhere/lorica/embedded/base") == str(base_path())
+        True
+    """
+    parts = tuple(PurePosixPath(model.replace("\\", "/")).parts[-3:])
+    elsewhere = parts == ("lorica", "embedded", "base") and not Path(model).exists()
+    return str(base_path()) if model == BASE or elsewhere else model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lorica
+from lorica.embedded import named
 from lorica.formats.atomic_folder import check_free, first, together, writing
 from lorica.formats.fields import Field, check_fields, check_given
 from lorica.formats.foreign_code import read_config_dict, refuse_code
@@ -265,7 +266,7 @@ def _write(model: PreTrainedModel, folder: Path, method: str, done: Compressed) 
         "reader": READER,
         "class": type(model).__name__,
         "method": method,
-        "base": model.config.name_or_path,
+        "base": named(model.config.name_or_path),
         **done.as_dict(),
         "tied": {name: other for name, other in alias.items() if name != other},
         "computed": list(computed),

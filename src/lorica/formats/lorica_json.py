@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lorica
+from lorica.embedded import named
 from lorica.formats.fields import NUMBER, Field, check_fields, check_given
 from lorica.formats.safe_files import (
     OWN_CONFIG,
@@ -158,7 +159,9 @@ class LoricaJson:
             dtype=str(adapters.dtype).removeprefix("torch."),
             base=Base(
                 cls=type(model).__name__,
-                name=model.config.name_or_path if isinstance(model, PreTrainedModel) else None,
+                name=named(model.config.name_or_path)
+                if isinstance(model, PreTrainedModel)
+                else None,
                 sha256=base_hash,
                 dtype=base_dtypes(adapters),
             ),

@@ -234,10 +234,11 @@ def outputs(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
 
 
 def make_sample(model: nn.Module, length: int = 32) -> dict[str, Tensor]:
-    """Token ids (1, length) for a forward pass, always the same for one model.
+    """An input for a forward pass, always the same for one model: token ids (1, length), an image
+    (1, channels, height, width), or speech (1, samples) or (1, mel bins, frames).
 
     Raises:
-        ValueError: the model doesn't read token ids.
+        ValueError: the model reads something else.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -245,16 +246,32 @@ def make_sample(model: nn.Module, length: int = 32) -> dict[str, Tensor]:
             " an input as `sample={...}`, by the names of its arguments"
         )
     config = model.config.get_text_config()
-    size = getattr(config, "vocab_size", None)
-    if model.main_input_name != "input_ids" or not size:
+    size, name = getattr(config, "vocab_size", None), model.main_input_name
+    shape = _input_shape(model.config, name)
+    if shape is None and not (name == "input_ids" and size):
         raise ValueError(
-            f"{type(model).__name__} reads `{model.main_input_name}`, which can't be made up; give"
-            " an input as `sample={...}`"
+            f"{type(model).__name__} reads `{name}`, which can't be made up; give an input as"
+            " `sample={...}`"
         )
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(size, (1, length), generator=generator).to(model.device)
+    ids = torch.randint(size or 1, (1, length), generator=generator).to(model.device)
     out = {"input_ids": ids}
+    if shape is not None:
+        out = {name: torch.randn(shape, generator=generator).to(model.device, model.dtype)}
     if model.config.is_encoder_decoder:
         out["decoder_input_ids"] = ids[:, : length // 2]
     return out
+
+
+def _input_shape(config: Any, name: str) -> tuple[int, ...] | None:
+    """Shape of an image, or of speech, as a model's configuration tells it; None: it doesn't."""
+    config = getattr(config, "vision_config", None) or config
+    image, mel = getattr(config, "image_size", None), getattr(config, "num_mel_bins", None)
+    if name == "pixel_values" and image is not None:
+        sides = (image, image) if isinstance(image, int) else tuple(image)
+        return (1, getattr(config, "num_channels", 3), *sides)
+    if name == "input_features" and mel is not None:
+        frames = getattr(config, "max_source_positions", None) or 500
+        return (1, mel, 2 * frames)  # Whisper's first layer halves them
+    return (1, 16_000) if name == "input_values" else None

@@ -66,12 +66,17 @@ def _part(part: str, method: str) -> Part:
         assert isinstance(call, ast.Call)
         if call.args:
             raise ValueError("arguments have names")
-        return name, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return name, {str(k.arg): _value(k.value) for k in call.keywords}
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"`{part.strip()}`: the arguments are not of the form name=value ({error}); "
             "write e.g. `pissa(niter=16)`"
         ) from None
+
+
+def _value(node: ast.expr) -> Any:  # Any: each argument's own type
+    """A literal; a bare word is a string, as a shell would swallow its quotes."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _place(text: str) -> tuple[str, str]:

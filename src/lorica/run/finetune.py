@@ -549,11 +549,13 @@ def save(plan: FineTuning) -> Path:
 
 def _figures(plan: FineTuning) -> dict[str, Any]:
     """What this verb adds to result.json."""
+    from lorica.embedded import named
+
     data, facts = plan.data, plan.data.facts
     found: dict[str, Any] = {
         "task": data.task,
         "model": {
-            "name": absolute(data.base),
+            "name": named(absolute(data.base)),
             "class": type(plan.model).__name__,
             "dtype": str(plan.model.dtype).removeprefix("torch."),
             "sha256": plan.adapters.hash_base(),

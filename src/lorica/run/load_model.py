@@ -49,11 +49,11 @@ def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     Raises:
         UsageError: the adapter is a whole model, or doesn't name its base.
     """
-    from lorica.embedded import base_path
+    from lorica.embedded import base_path, located
     from lorica.run.options import UsageError
 
     if model is not None:
-        return model
+        return located(model)
     if adapter is None:
         return str(base_path())
     from lorica import formats
@@ -67,7 +67,7 @@ def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     name = told["base"].get("name")
     if not name:
         raise UsageError(f"`--adapter {adapter}` does not name its base; give it with `--model`")
-    return name
+    return located(name)
 
 
 def read_config(
@@ -261,18 +261,29 @@ def load_model(
             "label2id": labels.label2id,
             "problem_type": labels.problem_type,
         }
-    try:
-        model, told = auto.from_pretrained(
-            name, trust_remote_code=trust_remote_code, output_loading_info=True, **more
-        )
-    except Exception as error:
-        raise ValueError(_cannot(f"a model for {task}", name, error)) from error
-    check_finite(model, name)
+    loaded = _from_checkpoint(
+        auto, f"a model for {task}", name, trust_remote_code=trust_remote_code, **more
+    )
+    model = loaded.model
     if dtype == "auto" and widen:
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.dtype is torch.float16:
                 tensor.data = tensor.data.float()
         model.config.dtype = model.dtype
+    return loaded
+
+
+def _from_checkpoint(kind: Any, what: str, name: str, **more: Any) -> FromCheckpoint:
+    """What a class of transformers makes of a checkpoint.
+
+    Args:
+        what: it is, for the message.
+    """
+    try:
+        model, told = kind.from_pretrained(name, output_loading_info=True, **more)
+    except Exception as error:
+        raise ValueError(_cannot(what, name, error)) from error
+    check_finite(model, name)
     return FromCheckpoint(model, frozenset(told["missing_keys"]))
 
 
@@ -308,14 +319,17 @@ def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None
 def load_base(
     adapter: str, name: str | None, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer
-    (None where neither folder has one).
+    """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer, or
+    the processor of a model that reads more than text (None where neither folder has one).
+
+    A model for a task that no verb here trains (images, speech) is loaded by the name of its class.
 
     Args:
         name: the base; None: the one that the adapter names.
         trust_remote_code: run code that the base brings, or names.
     """
     from lorica import formats
+    from lorica.embedded import located
     from lorica.formats.safe_files import locate
     from lorica.run.options import UsageError
 
@@ -329,8 +343,11 @@ def load_base(
             f"`{adapter}` is a whole model already (`{told['method']}` trains the base itself); use"
             " it as it is"
         )
+    name = located(name)
     config = read_config(name, trust_remote_code=trust_remote_code)
     task = _task(told, config)
+    if task is None:
+        return _by_class(own, name, _class_of(told, config))
     classes = _head_size(own, task)
     labels = own_labels(config, task)
     if labels is None and classes is not None:
@@ -353,8 +370,19 @@ _PEFT_TASKS = {
 }  # fmt: skip
 
 
-def _task(told: dict[str, Any], config: PretrainedConfig) -> str:
-    """What the adapter was trained for: its model's class says so, or PEFT's task type."""
+def _task(told: dict[str, Any], config: PretrainedConfig) -> str | None:
+    """What the adapter was trained for: its model's class says so, or PEFT's task type; None: it is
+    a task for which transformers has no such model."""
+    task = _named_task(told, config)
+    if task is None or not type(config).__module__.startswith("transformers."):
+        return task
+    import transformers
+
+    auto: Any = getattr(transformers, AUTO[task][0])
+    return task if type(config) in auto._model_mapping else None
+
+
+def _named_task(told: dict[str, Any], config: PretrainedConfig) -> str | None:
     if (found := _PEFT_TASKS.get(told["task_type"] or "")) is not None:
         return found
     for name in (told["base"].get("class"), *(config.architectures or [])):
@@ -363,18 +391,57 @@ def _task(told: dict[str, Any], config: PretrainedConfig) -> str:
                 # Models of images and text, which have no encoder-decoder, end in that name too.
                 if task != "seq2seq-lm" or config.is_encoder_decoder:
                     return task
+    return None
+
+
+def _class_of(told: dict[str, Any], config: PretrainedConfig) -> Any:
+    """The class of transformers that the adapter's model has, or its base.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    import transformers
+
+    for name in (told["base"].get("class"), *(config.architectures or [])):
+        kind: Any = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
     raise ValueError(
         f"`{told['path']}` does not say what its model does, and neither does the base (its class"
-        f" is {(config.architectures or ['unknown'])[0]}); allowed: {', '.join(AUTO)}"
+        f" is {(config.architectures or ['unknown'])[0]}, which transformers doesn't have). Load"
+        " the two in Python: `lorica.load(model, path)`"
     )
 
 
+def _by_class(adapter: Path, name: str, kind: Any) -> tuple[PreTrainedModel, Any]:
+    """`load_base` for a class of transformers."""
+    from transformers import AutoProcessor
+
+    classes = _classifier(adapter) if kind.__name__.endswith("Classification") else None
+    more = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
+    check_parts(name)
+    model = _from_checkpoint(kind, f"a {kind.__name__}", name, dtype="auto", **more).model
+    fit_adapter(model, adapter)
+    read = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in read):
+        return model, None
+    try:
+        return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(_cannot("a processor", name, error)) from error
+
+
 def _head_size(adapter: Path, task: str) -> int | None:
-    """Outputs of the classifier that lies in the adapter's folder; None: there is none."""
+    """Outputs of the classifier that lies in the adapter's folder; None: there is none, or the task
+    has none."""
+    classifies = task in ("sequence-classification", "token-classification")
+    return _classifier(adapter) if classifies else None
+
+
+def _classifier(adapter: Path) -> int | None:
+    """Outputs of a classifier in the adapter's folder; None: there is none."""
     from safetensors import safe_open
 
-    if task not in ("sequence-classification", "token-classification"):
-        return None
     for file in sorted(adapter.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():

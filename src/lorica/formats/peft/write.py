@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
+from lorica.embedded import named
 from lorica.formats.lorica_json import frozen_ranks
 from lorica.formats.peft.names import plain_modules, shadows, shortest, trained_names
 from lorica.formats.peft.places import (
@@ -150,7 +151,7 @@ def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
     return {
         "peft_type": peft_type,
         "auto_mapping": None,
-        "base_model_name_or_path": (base.name_or_path or None) if base is not None else None,
+        "base_model_name_or_path": (named(base.name_or_path) or None) if base is not None else None,
         "revision": None,
         "task_type": _task(adapters, modules),
         "inference_mode": True,
