@@ -136,8 +136,21 @@ class BaseLike(Protocol):
         ...
 
     @property
+    def dense(self) -> bool:
+        """What is stored are W's values; otherwise `weight` makes them, for a moment."""
+        ...
+
+    @property
     def parameter(self) -> nn.Parameter:
-        """The stored weight in its own layout."""
+        """What is stored, in its own layout."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of W's values."""
         ...
 
     def weight(self) -> Tensor:

@@ -5,34 +5,41 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from walk import IN, KINDS, OUT, adapt, inputs, one_hot, only
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from walk import IN, KINDS, OUT, One, adapt, inputs, one_hot, only
 
 import lorica
 from lorica.model.bases.base import AbstractBase, all_bases, base_for
 from lorica.recipe import registry
 from models import perturb
 
-SERVED = [
-    (base, kind) for base in all_bases() for kind in KINDS if base.serves(KINDS[kind]().layer)
-]
+
+def scaled_embedding() -> One:
+    torch.manual_seed(1)
+    return One(Gemma3TextScaledWordEmbedding(IN, OUT, padding_idx=0, embed_scale=3.0).double())
+
+
+KINDS = {**KINDS, "scaled embedding": scaled_embedding}
+DENSE = [base for base in all_bases() if base.dense]  # quantised ones: tests/test_quantised.py
+SERVED = [(base, kind) for base in DENSE for kind in KINDS if base.serves(KINDS[kind]().layer)]
 
 
 def test_every_base_is_exercised():
-    assert {base for base, _ in SERVED} == set(all_bases())
+    assert {base for base, _ in SERVED} == set(DENSE)
 
 
 @pytest.mark.parametrize(("base", "kind"), SERVED)
 def test_it_presents_the_weight_as_out_by_in(base, kind):
-    module, x = KINDS[kind]().layer, inputs(kind, 2, 3)
+    module, x = KINDS[kind]().layer, inputs(kind.split()[-1], 2, 3)
     store: AbstractBase = base(module)
     assert base_for(module) is base, "one file serves a module"
     assert (store.in_features, store.out_features) == (IN, OUT)
     weight = store.weight()
     assert weight.shape == (OUT, IN)
-    assert store.lookup == (kind == "embedding")
+    assert store.lookup == kind.endswith("embedding")
     torch.testing.assert_close(store.product(x), one_hot(x) @ weight.T)
     bias = store.bias()
-    torch.testing.assert_close(store.linear(x), module(x))
+    torch.testing.assert_close(store.finish(store.linear(x)), module(x))
     torch.testing.assert_close(
         store.linear(x), one_hot(x) @ weight.T + (0 if bias is None else bias)
     )
@@ -59,7 +66,7 @@ def test_pristine_and_writable_are_declared_as_they_are(base, kind):
     adapters = adapt(model, "lora", r=2)
     perturb(adapters)
     optimizer = lorica.optimizer(adapters, lr=0.1)
-    model(inputs(kind, 3)).square().sum().backward()
+    model(inputs(kind.split()[-1], 3)).square().sum().backward()
     optimizer.step()
     stored = only(adapters).store.parameter
     assert torch.equal(stored, published) == ("base_unchanged" in base.gives)

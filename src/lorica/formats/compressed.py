@@ -416,7 +416,7 @@ def _pair(name: str, layer: AdaptedLinear, method: str) -> nn.Sequential:
     A, B = read_full(factors.A), read_full(factors.B) * factors.scale
     keep = A.any(1) & B.any(0)
     keep[0] |= ~keep.any()
-    dtype = layer.store.parameter.dtype
+    dtype = layer.store.dtype
     bias = None if bias is None else read_full(bias).to(dtype)
     return _sequence(A[keep].to(dtype), B[:, keep].to(dtype), bias).train(layer.training)
 

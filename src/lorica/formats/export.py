@@ -241,7 +241,7 @@ def _change(
     try:
         for name, layer in adapters:
             keys = factor_keys(f"{PREFIX}{name}", layer.site.lookup)
-            A, B = (tensors[key].to(layer.store.parameter.device) for key in keys)
+            A, B = (tensors[key].to(layer.store.device) for key in keys)
             hooks.append(layer.register_forward_hook(partial(_beside, A, B)))
             layer.disabled = True
         after = outputs(adapters.model, sample)

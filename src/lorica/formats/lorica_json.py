@@ -26,6 +26,7 @@ from lorica.formats.safe_files import (
     sha256,
 )
 from lorica.model.adapters import Adapters
+from lorica.model.quantised import quantised
 from lorica.recipe.recipe import Recipe
 from lorica.text import cut, shorten
 
@@ -310,6 +311,11 @@ def frozen_ranks(adapters: Adapters) -> dict[str, int]:
 
 
 def base_dtypes(adapters: Adapters) -> str:
-    """The base's dtype; several are separated by commas."""
-    found = {str(p.dtype) for p in adapters.base_parameters().values() if p.is_floating_point()}
-    return ", ".join(sorted(d.removeprefix("torch.") for d in found))
+    """The base's dtype, or the format it is quantised in; several are separated by commas."""
+    packed = {id(store.parameter): store.format for store in quantised(adapters.model).values()}
+    found = {
+        packed.get(id(p), str(p.dtype).removeprefix("torch."))
+        for p in adapters.base_parameters().values()
+        if id(p) in packed or p.is_floating_point()
+    }
+    return ", ".join(sorted(found))

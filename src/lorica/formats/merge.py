@@ -150,7 +150,7 @@ def merge_to(
     count = len(adapters.layers)
     tied = [n for n in [*adapters.layers, *adapters.saved] if n in adapters.summary.tied]
     tied += [n for n, table in adapters.tables.items() if table.alone]
-    dtype = next((layer.store.parameter.dtype for _, layer in adapters), model.dtype)
+    dtype = next((layer.store.dtype for _, layer in adapters), model.dtype)
     check_effect(adapters, "the merged model")
     before = outputs(model, sample)
     with stand_in(adapters, sample) if approximate else contextlib.nullcontext({}) as lost:

@@ -252,7 +252,8 @@ class Adapters:
         return state.hash_exactly({**own, **self.state_dict()})
 
     def hash_base(self) -> str:
-        """SHA-256 of the frozen base, independent of the dtype it is held in.
+        """SHA-256 of the frozen base, independent of the dtype it is held in; of a quantised weight
+        over its packed bytes and all that they are read by.
 
         Modules that train in full are left out, and so are rows that train: a table with new rows
         at its end hashes as the one without. Computed once: with a method that writes to the
@@ -260,7 +261,7 @@ class Adapters:
         """
         self.check_attached()
         if self.base_hash is None:
-            self.base_hash = state.hash_values(self.base_parameters(), state.rows_left_out(self))
+            self.base_hash = state.hash_base(self)
         return self.base_hash
 
     def base_parameters(self) -> dict[str, nn.Parameter]:

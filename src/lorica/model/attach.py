@@ -27,6 +27,7 @@ from lorica.model.modules_to_save import (
     restore,
     train_in_place,
 )
+from lorica.model.quantised import dequantise, floating_dtype, quantised
 from lorica.model.summary import Summary, fill, say
 from lorica.model.targets import (
     Targets,
@@ -139,6 +140,8 @@ def attach(
         beside = targets.saved if wraps else [*targets.saved, *targets.layers]
         if (left := untrained(model, tables, beside)) is not None:
             logger.warning(left)
+    for store in quantised(model).values():
+        store.prepare()
     sites: dict[str, Site] = {}
     if wraps:
         sites = sites_of(
@@ -233,8 +236,10 @@ def detach(model: nn.Module) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Leave a plain model that computes what the adapted one does.
 
-    The effective weight is formed in float32 and rounded once to the base's dtype. A weight that is
-    shared with another module (a tied head) is untied first, in the configuration too.
+    The effective weight is formed in float32 and rounded once to the base's dtype. A quantised base
+    is given back as its values, in the dtype of the model's other weights: rounded to few bits
+    again, the sum would lose most of the update. A weight that is shared with another module (a
+    tied head) is untied first, in the configuration too.
 
     Args:
         model: the adapted model, compiled or not; it is returned.
@@ -251,18 +256,13 @@ def merge(model: nn.Module) -> nn.Module:
             " `lorica.save` the adapters, then load base and adapters in one process and merge"
             " there"
         )
-    untied = False
+    untied, dtype = False, floating_dtype(whole)
     plain: dict[str, nn.Module] = {}
     for name, layer in adapters.layers.items():
         weight, bias = layer.effective()
-        module, store = layer.base, layer.store
         untied |= name in adapters.summary.tied
-        value = (weight.T if store.transposed else weight).detach()
-        old = store.parameter
-        module.register_parameter("weight", nn.Parameter(value.to(old.dtype).contiguous()))
-        if bias is not None and bias is not module.bias:  # trained, or the combine's own
-            module.register_parameter("bias", nn.Parameter(bias.detach().to(old.dtype).clone()))
-        plain[name] = module
+        own = bias is not None and bias is not layer.base.bias  # trained, or the combine's
+        plain[name] = layer.store.replaced(weight, bias if own else None, dtype)
     for name, module in adapters.saved.items():
         untied |= name in adapters.summary.tied
         plain[name] = module.merged()
@@ -270,6 +270,7 @@ def merge(model: nn.Module) -> nn.Module:
         untied |= table.alone
         plain[name] = table.merged()
     replace(whole, plain)
+    replace(whole, dequantise(whole, dtype))
     if untied:
         for module in whole.modules():
             if (config := vars(module).get("config")) is not None:

@@ -77,7 +77,7 @@ class AdaptedLinear(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) that this layer computes with, in at least float32."""
-        with no_autocast(self.store.parameter.device.type):
+        with no_autocast(self.store.device.type):
             return self.combine.effective(self.store, self.update)
 
     def trained(self) -> list[tuple[str, nn.Parameter, str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lorica.model.adapters import Adapters
 
+from lorica.model.quantised import quantised
 from lorica.tensors.dtensor_ops import copy_, read_full, reshard
 from lorica.tensors.modules import named_parameters
 
@@ -81,6 +82,19 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
     for layer in adapters.layers.values():
         layer.update.delta.loaded()
         layer.combine.loaded()
+
+
+def hash_base(adapters: Adapters) -> str:
+    """See `Adapters.hash_base`."""
+    named: dict[str, Tensor] = {**base_parameters(adapters)}
+    packed = quantised(adapters.model)
+    paths = {id(store.parameter): path for path, store in packed.items()}
+    for name, p in [*named.items()]:
+        if (path := paths.get(id(p))) is not None:
+            del named[name]
+            owner = name.rpartition(".")[0]
+            named |= {f"{owner}.{part}": t for part, t in packed[path].stored().items()}
+    return hash_values(named, rows_left_out(adapters))
 
 
 _CHUNK = 1 << 24  # elements: bounded memory for large tables

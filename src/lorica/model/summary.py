@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
+from lorica.model.quantised import quantised, sizes
 from lorica.model.targets import Targets
 from lorica.model.token_rows import shown
 from lorica.recipe.recipe import Recipe
@@ -75,6 +75,7 @@ class Summary:
     left_out: dict[str, str] = field(default_factory=dict[str, str])
     unadapted: dict[str, float] = field(default_factory=dict[str, float])
     tied: dict[str, str] = field(default_factory=dict[str, str])
+    quantised: dict[str, int] = field(default_factory=dict[str, int])  # format -> weights in it
     memory: dict[str, int] = field(default_factory=dict[str, int])
     defaults: dict[str, dict[str, float | str]] = field(
         default_factory=dict[str, dict[str, float | str]]
@@ -103,6 +104,8 @@ class Summary:
             lines.append(
                 f"  adapted      {count} of shape {shape.split(',')[0]},{rank} s={info['scale']:g}"
             )
+        for stored, count in self.quantised.items():
+            lines.append(f"  quantised    {count} weight{'s' if count != 1 else ''} in {stored}")
         for name in self.saved:
             why = self.heads.get(name)
             lines.append(f"  in full      {name}" + f" ({why})" * bool(why))
@@ -139,12 +142,17 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     own = {id(p) for p in frozen_factors}
     shared = [t for _, t in adapters.shared]
     for t in trained:
-        _count(summary.trained, t.role if t.role != "module" else IN_FULL, t.parameter)
+        _count(summary.trained, t.role if t.role != "module" else IN_FULL, t.parameter.numel())
+    packed = sizes(model)
+    for store in quantised(model).values():
+        summary.quantised[store.format] = summary.quantised.get(store.format, 0) + 1
     for p in base.values():
-        _count(summary.frozen, "frozen factors" if id(p) in own else "base", p)
+        elements, _ = packed.get(id(p), (p.numel(), 0))
+        _count(summary.frozen, "frozen factors" if id(p) in own else "base", elements)
     for t in shared:
-        _count(summary.frozen, "frozen factors", t)
-    summary.total = sum(t.numel() for t in (*model.parameters(), *shared))
+        _count(summary.frozen, "frozen factors", t.numel())
+    summary.total = sum(packed.get(id(p), (p.numel(),))[0] for p in model.parameters())
+    summary.total += sum(t.numel() for t in shared)
     summary.saved = list(adapters.saved)
     groups: dict[int, list[str]] = {}
     for name, table in adapters.tables.items():
@@ -173,7 +181,11 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
         summary.materialise_from[key] = start_at
     size = sum(t.parameter.numel() * t.parameter.element_size() for t in trained)
     summary.memory = {
-        "base": sum(p.numel() * p.element_size() for p in base.values() if id(p) not in own),
+        "base": sum(
+            packed.get(id(p), (0, p.numel() * p.element_size()))[1]
+            for p in base.values()
+            if id(p) not in own
+        ),
         "trained": size,
         "frozen factors": sum(p.numel() * p.element_size() for p in (*frozen_factors, *shared)),
         "gradients": size,
@@ -190,7 +202,7 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
 def _merged_from(layer: AdaptedLinear, recipe: Recipe) -> int | None:
     """Tokens in a batch from which this layer multiplies with W + ΔW; None: never."""
     site, kernel = layer.site, recipe.kernel
-    wide = layer.store.parameter.dtype in (torch.float32, torch.float64)
+    wide = layer.store.dense and layer.store.dtype in (torch.float32, torch.float64)
     if kernel is None or not wide or site.lookup or recipe.lora_dropout:
         return None
     if layer.update.delta.pair() is None:
@@ -198,10 +210,10 @@ def _merged_from(layer: AdaptedLinear, recipe: Recipe) -> int | None:
     return kernel.threshold(site.in_features, site.out_features)
 
 
-def _count(groups: dict[str, dict[str, int]], name: str, p: Tensor) -> None:
+def _count(groups: dict[str, dict[str, int]], name: str, elements: int) -> None:
     group = groups.setdefault(name, {"tensors": 0, "elements": 0})
     group["tensors"] += 1
-    group["elements"] += p.numel()
+    group["elements"] += elements
 
 
 def say(text: str) -> None:

@@ -8,16 +8,19 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import Site
 from lorica.methods.optional import BuildsOtherRank
 from lorica.methods.ranks.base import first_matches
+from lorica.model.bases._quantised import Quantised
 from lorica.model.bases.base import AbstractBase, base_for
 from lorica.model.heads import head_names, topmost, within
 from lorica.model.layer import AdaptedLinear
+from lorica.model.quantised import quantised, sizes, unreadable
 from lorica.patterns import Endless, flaw, matching
+from lorica.recipe.compatibility import check_quantised
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.linalg import all_finite
 from lorica.tensors.modules import named_modules, named_parameters, unwrapped
@@ -298,6 +301,7 @@ def _fill_rest(model: nn.Module, out: Targets) -> None:
     """Matrices that stay frozen, and adapted weights that another module shares."""
     out.unadapted, out.tied = {}, {}
     places: dict[int, list[str]] = {}
+    packed = sizes(model)
     parameters = dict(named_parameters(model, remove_duplicate=False))
     for name, p in parameters.items():
         places.setdefault(id(p), []).append(name)
@@ -305,7 +309,8 @@ def _fill_rest(model: nn.Module, out: Targets) -> None:
         owners = [n.rpartition(".")[0] for n in names]
         adapted = [o for o in owners if o in out.layers or within(o, out.saved)]
         if not adapted and parameters[names[0]].ndim >= 2:
-            out.unadapted[" = ".join(names)] = parameters[names[0]].numel()
+            p = parameters[names[0]]
+            out.unadapted[" = ".join(names)] = packed.get(id(p), (p.numel(), 0))[0]
         for owner in adapted if len(owners) > 1 else []:
             out.tied[owner] = next(o for o in owners if o != owner)
 
@@ -318,9 +323,23 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
             wrapper of its own, an offloaded or sharded weight.
     """
     delta = recipe.delta
+    if recipe.target_modules == "all-linear":
+        for name, kind in unreadable(model).items():
+            raise ValueError(
+                f"{name!r} is a {kind}, which holds its weight in a packed form that Lorica can't"
+                " read. It reads weights quantised by bitsandbytes (nf4, fp4, int8) and torchao"
+                " (int8, float8 and intx, weights only); load the model in one of these formats, or"
+                " name the layers to adapt in `target_modules`"
+            )
+    if recipe.train_rest and (packed := quantised(model)):
+        name, store = next(iter(packed.items()))
+        check_quantised(recipe, store.gives, f"{name!r} is {store.format}")
     for name, kind in targets.layers.items():
         if kind is AbstractBase:
             continue
+        if issubclass(kind, Quantised):
+            stored = kind(model.get_submodule(name)).format
+            check_quantised(recipe, kind.gives, f"{name!r} is {stored}")
         recipe.check(kind.gives)
         if delta.wraps and kind.lookup and "lookup" not in recipe.given():
             word = next((c.name for c in recipe.choices if "lookup" in c.withdraws), delta.name)
@@ -371,8 +390,14 @@ def refuse_not_finite(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ValueError: naming the first of the modules with a value that is not finite.
     """
+    packed = quantised(model)
     for name in names:
-        for kind, p in model.get_submodule(name).named_parameters(recurse=False):
+        held: Mapping[str, Tensor] = dict(
+            packed[name].stored()
+            if name in packed
+            else model.get_submodule(name).named_parameters(recurse=False)
+        )
+        for kind, p in held.items():
             if not (p.is_meta or isinstance(p, DTensor)) and not all_finite(p):
                 raise ValueError(
                     f"the model's {name}.{kind} {tuple(p.shape)} holds values that are not finite,"
@@ -499,10 +524,10 @@ def sites_of(
     for name in names:
         store = targets.layers[name](model.get_submodule(name))
         r, alpha = given[name]
-        wide = torch.promote_types(store.parameter.dtype, dtype)
+        wide = torch.promote_types(store.dtype, dtype)
         site = Site(
             name, store.in_features, store.out_features, r, scale.factor(alpha, r),
-            store.lookup, wide if wide is torch.float64 else dtype, store.parameter.device,
+            store.lookup, wide if wide is torch.float64 else dtype, store.device,
             store.bias() is not None,
         )  # fmt: skip
         built = r

@@ -168,7 +168,7 @@ class Update(nn.Module):
         """ΔW (out, in) of the whole update, in at least float32."""
         if (factors := self.factors()) is not None:
             return factors.weight()
-        with no_autocast(base.parameter.device.type):
+        with no_autocast(base.device.type):
             own, frozen = self._own_weight(base), self.frozen_factors
         assert own is not None, "the combine needs a weight and the recipe's check let this pass"
         own = own.to(torch.promote_types(own.dtype, torch.float32))
@@ -180,7 +180,7 @@ class Update(nn.Module):
 
         In at least float32, without gradients. A V that nobody keeps is formed some rows at a time.
         """
-        with no_autocast(base.parameter.device.type):
+        with no_autocast(base.device.type):
             w = base.weight()
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
@@ -206,7 +206,7 @@ class Update(nn.Module):
         c² = rowsum(W²) + 2 rowsum((W Aᵀ) ∘ B) + rowsum((B A Aᵀ) ∘ B), the scale folded into B.
         What autograd keeps of this is small.
         """
-        with no_autocast(base.parameter.device.type):
+        with no_autocast(base.device.type):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
                 return vector_norm(base.weight().to(delta.dtype) + delta, dim=1)
@@ -258,7 +258,7 @@ class Update(nn.Module):
         y = self.dropped_part(dropped, base, keep)
         if (still := self.undropped_part(x)) is not None:
             y = y + still
-        return y.to(base.parameter.dtype) if self.lookup else y
+        return y.to(base.dtype) if self.lookup else y
 
     def _product(self, x: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
         if self.lookup:

@@ -210,6 +210,27 @@ def check_capabilities(recipe: Recipe, base: frozenset[str]) -> None:
             )
 
 
+def check_quantised(recipe: Recipe, gives: frozenset[str], base: str) -> None:
+    """The recipe leaves the frozen weights as they are, since packed ones cannot be written to.
+
+    Args:
+        gives: what a quantised base gives.
+        base: what is quantised, as the beginning of a sentence, e.g. `'q_proj' is nf4`.
+
+    Raises:
+        ValueError: naming the part of the method that writes.
+    """
+    writes = [_typed(recipe, c) for c in recipe.choices if (c.needs & DENSE) - gives]
+    writes += ["train_rest"] * recipe.train_rest
+    if writes:
+        raise ValueError(
+            f"{base}, and `{writes[0]}` writes to the base's weights during training, which a"
+            " quantised weight cannot take: the steps are smaller than its rounding. Load the base"
+            " in bfloat16 or float32, or choose a method that leaves it unchanged, such as `lora`,"
+            " `dora` or `pissa`"
+        )
+
+
 def _to_blame(recipe: Recipe, need: str, name: str) -> str:
     """The part of the method, as it was typed, that leaves `name` without what it needs."""
     withdraws = [_typed(recipe, c, name) for c in recipe.choices if need in c.withdraws]

@@ -45,8 +45,7 @@ def merge_(
     if pair is not None and init is not None:
         weight = _shape_of(layer)
         if init.reads_weight:
-            weight = read_full(store.parameter).to(weight.dtype)
-            weight = weight.T if store.transposed else weight
+            weight = read_full(store.weight()).to(weight.dtype)
             weight = weight if into_base else weight + update.weight(store)
         fill_(pair, init, weight, generator)
         if into_base:
@@ -60,7 +59,7 @@ def merge_(
 
 
 def _shape_of(layer: AdaptedLinear) -> Tensor:
-    dtype = torch.promote_types(layer.store.parameter.dtype, torch.float32)
+    dtype = torch.promote_types(layer.store.dtype, torch.float32)
     return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
 
 

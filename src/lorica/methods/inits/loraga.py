@@ -20,7 +20,8 @@ backward of its own through every batch (at the peak, a batch's gradients and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,7 +132,7 @@ class Loraga(StartsFromData, AbstractInit):
         data: Batches,
     ) -> Mapping[str, Components]:  # fmt: skip
         seen: dict[str, Components] = {}
-        for names in groups({n: layers[n].parameter.numel() for n in sites}):
+        for names in groups({n: s.out_features * s.in_features for n, s in sites.items()}):
             G = gradients(model, {n: layers[n] for n in names}, data)
             while G:
                 name = next(iter(G))
@@ -214,11 +215,18 @@ def gradients(model: nn.Module, layers: Mapping[str, BaseLike], data: Batches) -
     Raises:
         ValueError: no loss, or a weight that it does not depend on.
     """
-    leaves = {n: store.parameter.detach().requires_grad_() for n, store in layers.items()}
+    dense = {n: store for n, store in layers.items() if store.dense}
+    leaves = {n: store.parameter.detach().requires_grad_() for n, store in dense.items()}
     named: dict[str, Any] = {f"{n}.weight": leaf for n, leaf in leaves.items()}
     total: dict[str, Tensor] = {}
-    with torch.enable_grad():
+
+    def count_in(name: str, gradient: Tensor) -> None:
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        total[name] = wide if name not in total else total[name].add_(wide)
+
+    with torch.enable_grad(), _watching(layers) as calls:
         for i, batch in enumerate(data):
+            calls.clear()
             outputs: Any = functional_call(model, named, (), dict(batch), tie_weights=False)
             loss = _loss(outputs, batch)
             if not loss.isfinite():
@@ -227,12 +235,15 @@ def gradients(model: nn.Module, layers: Mapping[str, BaseLike], data: Batches) -
                     " gradient; every batch needs a loss that is a number: leave out rows whose"
                     " labels are all -100, or load the model in bfloat16 or float32"
                 )
-            found: Sequence[Tensor | None] = _grad(loss, [*leaves.values()], allow_unused=True)
-            for name, gradient in zip(leaves, found, strict=True):
+            wanted = [*leaves.values(), *(call.y for call in calls)]
+            found: Sequence[Tensor | None] = _grad(loss, wanted, allow_unused=True)
+            for name, gradient in zip(leaves, found[: len(leaves)], strict=True):
                 if gradient is not None:
-                    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                    total[name] = wide if name not in total else total[name].add_(wide)
-    if missing := [n for n in leaves if n not in total]:
+                    count_in(name, gradient)
+            for call, dy in zip(calls, found[len(leaves) :], strict=True):
+                if dy is not None:
+                    count_in(call.name, call.outer(dy))
+    if missing := [n for n in layers if n not in total]:
         raise ValueError(
             f"the loss over `data` does not depend on {missing[0]!r} ({len(missing)} such"
             " layer(s)), so its weight has no gradient to start from; every target has to take"
@@ -240,8 +251,44 @@ def gradients(model: nn.Module, layers: Mapping[str, BaseLike], data: Batches) -
             " reach them"
         )
     count = torch.tensor([float(len(data))])
-    means = {n: _mean(total.pop(n), count) for n in leaves}
+    means = {n: _mean(total.pop(n), count) for n in layers}
     return {n: G.T if layers[n].transposed else G for n, G in means.items()}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer whose weight is packed, and so can have no gradient."""
+
+    name: str
+    x: Tensor  # (..., in)
+    y: Tensor  # (..., out)
+
+    def outer(self, dy: Tensor) -> Tensor:
+        """The weight's gradient dYᵀ X (out, in), in at least float32."""
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        return dy.to(wide).flatten(0, -2).T @ self.x.to(wide).flatten(0, -2)
+
+
+@contextmanager
+def _watching(layers: Mapping[str, BaseLike]) -> Generator[list[_Call]]:
+    """Within, every call of a packed layer is noted."""
+    calls: list[_Call] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            calls.append(_Call(name, args[0].detach(), y))
+            return y
+
+        return hook
+
+    packed = {n: store for n, store in layers.items() if not store.dense}
+    handles = [s.module.register_forward_hook(note(n)) for n, s in packed.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:

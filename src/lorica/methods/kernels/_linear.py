@@ -19,6 +19,9 @@ scaling): V and x Aᵀ are formed again, a dropout mask is drawn again from its 
 autocast x is cast again, because layers share one x, and a cast copy for each layer would cost more
 memory.
 
+A weight that is not stored as dense values is `packed`: the product x Wᵀ is its format's own, W is
+made of it in backward for the gradient of x, and no sum is formed.
+
 Products with g are folded into V or B where these are smaller than an activation. From the product
 u = x Vᵀ, ∂L/∂g = Σ dY ∘ u; from the output of a layer without bias, ∂L/∂g = (Σ dY ∘ y) / g.
 """
@@ -51,7 +54,7 @@ class _Saved(NamedTuple):
     """What forward saves for backward."""
 
     x: Tensor | None
-    w: Tensor
+    w: Tensor | None  # None: packed
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -75,15 +78,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # Any: torch's context, which takes any attribute
-        x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        x: Tensor, w: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor,
         gain: Tensor | None, a2: Tensor | None, b2: Tensor | None, scale: float,
         forward_sum: bool, input_sum: bool, outer: bool, keep_sum: bool, p: float, seed: int,
         drop_all: bool, saves: str, dtype: torch.dtype, grad: bool, formed: Tensor | None = None,
+        packed: BaseLike | None = None,
     ) -> Tensor:  # fmt: skip
         needs = (grad and need for need in ctx.needs_input_grad)  # which is set under no_grad, too
         need_x, need_w, _, need_a, need_b, need_gain, *_ = needs
         g = None if gain is None else _apart_from_zero(gain, dtype)
-        call = _Call(x, w, bias, a, b, g, a2, b2, scale, p, seed, drop_all, dtype)
+        call = _Call(x, w, bias, a, b, g, a2, b2, scale, p, seed, drop_all, dtype, packed)
         call.plain = formed
         keep = need_gain and saves == "product"
         again = need_gain and saves == "nothing"
@@ -100,7 +104,7 @@ class _Linear(torch.autograd.Function):
             h if slim else None, u, call.formed if keep_sum and need_x and input_sum else None,
             g, y if output else None,
         ))  # fmt: skip
-        ctx.rest = scale, p, seed, drop_all, dtype
+        ctx.rest = scale, p, seed, drop_all, dtype, packed
         ctx.order = input_sum, outer and not slim
         return y
 
@@ -109,7 +113,7 @@ class _Linear(torch.autograd.Function):
         x, w, bias, a, b, gain, a2, b2, h, u, formed, g, y = _unpack(ctx)
         if torch.is_grad_enabled():  # a second derivative, in which saved products are constants
             formed = None
-            g = None if gain is None else _apart_from_zero(gain, ctx.rest[-1])
+            g = None if gain is None else _apart_from_zero(gain, ctx.rest[-2])
             if u is not None and x is not None:
                 u = None  # formed again from x, with its derivative
             if h is not None or u is not None:
@@ -121,7 +125,7 @@ class _Linear(torch.autograd.Function):
             call = _Call(x, w, bias, a, b, g, a2, b2, *ctx.rest)
             call.formed = formed
             out = call.backward(grads[0], h, u, y, ctx.needs_input_grad, *ctx.order)
-        return *out, *[None] * 14
+        return *out, *[None] * 15
 
 
 def _marked(y: Tensor) -> int:
@@ -233,11 +237,12 @@ class _Call:
     """The tensors of one call, in the dtype that it computes in."""
 
     def __init__(
-        self, x: Tensor | None, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        self, x: Tensor | None, w: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor,
         g: Tensor | None, a2: Tensor | None, b2: Tensor | None, scale: float, p: float, seed: int,
-        drop_all: bool, dtype: torch.dtype,
+        drop_all: bool, dtype: torch.dtype, packed: BaseLike | None,
     ) -> None:  # fmt: skip
-        self.w, self.a, self.b = w.to(dtype), a.to(dtype), b.to(dtype)
+        self.dense, self.packed, self.dtype = None if w is None else w.to(dtype), packed, dtype
+        self.a, self.b = a.to(dtype), b.to(dtype)
         self.input = None if x is None else x.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.k, self.still = a.shape[0], scale
@@ -253,6 +258,20 @@ class _Call:
             else:
                 self.frozen = right, left
         self.g = g
+
+    @property
+    def w(self) -> Tensor:
+        """W (out, in); made anew at each use where it is packed."""
+        if self.dense is not None:
+            return self.dense
+        assert self.packed is not None  # one of the two is given
+        return self.packed.weight().to(self.dtype)
+
+    def frozen_product(self, bias: Tensor | None) -> Tensor:
+        """x Wᵀ, plus the bias where one is given (N, out)."""
+        if self.packed is None:
+            return F.linear(self.x, self.w, bias)
+        return self.packed.product(self.x) if bias is None else self.packed.linear(self.x)
 
     @property
     def x(self) -> Tensor:
@@ -293,7 +312,7 @@ class _Call:
             y = F.linear(self.x, self.sum(not late), bias)
         else:
             h = self.small()
-            y = _plus(F.linear(self.x, self.w, bias), h, self.b.T, self.scale)
+            y = _plus(self.frozen_product(bias), h, self.b.T, self.scale)
             if self.frozen is not None:
                 a2, b2 = self.frozen
                 y = _plus(y, self.x @ a2.T, b2.T, self.still)
@@ -343,8 +362,9 @@ class _Call:
         """dY W + (dY B) A, without forming W + BA."""
         dx = z @ self.a
         dx = dx if self.mask is None else self.mask.blank_(dx)
-        w, (a2, b2) = self.w, self.frozen or (None, None)
-        if self.g is not None and dy.shape[0] <= w.shape[1]:  # on the smaller of the two
+        w, (a2, b2) = self.w, self.frozen or (None, None)  # w: made here once where it is packed
+        on_dy = dy.shape[0] <= w.shape[1]  # on the smaller of the two
+        if self.g is not None and on_dy:
             dy = _times(dy, self.g, fresh=False)
         elif self.g is not None:
             w = _times(w, self.g[:, None], fresh=False)
@@ -358,8 +378,9 @@ class _Call:
         return _over_tokens(dy, self._before_gain() if u is None else u)
 
     def _before_gain(self) -> Tensor:
-        u = self.x @ (self.sum(False).T if self.mask is None else self.w.T)
-        if self.mask is not None:
+        as_sum = self.mask is None and self.packed is None
+        u = self.x @ self.sum(False).T if as_sum else self.frozen_product(None)
+        if not as_sum:
             u.addmm_(self.small(), self.b.T, alpha=self.scale)
             if self.frozen is not None:
                 a2, b2 = self.frozen
@@ -372,13 +393,13 @@ class Plan(NamedTuple):
 
     Attributes:
         dtype: of the products.
-        w, own, frozen: W (out, in), the trained factors and the frozen ones.
+        w, own, frozen: W (out, in) where it is dense, the trained factors and the frozen ones.
         forms: whether W + ΔW (out, in) is used here, if the row scale forms it anyway.
     """
 
     order: Order
     dtype: torch.dtype
-    w: Tensor
+    w: Tensor | None
     own: Factors
     frozen: Factors | None
     forms: bool
@@ -419,21 +440,23 @@ class Fused(AbstractKernel):
         if update.delta.pair() is None or base.lookup or unlike:
             return None
         own, frozen = update.delta.factors(), update.frozen_factors
-        w, device = base.weight(), x.device
+        w, device = base.weight() if base.dense else None, x.device
         assert own is not None  # a pair has factors
         auto = torch.is_autocast_enabled(device.type)
         auto = auto and x.dtype != torch.float64  # which torch's autocast doesn't cast, either
         dtype = torch.get_autocast_dtype(device.type) if auto else x.dtype
         grad = torch.is_grad_enabled()
         order = self.order(Call(
-            tokens=x.numel() // max(x.shape[-1], 1), in_features=w.shape[1],
-            out_features=w.shape[0], r=own.A.shape[0],
+            tokens=x.numel() // max(x.shape[-1], 1), in_features=own.A.shape[1],
+            out_features=own.B.shape[0], r=own.A.shape[0],
             frozen_rank=0 if frozen is None else frozen.A.shape[0], dtype=dtype,
             device=device.type, exact=not rounds_float32(device.type), dropping=dropping,
-            needs_x=grad and x.requires_grad, needs_w=grad and w.requires_grad,
+            packed=w is None, needs_x=grad and x.requires_grad,
+            needs_w=grad and w is not None and w.requires_grad,
             needs_a=grad and own.A.requires_grad, needs_b=grad and own.B.requires_grad,
         ))  # fmt: skip
-        alike = dtype in WIDE and dtype == w.dtype == own.A.dtype  # the caller's sum is wide
+        # the caller's sum is wide
+        alike = dtype in WIDE and w is not None and dtype == w.dtype == own.A.dtype
         return Plan(order, dtype, w, own, frozen, order.forward_sum and alike)
 
     def product(
@@ -457,6 +480,6 @@ class Fused(AbstractKernel):
                 x.reshape(-1, x.shape[-1]), w, bias, own.A, own.B, g, a2, b2, own.scale,
                 order.forward_sum, order.input_sum, order.outer, self.keeps_sum(),
                 update.dropout if dropping else 0.0, dropout.draw_seed() if dropping else 0,
-                update.drop_frozen, saves, dtype, grad, formed,
+                update.drop_frozen, saves, dtype, grad, formed, base if w is None else None,
             )  # fmt: skip
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -8,7 +8,8 @@ With N tokens, m inputs, n outputs, rank k, multiplies in addition to the produc
 
 dY B is used for both x and A, so the two parts of backward are chosen together. In half precision,
 and where products round float32 to TF32, W + ΔW would lose small updates; under dropout there is no
-single weight. No sums are formed there.
+single weight; a packed one would have to be unpacked beside its own product. No sums are formed
+there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Call:
         r, frozen_rank: rank of the trained factors, and of the frozen ones.
         dtype, device: of the products, and the device's type.
         exact: whether products of float32 keep float32's precision, see `rounds_float32`.
+        packed: W is stored in another form than its values.
         needs_x, needs_w, needs_a, needs_b: whether a gradient of each is needed.
     """
 
@@ -51,6 +53,7 @@ class Call:
     device: str = "cpu"
     exact: bool = True
     dropping: bool = False
+    packed: bool = False
     needs_x: bool = True
     needs_w: bool = False
     needs_a: bool = True
@@ -65,7 +68,7 @@ def threshold(in_features: int, out_features: int) -> int:
 def sums_kept(call: Call) -> bool:
     """Whether W + ΔW may be formed."""
     exact = call.dtype is torch.float64 or call.exact
-    return call.dtype in WIDE and exact and not call.dropping
+    return call.dtype in WIDE and exact and not call.dropping and not call.packed
 
 
 def choose(call: Call) -> Order:

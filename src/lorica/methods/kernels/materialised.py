@@ -17,8 +17,8 @@ from lorica.methods.kernels._orders import Call, Order
 
 @dataclass(frozen=True, kw_only=True)
 class Materialised(Fused):
-    """Forms the effective weight at each call; under dropout, where there is no single weight, it
-    multiplies with the factors.
+    """Forms the effective weight at each call; under dropout, where there is no single weight, and
+    with a quantised base it multiplies with the factors.
 
     Args:
         keep: save the effective weight for backward, in·out elements per layer, instead of forming
@@ -34,7 +34,7 @@ class Materialised(Fused):
     keep: bool = False
 
     def order(self, call: Call) -> Order:
-        return Order() if call.dropping else Order(forward_sum=True, input_sum=True)
+        return Order() if call.dropping or call.packed else Order(forward_sum=True, input_sum=True)
 
     def keeps_sum(self) -> bool:
         return self.keep

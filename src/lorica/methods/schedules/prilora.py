@@ -156,7 +156,7 @@ class PriLora(AbstractSchedule, Regrows):
     def _learn(self, norms: dict[str, Tensor], adapters: AdaptersLike) -> None:
         """X̄ of every layer that had a token in this step, on some process."""
         seen = adapters.hooks.input_squares
-        devices = {name: adapters.layers[name].store.parameter.device for name in norms}
+        devices = {name: adapters.layers[name].store.device for name in norms}
         held = {name: old.to(devices[name]) for name, old in norms.items()}
         own = [seen.get(name, torch.zeros_like(old)) for name, old in held.items()]
         for (name, old), squares in zip(held.items(), sum_over_processes(own), strict=True):

@@ -1,7 +1,8 @@
 """Bases: how the frozen weight of a layer is stored, and how to multiply with it.
 
-A file here says which module classes it serves and presents each as W (out, in), whatever the
-module's own layout.
+A file here says which modules it serves, by what their weight is, and presents each as W (out, in),
+whatever the storage. The values of W and what is stored are two things: a quantised weight is
+packed integers and the scales to read them by, and W is made of them for one layer at a time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,6 +24,7 @@ class AbstractBase(abc.ABC):
     """A view of one module; holds the module, never its tensors (sharding replaces those)."""
 
     gives: ClassVar[frozenset[str]] = frozenset()
+    dense: bool = True  # what is stored are W's values, so `parameter` is W or Wᵀ
     lookup: bool = False
     padding: int | None = None  # the token id whose row does not train
     in_features: int
@@ -43,17 +47,34 @@ class AbstractBase(abc.ABC):
     @property
     @abc.abstractmethod
     def parameter(self) -> nn.Parameter:
-        """The stored weight in its own layout."""
+        """What is stored, in its own layout; packed where the weight is quantised."""
 
     transposed: bool = False  # the stored weight is Wᵀ (in, out)
 
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of W's values."""
+        return self.parameter.dtype
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """{name within the module: tensor} of all that W's values are made of."""
+        return {"weight": self.parameter}
+
     @abc.abstractmethod
     def weight(self) -> Tensor:
-        """W (out, in), a view where the storage allows."""
+        """W (out, in), a view where the storage allows, otherwise new."""
 
     @abc.abstractmethod
     def bias(self) -> Tensor | None:
         """b (out,)."""
+
+    def prepare(self) -> None:  # noqa: B027
+        """Called before the model's first adapted forward, also where no adapter is beside this
+        weight: rule out what its module would do to it by itself."""
 
     @abc.abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -66,6 +87,25 @@ class AbstractBase(abc.ABC):
     def finish(self, y: Tensor) -> Tensor:
         """What the module does with the product of its weight, adapted or not."""
         return y
+
+    @abc.abstractmethod
+    def replaced(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+        """A plain module with this weight (out, in) and bias (out,) instead.
+
+        Args:
+            bias: None: the module's own.
+            dtype: of the new weight where this base has none to keep.
+        """
+
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_dense(weight: object) -> bool:
+    """Whether a tensor holds values that torch's own products read, not a packed form of them."""
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING:
+        return False
+    return type(weight.data).dequantize is Tensor.dequantize  # quantised tensors have their own
 
 
 @functools.cache

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorica.model.bases.base import AbstractBase
-
-_PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from lorica.model.bases.base import FLOATING, AbstractBase, is_dense
 
 
 class _Dense(AbstractBase):
@@ -32,7 +30,7 @@ class _Dense(AbstractBase):
 
     @classmethod
     def serves(cls, module: nn.Module) -> bool:
-        return type(module) is cls.kind
+        return type(module) is cls.kind and is_dense(module.weight)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -52,6 +50,14 @@ class _Dense(AbstractBase):
         bias = self.bias()
         return F.linear(x, self.weight(), None if bias is None else bias.to(self.parameter.dtype))
 
+    def replaced(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+        value = (weight.T if self.transposed else weight).detach()
+        own = self.dtype
+        self.module.register_parameter("weight", nn.Parameter(value.to(own).contiguous()))
+        if bias is not None:
+            self.module.register_parameter("bias", nn.Parameter(bias.detach().to(own).clone()))
+        return self.module
+
 
 class DenseLinear(_Dense):
     kind: ClassVar[type[nn.Module]] = nn.Linear
@@ -62,9 +68,9 @@ class DenseLinear(_Dense):
 
     @classmethod
     def serves(cls, module: nn.Module) -> bool:
-        if type(module) is nn.Linear:
-            return True
-        return isinstance(module, nn.Linear) and _once(module, _is_linear)
+        if not isinstance(module, nn.Linear) or not is_dense(module.weight):
+            return False
+        return type(module) is nn.Linear or _once(module, _is_linear)
 
 
 class DenseConv1D(_Dense):
@@ -162,7 +168,7 @@ def _owns_plain_weight(module: nn.Module) -> bool:
     scales of a quantiser, no parametrisation."""
     own = dict(module.named_parameters(recurse=False))
     plain = own.keys() <= {"weight", "bias"} and "weight" in own
-    return plain and own["weight"].dtype in _PLAIN and next(module.children(), None) is None
+    return plain and own["weight"].dtype in FLOATING and next(module.children(), None) is None
 
 
 def _twin(module: nn.Module, sizes: dict[str, Any], **tensors: Tensor) -> nn.Module:

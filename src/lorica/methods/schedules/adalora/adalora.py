@@ -122,7 +122,7 @@ class AdaLora(Budgeted):
     def restore(self, state: State, training: TrainingLike) -> None:
         for kept in (state["mean"], state["spread"]):
             for name, own in kept.items():
-                device = training.adapters.layers[name].store.parameter.device
+                device = training.adapters.layers[name].store.device
                 own.update({side: value.to(device) for side, value in own.items()})
 
     def restarted(self, state: State, layers: Sequence[str]) -> None:

@@ -146,7 +146,7 @@ class Switchlora(Paced):
         for name in ring.STATE:
             state[name] = state[name].cpu()  # read in every step
         for name, layer in training.adapters:
-            device = layer.store.parameter.device if self.pools == "device" else "cpu"
+            device = layer.store.device if self.pools == "device" else "cpu"
             for side in ring.SIDES:
                 state[side][name] = state[side][name].to(device)
 
@@ -187,6 +187,6 @@ class Switchlora(Paced):
         for i, (name, layer) in enumerate(layers.items()):
             for side in ring.SIDES if k[i] else "":
                 at, slots = ring.turn(state, layer, i, side, int(k[i]), random)
-                rows = transfer.fetch(state[side][name], slots, layer.store.parameter.device)
+                rows = transfer.fetch(state[side][name], slots, layer.store.device)
                 out.append(Exchange(i, side, at, slots, rows))
         return Order(k, out)

@@ -1,0 +1,321 @@
+"""Quantised bases: every method that leaves the base as it is works on them, as on the plain model
+of their values; what writes to the base is refused.
+
+The oracles are the same adapter on a dense model that holds the quantised weights' values, and PEFT
+on the same quantised base.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from walk import data_for, every
+
+import lorica
+import models
+from lorica.model.modules_to_save import replace
+from lorica.model.quantised import dequantise, floating_dtype, quantised
+from lorica.recipe import Recipe
+from models import perturb
+
+
+def package(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the package's own import
+        return pytest.importorskip(name)
+
+
+package("bitsandbytes")
+package("torchao")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each cast of an input
+
+
+def _torchao(config, **given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = getattr(importlib.import_module("torchao.quantization"), config)(**given)
+        return TorchAoConfig(made)
+
+
+FORMATS = {
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nf4 with double quantisation": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
+    "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    "int8 (bitsandbytes)": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "int8 (torchao)": lambda: _torchao("Int8WeightOnlyConfig"),
+    "float8_e4m3fn (torchao)": lambda: _torchao("Float8WeightOnlyConfig"),
+    "int4 (torchao)": lambda: _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+}
+every_format = pytest.mark.parametrize("stored", FORMATS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense model of two layers on disk; 64 wide, which is a block of bitsandbytes."""
+    path = tmp_path_factory.mktemp("dense")
+    models.llama(hidden_size=64, intermediate_size=96).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def load(folder):
+    def load(stored, dtype=torch.float32):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=FORMATS[stored](), dtype=dtype
+            )
+        return model.train()  # in evaluation int8 of bitsandbytes rounds activations as well
+
+    return load
+
+
+def plain(model):
+    """The same model, its quantised weights replaced by their values."""
+    replace(model, dequantise(model, floating_dtype(model)))
+    return model.requires_grad_(False)
+
+
+def steps(model, adapters, n, lr=1e-2):
+    """Losses of n steps."""
+    optimizer = lorica.optimizer(adapters, lr=lr, total_steps=n)
+    losses = []
+    for seed in range(n):
+        batch = models.batch(model, seed)
+        loss = adapters.loss(model(**batch), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@every_format
+def test_the_format_is_recognised_by_what_the_weight_is(load, stored):
+    model = load(stored)
+    packed = quantised(model)
+    assert len(packed) == 14, "all linear layers but the head"
+    assert {store.format for store in packed.values()} == {stored}
+    for store in packed.values():
+        w = store.weight()
+        assert w.shape == (store.out_features, store.in_features)
+        x = torch.randn(5, store.in_features, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(store.product(x), x @ w.T.float(), rtol=1e-4, atol=1e-4)
+
+
+@every_format
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa+dora"])
+def test_it_trains_as_the_plain_model_of_its_values(load, stored, method):
+    model, twin = load(stored), plain(load(stored))
+    adapters = lorica.attach(model, method, r=4, verbose=False)
+    other = lorica.attach(twin, method, r=4, verbose=False)
+    batch = models.batch(model, 9)
+    for m in (model, twin):
+        m(**batch)["loss"].backward()
+    for (name, p), (_, q) in zip(
+        adapters.state_dict().items(), other.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+    for t, u in zip(adapters.trained(), other.trained(), strict=True):
+        torch.testing.assert_close(t.parameter.grad, u.parameter.grad, rtol=2e-3, atol=1e-5)
+        t.parameter.grad = u.parameter.grad = None
+    torch.testing.assert_close(
+        torch.tensor(steps(model, adapters, 10)), torch.tensor(steps(twin, other, 10)),
+        rtol=2e-3, atol=2e-3,
+    )  # fmt: skip
+
+
+def _keeps_base(word):
+    recipe = Recipe.parse(word)
+    return recipe.delta.wraps and not any("writable_base" in c.needs for c in recipe.choices)
+
+
+WORDS = [word for _, word in every()]
+KEEPING = [word for word in WORDS if _keeps_base(word)]
+
+
+@pytest.mark.parametrize("word", KEEPING)
+def test_every_method_that_keeps_the_base_runs_on_nf4(load, tmp_path, word):
+    model = load("nf4")
+    recipe = Recipe.parse(word)
+    fields = {"r": 4} if "r" in recipe.takes and not any(c.only_r for c in recipe.choices) else {}
+    if recipe.rank is not None and recipe.rank.reads_patterns:
+        fields["rank_pattern"] = {".*": 3}
+    adapters = lorica.attach(model, word, verbose=False, data=data_for(model, recipe), **fields)
+    published = adapters.hash_base()
+    assert torch.tensor(steps(model, adapters, 3)).isfinite().all()
+    adapters.base_hash = None
+    assert adapters.hash_base() == published
+    perturb(adapters)
+    live = model(**models.batch(model, 5))["logits"].detach()
+    lorica.save(adapters, tmp_path / "a")
+    again = load("nf4")
+    lorica.load(again, tmp_path / "a", verbose=False)
+    torch.testing.assert_close(again(**models.batch(model, 5))["logits"].detach(), live)
+
+
+@pytest.mark.parametrize("stored", ["nf4", "int8 (torchao)"])
+def test_a_start_from_gradients_is_that_of_the_values(load, stored):
+    """A packed weight has no gradient of its own; it is made of the layer's input and output."""
+    model, twin = load(stored), plain(load(stored))
+    made = Recipe.parse("loraga", r=2)
+    for m in (model, twin):
+        lorica.attach(m, made, data=data_for(m, made), verbose=False)
+    one, other = (m.state_dict() for m in (model, twin))
+    for name in [n for n in one if n.endswith((".A", ".B"))]:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["nf4 with double quantisation", "int8 (torchao)"])
+def test_files_name_the_format_and_other_bases_are_told(load, folder, tmp_path, stored):
+    model = load(stored)
+    adapters = lorica.attach(model, "dora", r=4, verbose=False)
+    assert stored in str(adapters.summary)
+    perturb(adapters)
+    lorica.save(adapters, tmp_path / "a")
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"held in .*{stored.split(' (')[0]}.*float32 here"):
+        lorica.load(dense, tmp_path / "a", verbose=False)
+    lorica.load(dense, tmp_path / "a", check_base=False, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize("stored", ["nf4", "int8 (bitsandbytes)"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_loads_the_adapter_on_the_same_base(load, tmp_path, stored, method):
+    model = load(stored)
+    adapters = lorica.attach(model, method, r=4, verbose=False)
+    perturb(adapters)
+    batch = models.batch(model, 3)
+    live = model(**batch)["logits"].detach()
+    lorica.save(adapters, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(load(stored), tmp_path / "a").train()
+    torch.testing.assert_close(theirs(**batch)["logits"].detach(), live, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_ten_steps_equal_pefts(load, method):
+    """On the same nf4 base, from the same start, with the same optimizer."""
+    model, other = load("nf4"), load("nf4")
+    adapters = lorica.attach(model, method, r=4, verbose=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=adapters.recipe.lora_alpha, use_dora=method == "dora",
+        target_modules=list(adapters.layers),
+    )  # fmt: skip
+    theirs = peft.get_peft_model(other, config).train()
+    named = dict(theirs.base_model.model.named_parameters())
+    with torch.no_grad():
+        for name, layer in adapters:
+            for side in "AB":
+                ours = layer.get_parameter(f"update.delta.{side}")
+                named[f"{name}.lora_{side}.default.weight"].copy_(ours)
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=5e-3, weight_decay=0)
+        for m in (model, theirs)
+    ]
+    losses = []
+    for seed in range(10):
+        batch = models.batch(model, seed)
+        pair = [m(**batch)["loss"] for m in (model, theirs)]
+        for loss, optimizer in zip(pair, optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append([loss.item() for loss in pair])
+    ours, peers = torch.tensor(losses).T
+    torch.testing.assert_close(ours, peers, rtol=1e-3, atol=1e-3)
+
+
+@every_format
+def test_merging_gives_the_plain_model_of_the_sum(load, stored, tmp_path):
+    model = load(stored)
+    adapters = lorica.attach(model, "dora", r=4, verbose=False, exclude_modules=["o_proj"])
+    perturb(adapters)
+    batch = models.batch(model, 3)
+    live = model(**batch)["logits"].detach()
+    lorica.merge(model)
+    torch.testing.assert_close(model(**batch)["logits"].detach(), live, rtol=1e-4, atol=1e-4)
+    assert not quantised(model), "what was not adapted is dequantised, too"
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").train()
+    assert "quantization_config" not in again.config.to_dict()
+    torch.testing.assert_close(again(**batch)["logits"].detach(), live, rtol=1e-4, atol=1e-4)
+
+
+def test_detaching_leaves_the_packed_bytes(load):
+    model = load("nf4")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    adapters = lorica.attach(model, "pissa+dora", r=4, verbose=False)
+    steps(model, adapters, 2)
+    with adapters.disabled():
+        live = model(**models.batch(model, 3))["logits"].detach()
+    lorica.detach(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert torch.equal(model(**models.batch(model, 3))["logits"].detach(), live)
+
+
+def test_training_goes_on_after_an_evaluation(load):
+    """Evaluating, bitsandbytes repacks weights on some CPUs for a kernel without a gradient; here
+    one of the layers has no adapter beside it."""
+    model = load("nf4")
+    adapters = lorica.attach(model, "lora", r=4, verbose=False, exclude_modules=["down_proj"])
+    with torch.no_grad():
+        model.eval()(**models.batch(model, 0))
+    model.train()(**models.batch(model, 0))["loss"].backward()
+    grads = [t.parameter.grad for t in adapters.trained() if t.role == "B"]
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+def test_half_precision(load):
+    model = load("nf4", torch.bfloat16)
+    adapters = lorica.attach(model, "dora", r=4, verbose=False)
+    assert {t.parameter.dtype for t in adapters.trained()} == {torch.float32}
+    losses = steps(model, adapters, 6)
+    assert losses[-1] < losses[0]
+    lorica.merge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["switchlora", "relora", "full", "galore"])
+def test_what_writes_to_the_base_is_refused(load, method):
+    with pytest.raises(ValueError, match=f"is nf4, and `{method}` writes to the base"):
+        lorica.attach(load("nf4"), method, verbose=False)
+
+
+def test_training_the_rest_in_place_is_refused(load):
+    with pytest.raises(ValueError, match="`train_rest` writes to the base"):
+        lorica.attach(load("nf4"), "lora", train_rest=True, verbose=False)
+
+
+def test_a_chain_keeps_finished_links_beside_a_quantised_base(load):
+    model = load("nf4")
+    adapters = lorica.attach(model, "raclora(every=2, accumulate='factors')", r=2, verbose=False)
+    steps(model, adapters, 5)
+    assert all(layer.update.frozen_A.shape[0] == 4 for _, layer in adapters)
+
+
+def test_a_packed_form_that_nobody_reads_is_named():
+    class Packed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 4
+            self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+        def forward(self, x):
+            return x
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Packed())
+    with pytest.raises(ValueError, match="'1' is a .*Packed.*packed form"):
+        lorica.attach(model, "lora", r=2, verbose=False)
+    lorica.attach(model, "lora", r=2, target_modules=["0"], verbose=False)
