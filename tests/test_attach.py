@@ -622,3 +622,29 @@ def test_what_trains_itself_says_how_it_is_stored_and_whether_it_is_a_matrix(fam
     model = MODELS[family]()
     one = lorica.attach(model, "full", target_modules=[table], verbose=False).trained()
     assert [(t.role, t.lookup, t.matrix) for t in one] == [("weight", True, False)]
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["1.shared_transformer.self_attn.q_proj"],
+                                     ["lm_head"], "all-linear"])  # fmt: skip
+def test_merging_unties_only_what_was_adapted(targets, tmp_path):
+    """Zamba2 has one block in several layers, under the flag that also ties the head."""
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=61, hidden_size=16, num_hidden_layers=4, num_mem_blocks=1, pad_token_id=0,
+        layers_block_type=["mamba", "hybrid", "hybrid", "hybrid"], mamba_d_state=4,
+        mamba_ngroups=1, n_mamba_heads=4, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, adapter_rank=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = Zamba2ForCausalLM(config).eval()
+    adapters = lorica.attach(model, "lora", r=2, target_modules=targets, verbose=False)
+    perturb(adapters, 0.5)
+    lorica.merge(model)
+    merged = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = Zamba2ForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), merged)
+    norms = [layer.shared_transformer.input_layernorm.weight for layer in loaded.model.layers[1:]]
+    assert norms[0] is norms[1] is norms[2], "what was not adapted is shared still"
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight or targets == ["lm_head"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from lorica.interfaces import Batch, Site
 from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, StartsFromData
@@ -239,7 +240,9 @@ def merge(model: nn.Module) -> nn.Module:
     The effective weight is formed in float32 and rounded once to the base's dtype. A quantised base
     is given back as its values, in the dtype of the model's other weights: rounded to few bits
     again, the sum would lose most of the update. A weight that is shared with another module (a
-    tied head) is untied first, in the configuration too.
+    tied head) is untied first, in the configuration too, unless other weights are shared still (a
+    block that occurs in several layers): transformers has one flag for all of them, and leaves
+    alone what differs in a checkpoint.
 
     Args:
         model: the adapted model, compiled or not; it is returned.
@@ -272,9 +275,7 @@ def merge(model: nn.Module) -> nn.Module:
     replace(whole, plain)
     replace(whole, dequantise(whole, dtype))
     if untied:
-        for module in whole.modules():
-            if (config := vars(module).get("config")) is not None:
-                config.tie_word_embeddings = False
+        _say_untied(whole)
     _release(adapters, by="merge")
     return model
 
@@ -388,6 +389,33 @@ def _build(
         store, update, combine.build(site), kernel, site, train_bias=recipe.bias != "none"
     )
     return layer.train(module.training)
+
+
+def _say_untied(model: nn.Module) -> None:
+    """Let configurations say that nothing is tied, where that is so, and let transformers forget
+    the pairs that are tied no more."""
+    shares: dict[int, bool] = {}  # configuration -> its parts have weights in common
+    parts: list[Any] = [
+        m for m in model.modules() if isinstance(m, PreTrainedModel)
+    ]  # Any: untyped
+    for part in parts:
+        held: dict[str, nn.Parameter] = dict(part.named_parameters(remove_duplicate=False))
+        known: dict[str, str] = part.all_tied_weights_keys
+        tied: dict[str, str] = {**part.get_expanded_tied_weights_keys(), **known}
+        still = {target for target, source in tied.items() if held[target] is held[source]}
+        for target in (
+            tied.keys() - still
+        ):  # what it shares with other targets would be written once
+            if sum(p is held[target] for p in held.values()) > 1:
+                owner, _, leaf = target.rpartition(".")
+                held[target] = nn.Parameter(held[target].detach().clone())
+                part.get_submodule(owner).register_parameter(leaf, held[target])
+        part.all_tied_weights_keys = {t: s for t, s in known.items() if t in still}
+        shares[id(part.config)] = shares.get(id(part.config), False) or bool(still)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if config is not None and not shares.get(id(config), any(shares.values())):
+            config.tie_word_embeddings = False
 
 
 def _release(adapters: Adapters, *, by: Released) -> None:
