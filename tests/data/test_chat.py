@@ -236,20 +236,6 @@ def test_a_thought_that_the_prompt_has_begun_is_not_begun_again(tmp_path, chatti
     assert trained(made, chatting) == ["\n</think>\n\ntwo<|im_end|>"]
 
 
-def test_an_end_mark_need_not_have_a_role(tmp_path, tokenizer):
-    """A special token that is only in the tokenizer's list ends a turn, as Gemma's does."""
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken("<turn|>", special=True)])
-    text = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<turn|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    chat = {"messages": [user("once?"), bot("two"), user("hello"), bot("four")]}
-    made = prepared(tmp_path, tokenizer, chat, chat_template=text)
-    assert trained(made, tokenizer) == ["two<turn|>", "four<turn|>"]
-
-
 def test_a_greeting_that_the_template_refuses_can_be_left_out(tmp_path, chatting):
     """Qwen3.5's kind wants a user's message in whatever it renders."""
     text = (
@@ -395,6 +381,16 @@ def test_keys_without_a_meaning_are_refused_by_name(turn, message, tmp_path, tok
         prepared(tmp_path, tokenizer, {"messages": [user("q"), turn]}, chat_template="plain")
 
 
+@pytest.mark.parametrize("value", [False, 0, 0.0])
+def test_an_unknown_key_that_says_no_is_refused_too(value, tmp_path, tokenizer):
+    chat = {"messages": [user("once?"), bot("two", calculate_loss=value)]}
+    with pytest.raises(ValueError, match="the key `calculate_loss`"):
+        prepared(tmp_path, tokenizer, chat, chat_template="plain")
+    for nothing in (None, "", []):
+        chat["messages"][1]["calculate_loss"] = nothing
+        assert trained(prepared(tmp_path, tokenizer, chat, chat_template="plain"), tokenizer)
+
+
 def test_a_key_that_the_template_writes_is_read(tmp_path, tokenizer):
     moody = "{% for m in messages %}{{ m.mood }} {{ m.role }}: {{ m.content }}\n{% endfor %}"
     row = {"messages": [user("q", mood="sad", name="Ada"), bot("a", mood="glad")]}
@@ -518,10 +514,19 @@ def test_begin_and_end_are_there_once(row, tmp_path, tokenizer):
         assert ids[0] == tokenizer.bos_token_id
         answers = sum(m["role"] == "assistant" for m in row.get("messages", [])) or 1
         text = tokenizer.decode(ids)
-        inside = "instruction" in row  # a BOS inside of a text is the text's own
-        assert ids.count(tokenizer.bos_token_id) == 1 + inside, text
+        assert ids.count(tokenizer.bos_token_id) == 1, text
         assert ids.count(tokenizer.eos_token_id) == answers, text
     assert trained(made, tokenizer)[-1].endswith("</s>")
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "<s>once?", "answer": "two"},
+    {"context": "<s> a fox", "question": " <s>once?", "answer": "two"},
+    {"instruction": "<s>once", "input": "<s>a fox", "output": "two"},
+])  # fmt: skip
+def test_a_begin_behind_the_words_of_a_plain_format(row, tmp_path, tokenizer):
+    (text,) = whole(prepared(tmp_path, tokenizer, row), tokenizer)
+    assert text.startswith("<s>") and text.count("<s>") == 1
 
 
 def test_begin_and_end_of_encoders(tokenizer, word_tokenizer):

@@ -316,3 +316,14 @@ def test_a_folder_of_everything_is_no_folder_of_data(tmp_path, monkeypatch):
         read(tmp_path)
     monkeypatch.setattr(module, "MOST_FILES", 9)
     assert len(read(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_that_is_separated_by_something_else(mark, tmp_path):
+    """As spreadsheets write it where the comma is the decimal mark."""
+    file = tmp_path / "a.csv"
+    file.write_text(f'text{mark}label\n"good, I think"{mark}a\n"so{mark}so"{mark}b\n')
+    rows = read(file)
+    assert rows["text"][:] == ["good, I think", f"so{mark}so"] and rows["label"][:] == ["a", "b"]
+    file.write_text(f"one{mark} two\nthree\n")
+    assert read(file, header=["text"])["text"][:] == [f"one{mark} two", "three"]

@@ -279,3 +279,23 @@ def test_class_names_of_a_data_set_are_kept(word_tokenizer):
     made = prepare(data, word_tokenizer, max_length=8)
     assert made.labels == Labels(("no", "yes"))
     assert made.dataset["labels"][:] == [1, 1]
+
+
+@pytest.mark.parametrize("rows, proposed", [
+    ([{"utterance": "turn it on", "intent": "on"}, {"utterance": "please stop", "intent": "off"}],
+     "'utterance'"),
+    ([{"src": "the cat", "tgt": "le chat"}] * 2, "{'prompt': 'src', 'completion': 'tgt'}"),
+    ([{"context": "sky", "question": "q", "answers": {"text": ["blue"]}}] * 2, None),
+    ([{"translation": {"en": "cat", "de": "Katze"}}] * 2, None),
+])  # fmt: skip
+def test_a_proposal_is_no_other_word_and_no_object(rows, proposed, tmp_path):
+    """`intent` was taken for a slip of `content`, and objects were proposed as texts."""
+    dataset = Dataset.from_list(rows)
+    sample = {name: dataset[name][:] for name in dataset.column_names}
+    with pytest.raises(ValueError, match="fit no shape") as error:
+        detect(dataset.column_names, sample=sample)
+    said = str(error.value).partition("\n")[0]
+    if proposed is None:
+        assert "answers'" not in said and "'translation'" not in said
+    else:
+        assert proposed in said and "'intent'" not in said.partition("'text': ")[2]

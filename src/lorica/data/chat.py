@@ -112,16 +112,18 @@ class Format:
             text = text.rstrip()
         return text
 
+    def within(self, text: str) -> str:
+        """A turn in a plain format without a BOS that one of its texts begins with."""
+        mark = self._start_text
+        return re.sub(rf"(?<=:[ \n])\s*{re.escape(mark)}\s*", "", text) if mark else text
+
     @cached_property
     def _start_text(self) -> str:
         return "".join(map(str, self.tokenizer.convert_ids_to_tokens(list(self.start))))
 
     @cached_property
     def _marks(self) -> tuple[str, ...]:
-        """Special tokens, those among them that have no role: turns often end in one."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        own = map(str, self.tokenizer.all_special_tokens)
-        return tuple(dict.fromkeys([*own, *(token.content for token in added if token.special)]))
+        return tuple(map(str, self.tokenizer.all_special_tokens))
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
@@ -466,7 +468,7 @@ class Format:
             )
         for i, message in enumerate(messages):
             for key in message.keys() - READ:
-                if not message[key]:
+                if message[key] in (None, "", [], {}):  # nothing; false and 0 say something
                     continue
                 gone = REASONING if key in REASONING else (key,)
                 bare = {name: value for name, value in message.items() if name not in gone}

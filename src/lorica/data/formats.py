@@ -84,8 +84,12 @@ def is_table(path: Path, options: Options) -> bool:
 
 def _delimiter(text: str) -> str:
     """What separates the fields of a table: what its first line has most of, tabs before all."""
-    line = next((line for line in text.splitlines() if line.strip()), "")
+    line = _head_line(text)
     return "\t" if "\t" in line else max((",", ";", "|"), key=line.count)
+
+
+def _head_line(text: str) -> str:
+    return next((line for line in text[:100_000].splitlines() if line.strip()), "")
 
 
 def _bytes_of(path: Path, data: bytes | None = None) -> bytes:
@@ -383,8 +387,12 @@ def _fits(value: Any) -> bool:
 
 def _separated(delimiter: str, quoting: Any) -> Callable[[Path, bytes, Options], pa.Table]:
     def reader(path: Path, data: bytes, options: Options) -> pa.Table:
-        text = _text_of(path, data)
-        rows = list(_fields(path, text, delimiter, quoting))
+        text, between = _text_of(path, data), delimiter
+        # A .csv of a program that writes semicolons or tabs has no comma in its first line.
+        unlike = delimiter == "," and "," not in _head_line(text)
+        if unlike and len(options.header or ("", "")) > 1:
+            between = _delimiter(text)
+        rows = list(_fields(path, text, between, quoting))
         if options.header is not None:
             header = list(options.header)
         elif rows:

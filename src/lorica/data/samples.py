@@ -83,9 +83,13 @@ class Document(AbstractCausalSample):
 
 @dataclass(frozen=True)
 class Exchange(AbstractCausalSample):
-    """Plain texts in turn, `(role, text)`, taken as they are; each answer ends with EOS."""
+    """Plain texts in turn, `(role, text)`, taken as they are; each answer ends with EOS.
+
+    `worded` turns hold texts of the data behind words of a plain format, such as `Question: `.
+    """
 
     turns: tuple[tuple[str, str], ...]
+    worded: bool = False
     divisible: ClassVar[bool] = False
     templated: ClassVar[bool] = False
 
@@ -93,6 +97,8 @@ class Exchange(AbstractCausalSample):
         (opener, first), *rest = self.turns
         first = form.bare(first, end=False)
         made = [form.begin(first)]
+        if self.worded:
+            first, rest = form.within(first), [(role, form.within(text)) for role, text in rest]
         for role, text in ((opener, first), *rest):
             text = form.bare(text, start=False) if role == ASSISTANT else text
             made.append(Piece(form.trains(role), text=text))

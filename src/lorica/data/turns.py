@@ -23,6 +23,7 @@ ROLES = {
     "chatgpt": ASSISTANT,
     "model": ASSISTANT,
     "bot": ASSISTANT,
+    "ai": ASSISTANT,
     "system": "system",
     "developer": "developer",
     "tool": "tool",

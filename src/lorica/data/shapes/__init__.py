@@ -10,6 +10,7 @@ shape, add a file: `shapes()` walks the folder. What a shape declares is held to
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,10 +163,15 @@ def detect(
             "(`columns={'messages': 'chosen'}` where they hold whole conversations)."
         )
     accepted = [each for each in asked if task is None or task in each.readers]
+    names = propose(accepted, have, sample or {})
     raise ValueError(
         f"The columns {listing(have)} fit no shape of data{f' for `{task}`' if task else ''}. "
-        f"Rename them with `columns={propose(accepted, have, sample or {})}` to one of these "
-        f"shapes:{_close(accepted, have)}\n" + describe(accepted)
+        + _close(accepted, have)
+        + (f"Rename them with `columns={names}`" if names else "Rename them")
+        + " to one of these shapes"
+        + ("" if names else ", with texts, not objects, in them")
+        + ":\n"
+        + describe(accepted)
     )
 
 
@@ -249,9 +255,10 @@ def propose(
             near = {_plain(name): name for name in have if name not in made.values()}
             close = next((near[n] for n in (column, *aliases) if n in near), None)
             if close is None:
-                hints = (nearest(n, near) for n in (column, *aliases))
-                hint = next((hint for hint in hints if hint), "")
-                close = near.get(hint.rpartition("`")[0].rpartition("`")[2]) if hint else None
+                hints = (_closest(n, near) for n in (column, *aliases))
+                close = next((near[hint] for hint in hints if hint), None)
+                if close in sample and not _is_read(sample[close]):
+                    close = None
             if close is not None:
                 made[column] = close
         if len(made) == len(each.columns) and len(made) > best[0]:
@@ -271,12 +278,26 @@ def propose(
     if len(texts) > 1 and serves & set(_GENERATES):
         first, second = sorted(texts[:2], key=list(have).index)
         return {"prompt": first, "completion": second}
+    if not texts and have and all(name in sample for name in have):
+        return {}
     return {"text": texts[0] if texts else (have[0] if have else "name")}
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    """The one of these that is spelt nearly like it: a slip, not another word."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)), None)
 
 
 def _close(accepted: Sequence[Shape], have: Sequence[str]) -> str:
     names = {name for each in accepted for column in each.columns.items() for name in _flat(column)}
-    return next((hint for name in have if (hint := nearest(name, names))), "")
+    found = next((hint for name in have if (hint := _closest(name, names))), None)
+    return "" if found is None or found in have else f"Did you mean `{found}`? "
+
+
+def _is_read(values: Sequence[Any]) -> bool:
+    """Whether a shape may read these as texts, figures or turns."""
+    kept = [revive(value) for value in values if value is not None]
+    return _is_turns(values) or not any(isinstance(value, dict) for value in kept)
 
 
 def _is_turns(values: Sequence[Any]) -> bool:

@@ -27,7 +27,7 @@ def chat(row: Row) -> Chat:
         plain.append((USER, opening + _plain(task, given)))
         plain.append((ASSISTANT, answer))
         opening = "\n\n"
-    return Chat(messages, plain=Exchange(tuple(plain)))
+    return Chat(messages, plain=Exchange(tuple(plain), worded=True))
 
 
 def source_target(row: Row) -> SourceTarget:

@@ -26,7 +26,7 @@ def chat(row: Row) -> Chat:
         plain.append((USER, f"{opening}{shown}Question: {question}\nAnswer:"))
         plain.append((ASSISTANT, f" {answer}"))
         opening = "\n\n"
-    return Chat(messages, plain=Exchange(tuple(plain)))
+    return Chat(messages, plain=Exchange(tuple(plain), worded=True))
 
 
 def source_target(row: Row) -> SourceTarget:
