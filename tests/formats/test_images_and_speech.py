@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -86,3 +87,43 @@ def test_a_head_of_other_classes_than_the_base(tmp_path):
     out = tmp_path / "merged"
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output-dir", str(out)]) == 0
     assert len(json.loads((out / "config.json").read_text())["id2label"]) == 5
+
+
+OLD = {  # part of a path today -> before transformers 5
+    llava: {"model.language_model.": "language_model.model."},
+    vit: {"vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query"},
+}
+
+
+@pytest.mark.parametrize("patterns", [False, True])
+@pytest.mark.parametrize("make", OLD)
+def test_names_from_before_transformers_5(make, patterns, tmp_path):
+    """PEFT's own reading is the oracle; the file is one of today with the keys of before."""
+    torch.manual_seed(0)
+    base = make()
+    vision = r".*vision.*" if make is llava else None
+    fields = {"r": 2, "target_modules": ["q_proj"], "exclude_modules": vision}
+    adapters = lorica.attach(base, **fields, verbose=False)
+    perturb(adapters)
+    out = lorica.save(adapters, tmp_path / "a")
+    (out / "lorica.json").unlink()
+    tensors = load_file(out / "adapter_model.safetensors")
+    config = json.loads((out / "adapter_config.json").read_text())
+
+    def old(name):
+        for now, before in OLD[make].items():
+            name = name.replace(now, before)
+        return name
+
+    save_file({old(k): t for k, t in tensors.items()}, out / "adapter_model.safetensors")
+    layer = old(next(iter(adapters.layers)))
+    config["target_modules"] = [layer] if patterns else [layer.rsplit(".", 1)[1]]
+    if patterns:
+        config |= {"lora_alpha": 99, "alpha_pattern": {layer: config["lora_alpha"]}}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    wanted = {n: t.clone() for n, t in adapters.state_dict().items()}
+    lorica.detach(base)
+    again = lorica.load(base, out)
+    assert again.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(t, wanted[n]) for n, t in again.state_dict().items())
+    assert [x.site.scale for _, x in again] == [2.0]

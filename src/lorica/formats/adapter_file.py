@@ -38,6 +38,7 @@ from lorica.formats.peft.config import (
 )
 from lorica.formats.peft.places import LORA, PREFIX
 from lorica.formats.peft.read import recipe_for
+from lorica.formats.peft.renamed import on_model
 from lorica.formats.peft.tables import tables_of, with_rows
 from lorica.formats.safe_files import (
     OWN_CONFIG,
@@ -388,8 +389,12 @@ class AdapterFile:
             ranks = ranks_from_data(recipe, self.own.layers)
             layers = tuple(self.own.layers)
             return AttachAs(recipe, self.own.heads, self.own.torch_dtype, False, ranks, layers)
-        recipe, frozen_start = recipe_for(model, *self.plain, self.config_file)
+        recipe, frozen_start = recipe_for(model, *self._named_as(model), self.config_file)
         return AttachAs(recipe, (), torch.float32, frozen_start)
+
+    def _named_as(self, model: nn.Module) -> tuple[Config, Mapping[str, Tensor]]:
+        """PEFT's configuration and tensors, under the names that this model's modules have."""
+        return on_model(model, *self.plain) if self.has_pairs else self.plain
 
     def state_for(self, adapters: Adapters) -> dict[str, Tensor]:
         """The state of adapters that were attached as `attach_as` says.
@@ -398,7 +403,7 @@ class AdapterFile:
             ValueError: listing every tensor that is missing, left over or of another shape.
         """
         if self.own is None:
-            config, tensors = self.plain
+            config, tensors = self._named_as(adapters.model)
             tables = tables_of(adapters.model, config, tensors, self.config_file)
             tensors = with_rows(adapters, tables, self.tensor_files[0])
             missing = left_out(config)

@@ -46,7 +46,9 @@ def tables_of(model: nn.Module, data: Config, tensors: Mapping[str, Tensor], fil
         ValueError: a table of another size, rows that don't fit the configuration, a name that
             means no module.
     """
-    modules, own = plain_modules(model), embedding_paths(model)
+    modules = plain_modules(model)
+    # Of images, the "input embeddings" are a module of several layers.
+    own = [p for p in embedding_paths(model) if own_weight(modules[p]) is not None]
     saved = in_full(data.get("modules_to_save") or (), modules)
     named = _named(modules, own, data, file)
     rest, tied = dict(tensors), list[str]()
