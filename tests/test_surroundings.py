@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -25,6 +26,8 @@ from torch.utils.checkpoint import (
 import lorica
 from lorica import Adapters
 from lorica.methods.kernels.base import Call, Order, Table, choose, measured
+from lorica.model.layer import AdaptedLinear
+from lorica.model.modules_to_save import TrainedModule
 from lorica.tensors.dtensor_ops import reduce_scalar
 from models import batch, llama, perturb
 
@@ -452,3 +455,111 @@ def test_accelerate_prepares_an_adapted_model_and_gives_it_back():
     assert Adapters.of(accelerator.unwrap_model(model)) is adapters
     model(**batch(model)).loss.backward()
     assert all(layer.update.delta.B.grad is not None for _, layer in adapters)
+
+
+# -- hooks of the caller's on layers ---------------------------------------------------------------
+
+
+def probed(adapt: Any) -> tuple[nn.Module, dict[str, list[Any]]]:
+    """A layer between two others with every kind of hook, adapted after or before they are put
+    there; what each of them saw."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    seen: dict[str, list[Any]] = {k: [] for k in ("before", "after", "kwargs", "back", "to back")}
+
+    def hooks(layer: nn.Module) -> None:
+        layer.register_forward_pre_hook(lambda m, args: (seen["before"].append(args[0]), None)[1])
+        layer.register_forward_hook(lambda m, args, y: (seen["after"].append(y), 2 * y)[1])
+        layer.register_forward_hook(
+            lambda m, args, kwargs, y: (seen["kwargs"].append(y), None)[1], with_kwargs=True
+        )
+        layer.register_full_backward_hook(
+            lambda m, dx, dy: (seen["back"].append((dx[0], dy[0])), None)[1]
+        )
+        layer.register_full_backward_pre_hook(lambda m, dy: (3 * dy[0],))
+
+    adapt(model, hooks)
+    return model, seen
+
+
+@pytest.mark.parametrize("first", ["hooks", "attach"])
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ["0"], "modules_to_save": ["1"]}])
+def test_hooks_run_once_on_what_the_layer_computes(first, fields):
+    def adapt(model: nn.Module, hooks: Any) -> None:
+        if first == "hooks":
+            hooks(model[1])
+        lorica.attach(model, "dora", r=2, verbose=False, **fields)
+        if first == "attach":
+            hooks(model.get_submodule("1"))
+        perturb(Adapters.of(model))
+
+    model, seen = probed(adapt)
+    merged, other = probed(lambda model, hooks: hooks(model[1]))
+    with torch.no_grad():
+        for mine, theirs in zip(merged, model, strict=True):
+            if isinstance(theirs, AdaptedLinear):
+                weight, bias = theirs.effective()
+                mine.weight.copy_(weight)
+                mine.bias.copy_(bias)
+            else:
+                own = theirs.copy if isinstance(theirs, TrainedModule) else theirs
+                mine.load_state_dict(own.state_dict())
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    torch.testing.assert_close(model(x), merged(twin))
+    model(x).sum().backward()
+    merged(twin).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    assert [len(v) for v in seen.values()] == [len(v) for v in other.values()] == [2, 2, 2, 1, 0]
+    torch.testing.assert_close(seen, other)
+    for take_out in (Adapters.of(model).disabled, lambda: lorica.detach(model)):
+        for found in seen.values():
+            found.clear()
+        if take_out.__name__ == "disabled":
+            with take_out():
+                model(x)
+        else:
+            take_out()
+            model(x)
+        assert [len(v) for v in seen.values()] == [1, 1, 1, 0, 0]
+
+
+def test_a_hook_that_was_removed_is_gone():
+    adapters, calls = net("lora"), []
+    handle = adapters.layers["0"].base.register_forward_hook(lambda *_: calls.append(1))
+    adapters.model(torch.ones(1, 12, dtype=torch.float64))
+    handle.remove()
+    adapters.model(torch.ones(1, 12, dtype=torch.float64))
+    assert calls == [1]
+
+
+def spectral(module: nn.Module) -> nn.Module:
+    return torch.nn.utils.spectral_norm(module)
+
+
+def patched(module: nn.Module) -> None:
+    module.forward = lambda x: x
+
+
+COMPUTED = {
+    "WeightNorm": lambda m: torch.nn.utils.weight_norm(m),
+    "SpectralNorm": spectral,
+    "L1Unstructured": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "_WeightNorm": lambda m: torch.nn.utils.parametrizations.weight_norm(m),
+    "`forward` was replaced": patched,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["0"]}, {"target_modules": ["1"], "modules_to_save": ["0"]}]
+)
+def test_a_weight_that_is_computed_is_refused_by_its_name(name, fields):
+    model = net_of(4)
+    COMPUTED[name](model[0])
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"'0'.*cannot be adapted.*{name}"):
+        lorica.attach(model, "lora", r=2, **fields)
+    assert before.keys() == model.state_dict().keys()
+    lorica.attach(model, "lora", r=2, target_modules=["1"], verbose=False)

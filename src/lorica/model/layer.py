@@ -12,6 +12,7 @@ from lorica.interfaces import Site
 from lorica.methods.combine.base import AbstractCombine
 from lorica.methods.kernels.base import AbstractKernel
 from lorica.model.bases.base import AbstractBase
+from lorica.model.module_hooks import share_hooks
 from lorica.model.update import Update
 from lorica.tensors.matmul import no_autocast
 
@@ -34,6 +35,7 @@ class AdaptedLinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.base = store.module
+        share_hooks(self.base, self)
         self.update = update
         self.combine = combine
         self.own = nn.Module()  # a bias that trains beside the frozen one
@@ -48,7 +50,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
-            return self.base(x)
+            return self.base.forward(x)
         if self.frozen_for_now:
             return self._forward_partly_frozen(x)
         y = self.store.finish(self.combine(x, self.store, self.update, self.kernel))

@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from lorica.model import state
 from lorica.model.layer import AdaptedLinear
+from lorica.model.module_hooks import share_hooks
 from lorica.model.targets import Targets
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.modules import named_modules, named_parameters, unwrapped
@@ -41,6 +42,10 @@ class TrainedModule(nn.Module):
         }
         self.base = base
         self.copy = copy.deepcopy(base, dict(shared))
+        for module, copied in zip(base.modules(), self.copy.modules(), strict=True):
+            share_hooks(module, copied)  # a probe is the caller's object, not a copy of it
+        share_hooks(nn.Module(), self.copy)
+        share_hooks(base, self)  # instead of the copy
         for name, p in self.copy.named_parameters():
             if only is None or name in only:
                 p.data = p.data.to(dtype)
@@ -52,7 +57,7 @@ class TrainedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # Any: whatever the original takes
         if self.disabled:
-            return self.base(*args, **kwargs)
+            return self.base.forward(*args, **kwargs)
         own = next(self.base.parameters()).dtype
         if own == self.dtype:
             return self.copy(*args, **kwargs)
@@ -78,6 +83,7 @@ class TrainedModule(nn.Module):
                 original.data = p.data
         for b, original in zip(self.copy.buffers(), self.base.buffers(), strict=True):
             b.data = b.data.to(original.dtype)
+        share_hooks(self.base, self.copy)
         return self.copy if self.only is None else self.base
 
     def __getattr__(self, name: str) -> Any:  # Any: of the original

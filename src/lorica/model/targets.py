@@ -18,6 +18,7 @@ from lorica.model.bases._quantised import Quantised
 from lorica.model.bases.base import AbstractBase, base_for
 from lorica.model.heads import head_names, topmost, within
 from lorica.model.layer import AdaptedLinear
+from lorica.model.module_hooks import computed_weight
 from lorica.model.quantised import quantised, sizes, unreadable
 from lorica.patterns import Endless, flaw, matching
 from lorica.recipe.compatibility import check_quantised
@@ -289,7 +290,7 @@ def _unsupported(name: str, module: nn.Module, inside: str | None) -> str:
     why = (
         f"torch.nn.{inside} reads its weight past any adapter"
         if inside
-        else f"it is a {type(module).__module__}.{type(module).__name__}"
+        else computed_weight(module) or f"it is a {type(module).__module__}.{type(module).__name__}"
     )
     return (
         f"`target_modules` matches {name!r}, which cannot be adapted: {why}. Allowed: nn.Linear,"
@@ -367,6 +368,10 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
                 f"{name!r} is wrapped by itself (a {type(module).__name__} around one layer), and"
                 " an adapter would take the wrapper's place. Attach first, and compile or"
                 " checkpoint then; wrappers around blocks or the whole model may stay"
+            )
+        if delta.wraps and (why := computed_weight(module)) is not None:
+            raise ValueError(
+                f"{name!r} cannot be adapted: {why}, or leave it out with `exclude_modules`"
             )
     layers = {name: model.get_submodule(name) for name in targets.layers}
     for name, layer in layers.items():

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lorica.model.heads import output_embeddings, within
+from lorica.model.module_hooks import share_hooks
 from lorica.model.targets import Targets, matches
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.modules import named_modules
@@ -67,14 +68,17 @@ class TokenRows(nn.Module):
         self.pad = indices.index(pad) if pad in indices else None  # torch never trains that row
         # A subclass may scale what it looks up, so it computes with the whole table itself.
         self.plain = type(base).forward in (nn.Embedding.forward, nn.Linear.forward)
+        if self.plain:  # else the hooks run where the base is called, on what it returns
+            share_hooks(base, self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: what the original takes
+        call: Callable[..., Tensor] = self.base.forward if self.plain else self.base
         if self.disabled:
-            return self.base(*args, **kwargs)
+            return call(*args, **kwargs)
         if not self.plain:
             return torch.func.functional_call(self.base, {"weight": self.weight}, args, kwargs)
         (x,) = (*args, *kwargs.values())
-        y: Tensor = self.base(x)
+        y = call(x)
         return self._looked_up(x, y) if self.lookup else self._with_logits(x, y)
 
     def _looked_up(self, ids: Tensor, y: Tensor) -> Tensor:

@@ -109,10 +109,10 @@ class DenseEmbedding(_Dense):
         return None
 
     def product(self, x: Tensor) -> Tensor:
-        return self.module(x)
+        return self.module.forward(x)
 
     def linear(self, x: Tensor) -> Tensor:
-        return self.module(x)
+        return self.module.forward(x)
 
 
 class ScaledEmbedding(DenseEmbedding):
