@@ -126,10 +126,18 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(lorica, llama, text, tmp_path) -> Callable[..., Ran]:
     """`train("--r", 2, out="a")`: six steps of the tiny model into tmp_path / out."""
 
-    def call(*words: object, out: str = "out", steps: int | None = 6, data: object = text) -> Ran:
+    def call(
+        *words: object,
+        out: str = "out",
+        steps: int | None = 6,
+        data: object = text,
+        file: object = None,
+    ) -> Ran:
         length = () if steps is None else ("--max-steps", steps)
+        first = () if file is None else (file,)
         return lorica(
-            "train", "--model", llama, "--data", data, "--output-dir", tmp_path / out, *length,
+            "train", *first, "--model", llama, "--data", data,
+            "--output-dir", tmp_path / out, *length,
             "--per-device-train-batch-size", 4, "--json", *words,
         )  # fmt: skip
 

@@ -297,3 +297,10 @@ def test_a_story_goes_on(generate, shared):
     file = shared / "data" / "tasks" / "gsm8k_test.jsonl.xz"
     ran = generate("--file", file, "--limit", 2, "--json", model=model)
     assert all(a["prompt"].startswith("Question: ") for a in ran.json["answers"])
+
+
+def test_what_the_tokenizer_loses_of_a_prompt_is_named(generate):
+    ran = generate("--prompt", "the cat sees 48/2 = 24", "--max-new-tokens", 1)
+    assert ran.status == 0 and "the tokenizer loses" in ran.err and "does not see them" in ran.err
+    ran = generate("--prompt", "the cat sees", "--max-new-tokens", 1)
+    assert ran.status == 0 and "loses" not in ran.err

@@ -316,3 +316,19 @@ def test_where_memory_runs_out_it_says_what_takes_less(lorica, train, llama, tmp
     ran = train()
     refused(ran, tmp_path, 1, "CUDA out of memory", "`--gradient-checkpointing`", "size`")
     assert "More" not in ran.err
+
+
+def test_a_mapping_in_yaml_beside_other_fields_of_transformers(train, tmp_path):
+    """The parser of flags rewrites the types of the fields, which mappings were checked against."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "save_steps: 1\nlr_scheduler_kwargs: {num_cycles: 2}\neval_strategy: no\n"
+        "gradient_checkpointing: true\ngradient_checkpointing_kwargs:\n  use_reentrant: true\n"
+        "load_best_model_at_end: false\n"
+    )
+    for _ in range(2):
+        ran = train("--overwrite-output-dir", steps=1, file=file)
+        assert ran.status == 0, ran.err
+    file.write_text("save_steps:\n  a: 1\n")
+    ran = train("--overwrite-output-dir", steps=1, file=file)
+    assert ran.status == 2 and "one value is wanted, not a mapping" in ran.err

@@ -43,6 +43,13 @@ class TrainingFields(Others):
         return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.name not in own}
 
     @cached_property
+    def annotations(self) -> dict[str, str]:
+        """The types as written; the parser changes those of the fields."""
+        from transformers import TrainingArguments
+
+        return {name: str(kind) for name, kind in TrainingArguments.__annotations__.items()}
+
+    @cached_property
     def parser(self) -> Any:
         from transformers import HfArgumentParser, TrainingArguments
 
@@ -72,7 +79,7 @@ class TrainingFields(Others):
         if value is None:
             return None  # unset
         if isinstance(value, dict):
-            if "dict" not in str(self.fields[name].type):
+            if "dict" not in self.annotations[name]:
                 raise UsageError(f"{place}: `{name}`: one value is wanted, not a mapping")
             return value
         words = [json.dumps(v) if isinstance(v, bool) else str(v) for v in _listed(value)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import stat
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 EXIT = "/exit"
 # What a verb says as it runs goes to standard error, so an answer grows there; it isn't said twice
 # where standard output is the same terminal. Asked here: within `run` there is no telling.
+logger = logging.getLogger("lorica")
+
 _TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 _TEXTS = Kind("TEXT ...", tuple, nargs="*")  # as they are: a comma or a space may be one
 _STDOUT = re.compile(r"/dev/stdout|/(dev|proc/self)/fd/1")
@@ -289,8 +292,12 @@ class _Work:
 
     def _generate(self, model: Any, prompts: list[Prompt], on_text: Any) -> list[list[Answer]]:
         from lorica.cli._model import progress
+        from lorica.data.fidelity import LIMIT, text_loss
         from lorica.inference.generate import generate
 
+        loss = text_loss(self.source.tokenizer, (prompt.text for prompt in prompts))
+        if loss.share > LIMIT:
+            logger.warning(f"the tokenizer loses {loss}: the model does not see them")
         return generate(
             model,
             self.source.tokenizer,

@@ -198,7 +198,7 @@ def check_causal(model: PreTrainedModel, columns: Collection[str] = ()) -> None:
             f"The column `{telling[0]}` looks like a classification: type "
             '`task="sequence-classification"`'
             if telling
-            else 'An encoder learns `task="sequence-classification"` or "token-classification"'
+            else "An encoder learns `task='sequence-classification'` and `token-classification`"
         )
         + ", or take a decoder (GPT, Llama, Qwen)."
     )

@@ -77,7 +77,8 @@ class RunOptions(
         """
         if self.brings_evaluation():
             return
-        late = own | {name: name in self.further for name in NEED_EVALUATION}
+        asked = (None, False, "no")  # `--eval-strategy no` asks for what there is
+        late = own | {name: self.further.get(name) not in asked for name in NEED_EVALUATION}
         for name in [name for name, given in late.items() if given]:
             raise UsageError(
                 f"`{flag(name)}` needs something to evaluate on: give {remedy} too, or leave it out"
