@@ -562,3 +562,50 @@ def test_the_date_of_a_template_can_be_given_again(tmp_path, chatting):
         assert made.chat_template is None, "the tokenizer keeps its own, which prints the day"
     chatting.chat_template = TEMPLATES["chatml"].text
     assert prepared(tmp_path, chatting, row).now is None
+
+
+HARMFUL = {
+    "{{ 1 / 0 }}": "ZeroDivisionError: division by zero",
+    "{% for i in range(10**9) %}{% endfor %}": "OverflowError: Range too big",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "calls itself without an end",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "nested too deeply",
+    "{{ messages[0].content.nothing.at.all }}": "has no attribute",
+    "{{ '\ud800' }}": "half a surrogate pair",
+    "{{ 'a' * 10**10 }}": "more than 1,024 MiB of memory",
+    "{{ 'a' * (2 * 10**7) }}": "its text has 20,000,000 characters",
+    "{{ raise_exception('no\x1b[2J\u202e\nway' ~ 'x' * 999) }}": r"no\\u001b\[2J\\u202e\\nwayx+",
+    "{{ messages | nothing }}": "No filter named 'nothing'",
+}
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["tokenizer's", "given"])
+@pytest.mark.parametrize("text", HARMFUL, ids=range(len(HARMFUL)))
+def test_whatever_a_template_raises_is_told(chatting, text, own):
+    if own:
+        chatting.chat_template, text, why = text, None, HARMFUL[text]
+    else:
+        why = HARMFUL[text]
+    with pytest.raises(ValueError, match="chat template .*" + why) as error:
+        Prompter(chatting, "causal-lm", text).messages([user("hello")])
+    assert type(error.value) is ValueError and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ lipsum(n=10**7) }}",
+        "{% set s = namespace(x=1) %}{% for i in range(9**5) %}{% set s.x = s.x * 7 %}{% endfor %}",
+    ],
+)
+def test_a_template_without_an_end_is_stopped(chatting, text, monkeypatch):
+    monkeypatch.setattr("lorica.data.bounded.PATIENCE", 0.2)
+    with pytest.raises(ValueError, match="has not ended after"):
+        Prompter(chatting, "causal-lm", text).messages([user("hello")])
+    assert Prompter(chatting, "causal-lm", "chatml").messages([user("hello")])  # nothing is left
+
+
+def test_a_template_files_own_faults(chatting, tmp_path):
+    (tmp_path / "a.jinja").write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(ValueError, match="a.jinja: it is no UTF-8 text. Name a file"):
+        Prompter(chatting, "causal-lm", str(tmp_path / "a.jinja"))

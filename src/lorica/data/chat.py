@@ -20,14 +20,16 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, cached_property
 from os.path import commonprefix
+from pathlib import Path
 from string import ascii_letters
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lorica.data.bounded import MEMORY, PATIENCE, Exceeded, bounded
 from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Flag, Piece, Ranges
 from lorica.data.turns import READ, REASONING, ROLES
 from lorica.data.words import excerpt, listing
-from lorica.text import nearest, to_path
+from lorica.text import nearest, one_line, shorten, to_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +55,7 @@ _TOOLS = "{% if tools %}{{ 'Tools: ' }}{{ tools | tojson }}{{ '\\n\\n' }}{% endi
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FLAGS = "-_0^#"  # of strftime's codes: `%-d`
 _THINK = "<think>"
+_MOST = 10_000_000  # characters of a template, and of a conversation that it has written
 _STAND_INS = ("Qx7", "Zk9")  # contents that share no beginning and no end
 
 COMPLETION = frozenset({ASSISTANT})
@@ -424,7 +427,7 @@ class Format:
                 **marks,
             )
 
-        texts, spans = self._guarded(messages, render)
+        [texts, spans] = self._guarded(messages, render)
         return texts[0], spans[0]
 
     def _misfit(self, index: int, before: str, after: str) -> ValueError:
@@ -502,7 +505,7 @@ class Format:
                 add_generation_prompt=prompt,
             )
 
-        return str(self._guarded(messages, render))
+        return str(self._guarded(messages, lambda: [render()])[0])
 
     def _source(self, tools: list[Any] | None) -> str:
         """The template's text, with a clock of its own where the time is fixed."""
@@ -513,17 +516,24 @@ class Format:
         return _clock(self.now) + text if dated and self.now is not None else text
 
     def _guarded(self, messages: list[dict[str, Any]], render: Callable[[], Any]) -> Any:
-        import jinja2
-
+        """What `render` returns, the text (or a list with it) in front, within bounds."""
         try:
-            return render()
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+            with bounded():
+                made = render()
+            text = made[0] if isinstance(made[0], str) else made[0][0]
+            text.encode()  # halves of surrogate pairs: no tokenizer takes them
+            why = None if len(text) <= _MOST else f"its text has {len(text):,} characters"
+        except Exception as error:  # a template can raise whatever Python does
+            made, why = None, _reason(error)
+        if why is not None:
+            roles = [str(message["role"]) for message in messages]
             raise ValueError(
-                f"the chat template ({self._template.name}) refuses the messages of "
-                f"{listing(message['role'] for message in messages)}: {error}. Correct the "
-                'conversation, give a message that is not to be trained `"train": false`, or use '
-                'another template (`chat_template="chatml"`).'
-            ) from error
+                f"the chat template ({self._template.name}) refuses the messages of"
+                f" {listing(roles)}: {why}. Correct the conversation, give a message that is not"
+                ' to be trained `"train": false`, or use another template'
+                ' (`chat_template="chatml"`).'
+            )
+        return made
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -537,6 +547,22 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
         spelt = {**function, **text}
         calls.append({**call, "function": spelt} if "function" in call else spelt)
     return {**message, "tool_calls": calls}
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a template that raised this, in one line."""
+    import jinja2
+
+    if isinstance(error, Exceeded):
+        return f"it has not ended after {PATIENCE:g} s"
+    if isinstance(error, MemoryError):
+        return f"it wants more than {MEMORY >> 20:,} MiB of memory"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or calls itself without an end"
+    if isinstance(error, UnicodeError):
+        return "it holds half a surrogate pair, which is no text"
+    said = one_line(error, 300)
+    return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
 
 
 def _in(part: str, text: str) -> bool:
@@ -597,12 +623,31 @@ def template_of(
         if not path.is_file():
             names = [*BUILT_IN, "none"]
             raise ValueError(
-                f"`chat_template={chosen!r}` is no file, no Jinja text (it has no braces), and "
-                f"none of {listing(names)}.{nearest(chosen, names)}"
+                f"`chat_template={shorten(chosen)}` is no file, no Jinja text (it has no braces), "
+                f"and none of {listing(names)}.{nearest(chosen, names)}"
             )
-        name, text = path.name, path.read_text(encoding="utf-8")
+        name, text = path.name, _template_file(path)
     _parse(name, text)
     return Template(name, text, bool(_MARKED.search(text)))
+
+
+def _template_file(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it can't be read, is no UTF-8, or is far longer than any template.
+    """
+    try:
+        if path.stat().st_size > _MOST:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, of {_MOST:,} at most")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        why = "it is no UTF-8 text" if isinstance(error, UnicodeError) else why
+        raise ValueError(
+            f"cannot read the chat template {path}: {why}. Name a file with a Jinja template, or a"
+            f" built-in one: {listing(BUILT_IN)}."
+        ) from None
 
 
 def _parse(name: str, text: str) -> None:
@@ -610,13 +655,20 @@ def _parse(name: str, text: str) -> None:
     import jinja2
 
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+    where = ""
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        with bounded():
+            plain.encode()
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        return
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"The chat template ({name}), line {error.lineno}, is not valid Jinja: {error}. "
-            f"Correct it, or use a built-in one: {listing(BUILT_IN)}."
-        ) from error
+        where, why = f", line {error.lineno},", one_line(error, 300)
+    except Exception as error:  # as in rendering it
+        why = _reason(error)
+    raise ValueError(
+        f"The chat template ({name}){where} is not valid Jinja: {why}. Correct it, or use a"
+        f" built-in one: {listing(BUILT_IN)}."
+    )
 
 
 def roles_of(train_on: str | Collection[str]) -> frozenset[str] | None:
