@@ -447,6 +447,29 @@ def test_a_gradient_of_zeros_spans_nothing():
 
 
 @pytest.mark.parametrize("svd", ["exact", "random"])
+def test_signs_of_the_library_do_not_count(monkeypatch, svd):
+    """Another library may return any pair of singular vectors negated."""
+    real = torch.linalg.svd
+
+    def negated(G, full_matrices=True, **options):
+        U, S, V = real(G, full_matrices=full_matrices, **options)
+        signs = torch.tensor([-1.0, 1.0], dtype=V.dtype).repeat(len(V))[: len(V)]
+        return U * signs, S, V * signs[:, None]
+
+    found = []
+    for other in (False, True):
+        with monkeypatch.context() as patch:
+            if other:
+                patch.setattr(torch.linalg, "svd", negated)
+            made, weights = optimizer(text_of(svd=svd, update_proj_gap=1), [draw(9, 7)])
+            for step in range(3):
+                weights[0].grad = draw(9, 7, seed=step)
+                made.step()
+        found.append(weights[0].detach().clone())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("svd", ["exact", "random"])
 def test_huge_and_tiny_gradients(svd):
     made, weights = optimizer(text_of(svd=svd, update_proj_gap=1), [draw(12, 8).float()])
     for step, by in enumerate((1e15, 1e-30, 1.0)):

@@ -39,7 +39,9 @@ def step(
     t = state.setdefault("t", 0)
     if t == 0 or (t >= offset and (t - offset) % gap == 0):
         U, _, V = torch.linalg.svd(G, full_matrices=False)
-        state["U"], state["V"] = U[:, :rank], V[:rank]
+        # Not the authors': each right vector's largest entry is positive, whatever the library.
+        signs = torch.stack([v[v.abs().argmax()].sign() for v in V])
+        state["U"], state["V"] = (U * signs)[:, :rank], (V * signs[:, None])[:rank]
     side, U, V = side_of(proj_type, W.shape), state["U"], state["V"]
     R = project(G, side, U, V)
     b1, b2 = betas

@@ -13,6 +13,11 @@ plain LoRA.
 `forward` takes the order with fewer multiplies for the actual shapes: the cores for a few tokens,
 A and B for many. The authors always go through the cores.
 
+The authors publish two index maps, which read different matrices out of the same cores. Their
+contraction, which is followed here, has the digits of the input in the leading cores; an earlier
+version reshapes the train straight to (out, in), with the digits of the output there. In a trial
+the two differed by 6.6. Cores that were trained with the other map have to be trained again.
+
 The start: each core uniform, divided by its own norm: ‖T‖ ≈ r^(−(D−1)/2). That is not zero, so
 attaching changes the authors' model. Here `direct` keeps that start, but ΔW = α·(T − T₀), T₀ from
 the first cores, which are frozen and saved, a few hundred per layer. `zero` starts with a last core

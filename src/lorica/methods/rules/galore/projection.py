@@ -76,13 +76,24 @@ def bases(
     G = gradient / size.log2().floor().exp2()  # rounds nothing; a sketch multiplies several of it
     if generator is None:
         U, _, V = svd(G)
-        return {"left": U[:, :r], "right": V[:r]}
+        return _signed(U[:, :r], V[:r])
     width = min(r + OVERSAMPLE, *G.shape)
     Q = qr(G @ draw((G.shape[1], width), generator).to(G))[0]
     for _ in range(POWERS):  # sharpen the spectrum; a QR between, or all columns turn into one
         Q = qr(G @ qr(G.mT @ Q)[0])[0]  # (m, width)
     U, _, V = svd(Q.mT @ G)
-    return {"left": Q @ U[:, :r], "right": V[:r]}
+    return _signed(Q @ U[:, :r], V[:r])
+
+
+def _signed(U: Tensor, V: Tensor) -> dict[str, Tensor]:
+    """The bases U (m, r) and V (r, n) with each pair's signs fixed: V's largest entry is positive.
+
+    A decomposition leaves the signs open, and libraries choose differently; moments outlive a
+    refresh, so the same run would come out differently on another machine.
+    """
+    at = V.abs().argmax(1, keepdim=True)
+    signs = torch.where(V.gather(1, at) < 0, -1.0, 1.0).to(V.dtype)  # (r, 1)
+    return {"left": U * signs.mT, "right": V * signs}
 
 
 class ProjectedOptimizer(_engine.RuleOptimizer):
