@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.interfaces import Batch, Outputs, Pair, Trained
+from lorica.methods.arguments import argument, rate
 from lorica.methods.groups.base import at_own_rate
 from lorica.methods.objectives.base import Context
 from lorica.methods.optional import Reweights, TrainsBase
@@ -181,12 +182,16 @@ class Adapters:
                 embeddings, norms and head); default `lr`.
 
         Raises:
-            ValueError: a rate below 0; `modules_lr` where no such module trains.
+            ValueError: a rate or a decay that is no finite number, or below 0; `modules_lr` where
+                no such module trains.
         """
+        lr = rate("lr", lr)
+        modules_lr = None if modules_lr is None else rate("modules_lr", modules_lr)
+        say = "a decay is a finite number, at least 0, e.g. 0.01"
+        weight_decay = argument("weight_decay", weight_decay, say)
         reshard(self.model)
-        return at_own_rate(
-            self.recipe.rule.groups(self, lr, weight_decay), self.trained(), lr, modules_lr
-        )
+        groups = self.recipe.rule.groups(self, lr, weight_decay)
+        return at_own_rate(groups, self.trained(), modules_lr)
 
     # -- loss and reference
 

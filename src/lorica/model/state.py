@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from lorica.model.adapters import Adapters
 
 from lorica.model.quantised import quantised
-from lorica.tensors.dtensor_ops import copy_, read_full, reshard
+from lorica.tensors.dtensor_ops import copy_, read_full, reshard, shard_of
 from lorica.tensors.modules import named_parameters
+from lorica.text import cut, shorten
 
 SHARED = "shared"  # owner, in the keys, of what all layers share
 
@@ -47,6 +48,7 @@ def buffers(adapters: Adapters) -> dict[str, Tensor]:
 
 def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
     """Write `saved` into the adapters; see `Adapters.load_state_dict`."""
+    _check_tensors(saved)
     reshard(adapters.model)
     before: dict[str, tuple[nn.Parameter | None, nn.Parameter | None]] = {}
     for site, layer in adapters.layers.items():
@@ -54,17 +56,23 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
         layer.update.fit_frozen_(*(saved.get(f"{site}.update.frozen_{side}") for side in "AB"))
     own = tensors(adapters)
     both = [n for n in own if n in saved and saved[n].shape != own[n].shape]
+    kind = torch.Tensor.is_floating_point
+    kinds = [n for n in own if n in saved and kind(saved[n]) != kind(own[n])]
+    trained = {t.name for t in adapters.trained()}
+    bad = [n for n in own if n in saved and not _finite(saved[n], n in trained)]
     wrong = {
         "missing": sorted(set(own) - set(saved)),
         "extra": sorted(set(saved) - set(own)),
         "shape": [f"{n} {tuple(saved[n].shape)} for {tuple(own[n].shape)}" for n in both],
+        "type": [f"{n} {saved[n].dtype} for {own[n].dtype}" for n in kinds],
     }
-    if any(wrong.values()):
+    if bad or any(wrong.values()):
         for site, (a, b) in before.items():
             update = adapters.layers[site].update
             update.frozen_A, update.frozen_B = a, b
+    if any(wrong.values()):
         listed = "; ".join(
-            f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            f"{what}: {', '.join(map(cut, names[:8]))}{' ...' if len(names) > 8 else ''}"
             for what, names in wrong.items()
             if names
         )
@@ -72,6 +80,12 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"the saved tensors are not those of these adapters: {listed}. The recipe here is"
             f" `{recipe.text()}` with r={recipe.r}; attach with the saved one"
+        )
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(own)} saved tensors hold values that are not finite, first"
+            f" {bad[0]}: they were saved after training had diverged, or are damaged. Load an"
+            " earlier checkpoint"
         )
     shared = {f"{SHARED}.{n}": n for n, _ in adapters.shared}
     for name, t in own.items():
@@ -95,6 +109,27 @@ def hash_base(adapters: Adapters) -> str:
             owner = name.rpartition(".")[0]
             named |= {f"{owner}.{part}": t for part, t in packed[path].stored().items()}
     return hash_values(named, rows_left_out(adapters))
+
+
+def _check_tensors(saved: object) -> None:
+    """It is what `state_dict` returned."""
+    entries: list[tuple[object, object]] = (
+        [*saved.items()] if isinstance(saved, Mapping) else [(None, saved)]  # pyright: ignore
+    )
+    for name, value in entries:
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = shorten(value) if name is None else f"{shorten(name)}: {shorten(value)}"
+            raise ValueError(
+                f"{what} is no state of adapters, which is a mapping from names to tensors; pass"
+                " what `adapters.state_dict()` returned, e.g."
+                " `torch.load('adapters.pt', weights_only=True)`"
+            )
+
+
+def _finite(value: Tensor, trains: bool) -> bool:
+    """Whether a tensor of a state can be one: of what is frozen, a mask may hold infinities."""
+    local = shard_of(value)[0]
+    return bool(local.isfinite().all()) if trains else not bool(local.isnan().any())
 
 
 _CHUNK = 1 << 24  # elements: bounded memory for large tables

@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
+from lorica.methods.arguments import whole_argument
 from lorica.methods.optional import FitsHorizon
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.model.adapters import Adapters
+from lorica.tensors import figures
 from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
+from lorica.tensors.linalg import floats
 from lorica.tensors.matmul import no_autocast
 from lorica.training.checks import GradientCheck
 from lorica.training.horizon import fitted_method
@@ -148,6 +151,11 @@ class _Binding:
     # -- checkpoints
 
     def check_loaded(self, optimizer: torch.optim.Optimizer, state: Own) -> None:
+        if not isinstance(state.get("state"), dict) or not state.get("param_groups"):
+            raise ValueError(
+                "this is no optimizer's state, which has `state` and `param_groups`; pass what"
+                " `optimizer.state_dict()` returned"
+            )
         own: Own = optimizer.param_groups[0][KEY]
         saved: Own | None = state["param_groups"][0].get(KEY)
         if saved is None:
@@ -168,6 +176,47 @@ class _Binding:
                     f"the checkpoint has {name} {saved[name]!r}, this run {own[name]!r}; resume"
                     f" with the same {name}, or start anew in another folder"
                 )
+        self._check_state(optimizer, state)
+
+    def _check_state(self, optimizer: torch.optim.Optimizer, state: Own) -> None:
+        """Every tensor is of the shape that the rule keeps for its parameter, and finite: torch
+        would copy it as it is, and a later step would fail, or spoil the weights."""
+        names = {id(t.parameter): t.name for t in self.adapters.trained()}
+        mine, theirs = optimizer.param_groups, state["param_groups"]
+        counts = [[len(g["params"]) for g in groups] for groups in (mine, theirs)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"the checkpoint's optimizer moves {sum(counts[1])} parameters in"
+                f" {len(counts[1])} groups, this one {sum(counts[0])} in {len(counts[0])}: other"
+                " layers trained, or at other rates. Attach and make the optimizer as it was then"
+            )
+        rule = self.adapters.recipe.rule
+        held: list[tuple[str, torch.Tensor]] = []
+        for group, other in zip(mine, theirs, strict=True):
+            for p, i in zip(group["params"], other["params"], strict=True):
+                name = names.get(id(p), "a parameter")
+                shapes = rule.state_shapes(group, p)
+                for key, value in state["state"].get(i, {}).items():
+                    if not isinstance(value, torch.Tensor):
+                        continue
+                    if (shape := tuple(value.shape)) != shapes.get(key, shape):
+                        raise ValueError(
+                            f"the optimizer's state has {key!r} of shape {shape} for {name!r},"
+                            f" which is {tuple(p.shape)} and needs {shapes[key]}: it is of another"
+                            " rank, or of another model. Attach with the rank that was saved"
+                        )
+                    if value.is_floating_point():
+                        held.append((f"{key!r} of {name!r}", value))
+        if not held:
+            return
+        values = [value for _, value in held]
+        norms = figures.local_norms(values, values[0].device, of=lambda value: value)
+        if bad := [name for (name, _), x in zip(held, floats(norms), strict=True) if x - x != 0]:
+            raise ValueError(
+                f"the optimizer's state has values that are not finite in {bad[0]}"
+                f" ({len(bad)} of {len(held)} tensors): it was saved after training had diverged,"
+                " or it is damaged. Resume from an earlier checkpoint"
+            )
 
     @on_cpu
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
@@ -195,15 +244,19 @@ def bind(
         optimizer: holds the parameters of `adapters`; made before or after sharding, bound before
         the first step.
         total_steps: the horizon, in optimizer steps, where a schedule needs it.
-        seed: of the schedules' random draws.
+        seed: of the schedules' random draws, at least 0.
         curve: what of the caller's learning rate is fitted to `total_steps`: a checkpoint of a
             shorter run is then refused. Default: nothing is.
 
     Raises:
-        ValueError: the optimizer is bound already, or moves parameters by another rule than the
-            recipe's; what a schedule refuses of the horizon.
+        ValueError: an argument is out of its range; the optimizer is bound already, or moves
+            parameters by another rule than the recipe's; what a schedule refuses of the horizon.
     """
     recipe = adapters.recipe
+    if total_steps is not None:
+        say = "the run's optimizer steps, a whole number, at least 1, e.g. 1000; or leave it out"
+        total_steps = whole_argument("total_steps", total_steps, say)
+    seed = whole_argument("seed", seed, "a whole number, at least 0, e.g. 42", least=0)
     if KEY in optimizer.param_groups[0]:
         raise ValueError("this optimizer is bound already; make a new one with `lorica.optimizer`")
     if not recipe.rule.made(optimizer):

@@ -9,7 +9,6 @@ To add one: copy `loraplus.py`.
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,18 +64,14 @@ def grouped(
 
 
 def at_own_rate(
-    groups: Iterable[Options], trained: Iterable[Trained], lr: float, modules_lr: float | None
+    groups: Iterable[Options], trained: Iterable[Trained], modules_lr: float | None
 ) -> list[Options]:
     """The same optimizer groups, but modules that train in full get groups of their own with the
     rate `modules_lr`, where that is given.
 
     Raises:
-        ValueError: a rate below 0 (torch checks the default alone), or a rate for such modules
-            where none trains.
+        ValueError: a rate for such modules where none trains.
     """
-    for name, rate in (("lr", lr), ("modules_lr", lr if modules_lr is None else modules_lr)):
-        if not 0 <= float(rate) < math.inf:
-            raise ValueError(f"`{name}={rate!r}`: a learning rate is a finite number, at least 0")
     if modules_lr is None:
         return [*groups]
     if not (modules := {id(t.parameter) for t in trained if t.role == "module"}):

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw as adamw_
 from lorica.methods.fields import is_number
 from lorica.methods.groups.base import Options
 from lorica.tensors import foreach
+from lorica.text import shorten
 
 Shape = tuple[int, ...]
 
@@ -53,10 +54,11 @@ class Adam(Elementwise):
 
     def check(self, options: Options) -> None:
         betas, eps = options["betas"], options["eps"]
-        if len(betas) != 2 or not all(is_number(b, 0) and b < 1 for b in betas):
-            raise ValueError(f"`betas={betas!r}`: two numbers in [0, 1), e.g. (0.9, 0.999)")
+        given: list[object] = [*betas] if isinstance(betas, (tuple, list)) else []  # pyright: ignore
+        if len(given) != 2 or not all(is_number(b, 0) and b < 1 for b in given):
+            raise ValueError(f"`betas={shorten(betas)}`: two numbers in [0, 1), e.g. (0.9, 0.999)")
         if not (is_number(eps) and eps > 0):  # at 0 a gradient of 0 would be 0/0
-            raise ValueError(f"`eps={eps!r}`: a number above 0, e.g. 1e-8")
+            raise ValueError(f"`eps={shorten(eps)}`: a number above 0, e.g. 1e-8")
 
     def shapes(self, shape: Shape, options: Options) -> dict[str, Shape]:
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
@@ -94,7 +96,7 @@ class Sgd(Elementwise):
     def check(self, options: Options) -> None:
         momentum = options["momentum"]
         if not (is_number(momentum, 0) and momentum < 1):
-            raise ValueError(f"`momentum={momentum!r}`: a number in [0, 1), e.g. 0.9")
+            raise ValueError(f"`momentum={shorten(momentum)}`: a number in [0, 1), e.g. 0.9")
 
     def shapes(self, shape: Shape, options: Options) -> dict[str, Shape]:
         return {"momentum_buffer": shape} if options["momentum"] else {}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lorica.interfaces import AdaptersLike, Pair, Trained
+from lorica.methods.arguments import refuse_unknown
 from lorica.methods.groups.base import Options, grouped, options_of
 from lorica.methods.rules._elementwise import Adam, Elementwise, Shape
 from lorica.methods.rules.base import AbstractRule, TrainerArguments
@@ -116,13 +117,7 @@ class EngineRule(AbstractRule):
         return plain, plain
 
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
-        allowed = self.plain.defaults
-        if unknown := [name for name in options if name not in allowed]:
-            raise ValueError(
-                f"`{unknown[0]}={options[unknown[0]]!r}` has no effect with the rule `{self.name}`;"
-                f" its optimizer takes {', '.join(f'`{k}`' for k in allowed)}. Leave it out, or put"
-                f" an argument of the rule into the method, e.g. `{self.name}(...)`"
-            )
+        refuse_unknown(self.name, options, self.plain.defaults)
         plain, pair = self.options(options)
         self.plain.check(plain)
         idle = [name for name in options if pair.get(name) != options[name]]
@@ -146,6 +141,15 @@ class EngineRule(AbstractRule):
         if args.adam_epsilon != fields["adam_epsilon"].default:
             out["eps"] = args.adam_epsilon
         return out
+
+    def state_shapes(self, group: Options, parameter: Tensor) -> Mapping[str, Shape]:
+        if not group["pair"]:
+            return self.plain.shapes(tuple(parameter.shape), group)
+        A, B = group["params"]
+        (r, wide), tall = A.shape, B.shape[0]
+        if parameter is A:
+            return self.shapes(r, wide, tall, group)
+        return {name: s[::-1] for name, s in self.shapes(r, tall, wide, group).items()}
 
     def state_elements(self, adapters: AdaptersLike) -> int:
         """Exactly, scalar tensors not counted."""
@@ -324,7 +328,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             return out
         (r, d), other = _wide_shape(factor), _wide_shape(partner)[1]
         for name, shape in self.rule.shapes(r, d, other, stack.options).items():
-            stored = shape[::-1] if factor.transposed else shape
+            stored = shape[::-1] if factor.transposed else shape  # as `state_shapes` says
             held = [self._state(p, name, stored, like=None) for p in factor.parameters]
             out[name] = stack_wide(held, factor.transposed)
         return out

@@ -5,13 +5,20 @@ m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← (1 − ηλ)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from lorica.methods.arguments import refuse_unknown
 from lorica.methods.groups.base import Options
+from lorica.methods.rules._elementwise import Adam
 from lorica.methods.rules.base import AbstractRule, TrainerArguments
+from lorica.text import shorten
+
+_SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")  # torch's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +47,27 @@ class AdamW(AbstractRule):
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
 
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
+        own = {"betas": (0.9, 0.999), "eps": 1e-8}
+        refuse_unknown(self.name, options, (*own, *_SWITCHES))
+        Adam().check({**own, **options})
+        for name in options.keys() & set(_SWITCHES):
+            if options[name] not in (True, False, None):
+                raise ValueError(f"`{name}={shorten(options[name])}`: True, False or None")
         parameters: list[torch.Tensor] = [p for group in groups for p in group["params"]]
         plain = all(type(p) is torch.nn.Parameter and p.is_cuda for p in parameters)
         if plain and not options.keys() & {"fused", "foreach", "capturable"}:
             # Fused, it can be told on the device to leave a step out, and no step waits for that.
             options = {**options, "fused": True}
-        return torch.optim.AdamW(groups, **options)
+        try:
+            return torch.optim.AdamW(groups, **options)
+        except (ValueError, RuntimeError) as error:  # of switches that exclude each other
+            raise ValueError(
+                f"torch's AdamW refuses {', '.join(f'`{k}={v!r}`' for k, v in options.items())}:"
+                f" {error}. Leave one of them out"
+            ) from error
+
+    def state_shapes(self, group: Options, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
+        return Adam().shapes(tuple(parameter.shape), group)
 
     def options_from(self, args: TrainerArguments) -> Options:
         fused = getattr(args.optim, "value", args.optim) == "adamw_torch_fused"

@@ -14,10 +14,12 @@ does not grow.
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from lorica.interfaces import AdaptersLike
 from lorica.methods.choice import Choice
@@ -74,6 +76,11 @@ class AbstractRule(Choice, abc.ABC):
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         """Make the optimizer. `options` (betas, eps, fused) are the caller's, e.g. the
         Trainer's."""
+
+    def state_shapes(self, group: Options, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what the optimizer keeps for a parameter of this group, by name, `()` for a
+        scalar: a checkpoint with others is refused. Names that are left out may be of any shape."""
+        return {}
 
     def options_from(self, args: TrainerArguments) -> Options:
         """`options` of `build` out of the Trainer's arguments. Where one was set and has no effect,

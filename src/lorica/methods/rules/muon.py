@@ -19,7 +19,7 @@ M and N are shorter by 1/(1 − μ), and NS divides by their norm anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -144,6 +144,11 @@ class Muon(_engine.EngineRule):
         plain, _ = self.options(options)
         made = [{**g, **(own if "matrices" in g else plain)} for g in groups]
         return MatrixOptimizer(self, made)
+
+    def state_shapes(self, group: Options, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
+        if "matrices" not in group:
+            return super().state_shapes(group, parameter)
+        return {"momentum_buffer": tuple(parameter.shape)}
 
     def state_elements(self, adapters: AdaptersLike) -> int:
         def elements(t: Trained) -> int:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lorica.interfaces import AdaptersLike, Trained
 from lorica.methods.fields import number, one_of, whole
@@ -149,6 +150,11 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
         super().build(groups, options)  # refuses options that it does not have
         plain, own = self.options(options)
         return ProjectedOptimizer(self, [{**g, **(own if "rank" in g else plain)} for g in groups])
+
+    def state_shapes(self, group: Options, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
+        if "rank" not in group:
+            return super().state_shapes(group, parameter)
+        return shapes(tuple(parameter.shape), group)
 
     def horizon(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> str:
         gap, steps = self.update_proj_gap, total_steps or 2 * GAP + 1

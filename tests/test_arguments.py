@@ -1,0 +1,131 @@
+"""What a call in Python is given is checked at the door, and the same for every rule."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorica
+from lorica.recipe import registry
+
+RULES = registry.names("rules")
+
+
+def adapted(word: str = "adamw", r: int = 2):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    try:
+        return lorica.attach(model, f"dora+{word}", r=r, train_rest=True, verbose=False)
+    except ValueError:  # a rule of whole matrices
+        return lorica.attach(model, word, r=r, verbose=False)
+
+
+def trained(word: str = "adamw", r: int = 2, steps: int = 2):
+    adapters = adapted(word, r)
+    optimizer = lorica.optimizer(adapters, lr=1e-3, total_steps=9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        adapters.model(torch.ones(3, 6)).square().sum().backward()
+        optimizer.step()
+    return adapters, optimizer
+
+
+NONSENSE = {
+    "total_steps": [0, -1, 2.5, 2.0, True, "10", math.nan, math.inf, [3], torch.tensor(3), 1j],
+    "lr": ["1e-3", -1e-3, math.nan, math.inf, True, [1e-3], 1j, 10**400, torch.ones(2), {}],
+    "modules_lr": ["1e-3", -1, math.nan, False],
+    "weight_decay": ["0.1", -0.1, math.nan, math.inf, None, True, [0.1]],
+    "seed": ["42", -1, 1.5, None, True],
+    "betas": [0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("0.9", "0.99"), None, (0.9, math.nan), "ab"],
+    "eps": ["1e-8", 0, -1e-8, math.nan, None, True],
+    "momentum": ["0.9", 1.0, -0.1, math.nan, None, True],
+    "fused": ["yes", 2],
+    "learning_rate": [1e-3],
+    "x" * 60_000: [1],
+}
+
+
+@pytest.mark.parametrize("word", RULES)
+def test_nonsense_is_refused_with_its_name_and_its_value(word):
+    adapters = adapted(word)
+    for name, values in NONSENSE.items():
+        for value in values:
+            with pytest.raises(ValueError) as caught:
+                lorica.optimizer(adapters, **{"lr": 1e-3, name: value})
+            text = str(caught.value)
+            assert f"`{name[:20]}" in text and len(text) < 4000, (name, value, text[:300])
+    optimizer = lorica.optimizer(adapters, lr=1e-3)  # nothing was bound, nothing is left over
+    assert optimizer.param_groups[0]["lorica"]["total_steps"] == 0
+
+
+def test_numbers_of_numpy_and_tensors_are_numbers():
+    adapters = adapted()
+    given = {"lr": np.float32(1e-3), "weight_decay": np.float64(0.1), "total_steps": np.int64(7)}
+    optimizer = lorica.optimizer(adapters, seed=np.int32(3), **given)
+    saved = optimizer.state_dict()["param_groups"]
+    kinds = {type(v) for g in saved for k, v in g.items() if k not in ("params", "lorica")}
+    assert not any(kind.__module__.startswith("numpy") for kind in kinds), "a safe load refuses it"
+    assert type(saved[0]["lorica"]["total_steps"]) is int
+    lorica.optimizer(adapted(), lr=torch.tensor(1e-3), fused=True)
+
+
+@pytest.mark.parametrize("fused, foreach", [(True, True)])
+def test_switches_of_torch_that_exclude_each_other(fused, foreach):
+    with pytest.raises(ValueError, match="torch's AdamW refuses .*Leave one of them out"):
+        lorica.optimizer(adapted(), lr=1e-3, fused=fused, foreach=foreach)
+
+
+@pytest.mark.parametrize("word", RULES)
+def test_an_optimizers_state_of_another_rank_or_not_finite_is_refused(word):
+    _, optimizer = trained(word)
+    good = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(optimizer.state_dict())
+    big = [v for s in good["state"].values() for v in s.values() if v.numel() > 1]
+    assert big
+    other = trained(word, r=3)[1]
+    with pytest.raises(ValueError, match="it is of another rank, or of another model"):
+        other.load_state_dict(good)
+    for value in (math.nan, math.inf):
+        bad = copy.deepcopy(good)
+        states = [v for s in bad["state"].values() for v in s.values() if v.numel() > 1]
+        states[-1].view(-1)[0] = value
+        with pytest.raises(ValueError, match="not finite in '.*Resume from an earlier"):
+            optimizer.load_state_dict(bad)
+    fewer = copy.deepcopy(good)
+    fewer["param_groups"][0]["params"] = fewer["param_groups"][0]["params"][:-1]
+    with pytest.raises(ValueError, match="the checkpoint's optimizer moves"):
+        optimizer.load_state_dict(fewer)
+    for nonsense in ({}, {"state": {}, "param_groups": []}):
+        with pytest.raises(ValueError, match="pass what `optimizer.state_dict"):
+            optimizer.load_state_dict(nonsense)
+    again = optimizer.state_dict()["state"]
+    for i, state in kept["state"].items():
+        assert all(torch.equal(v, again[i][k]) for k, v in state.items()), "nothing was written"
+    fresh = trained(word, steps=0)[1]
+    fresh.load_state_dict(good)
+
+
+@pytest.mark.parametrize("spoil, match", [
+    (lambda s: s.update({next(iter(s)): next(iter(s.values())) * math.nan}), "not finite, first"),
+    (lambda s: s.update({next(iter(s)): next(iter(s.values())).long()}), "type: .* torch.int64"),
+    (lambda s: s.update({next(iter(s)): next(iter(s.values()))[:1]}), "shape: "),
+    (lambda s: s.update({next(iter(s)): "x" * 9999}), "is no state of adapters"),
+    (lambda s: s.update({"x": torch.ones(1)}), "extra: x"),
+    (lambda s: s.clear(), "missing: "),
+])  # fmt: skip
+def test_a_state_of_adapters_that_cannot_be_one_is_refused_and_nothing_is_written(spoil, match):
+    adapters = adapted()
+    before = adapters.fingerprint()
+    saved = {k: v.clone() + 1 for k, v in adapters.state_dict().items()}
+    spoil(saved)
+    with pytest.raises(ValueError, match=match) as caught:
+        adapters.load_state_dict(saved)
+    assert adapters.fingerprint() == before and len(str(caught.value)) < 2000
+    for nonsense in ("adapters.pt", None, [1], {1: torch.ones(1)}):
+        with pytest.raises(ValueError, match="is no state of adapters"):
+            adapters.load_state_dict(nonsense)
