@@ -5,7 +5,10 @@ clear message.
     [--out FILE]
 
 Half of the inputs are blind changes of a good file (flips, cuts, insertions); the other half know
-the format and change exactly one thing. Every input is read in a forked child with a limit on time
+the format and change exactly one thing. Subjects of their own plant values of certain kinds
+(`--subject pattern`, `template`, `columns`, `escape`, `call`): patterns that take years wherever a
+pattern may stand, templates without an end, tables with many columns, text that a terminal would
+obey, and arguments of calls in Python. Every input is read in a forked child with a limit on time
 and memory; the child has no terminal and is answered "y" whatever it asks. `--only NUMBER` makes
 one input again, byte for byte, and shows what came of it.
 
@@ -119,6 +122,7 @@ def report(results: list[Result], seconds: float, options: argparse.Namespace) -
             f" | {len(refused)} | {len(said)} | {other} |"
         )
     peak = max(found.memory for found in every)
+    sizes = sorted(len(found.text) for found in every if found.kind == "refused") or [0]
     slowest = max(found.seconds for found in every)
     lines += [
         "",
@@ -127,9 +131,11 @@ def report(results: list[Result], seconds: float, options: argparse.Namespace) -
         f" {kinds['refused']}",
         f"- inputs read without an error: {worst['success']}; refused by at least one reader:"
         f" {worst['refused']}",
-        f"- distinct messages, numbers and names aside: {len(messages)}",
+        f"- distinct messages, numbers and names aside: {len(messages)}; characters of a message:"
+        f" median {sizes[len(sizes) // 2]}, most {sizes[-1]:,}",
         f"- crashes (another error than ours, or one without its parts): {kinds['foreign']};"
-        f" killed: {kinds['killed']}; hangs: {kinds['hang']}; code run: {kinds['executed']}",
+        f" killed: {kinds['killed']}; hangs (by processor time): {kinds['hang']};"
+        f" code run: {kinds['executed']}",
         f"- beyond {GROWTH >> 20} MiB: {kinds['memory']}; most memory that an input added:"
         f" {peak / 2**20:.0f} MiB; slowest read: {slowest:.1f} s",
     ]

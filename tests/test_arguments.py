@@ -63,6 +63,27 @@ def test_nonsense_is_refused_with_its_name_and_its_value(word):
     assert optimizer.param_groups[0]["lorica"]["total_steps"] == 0
 
 
+FORMS = {
+    "target_modules": [2.5, True, {"a": 1}, b"q", [1], [None], int],
+    "exclude_modules": [2.5, 1, {"a": 1}, [1]],
+    "modules_to_save": ["0", 1, [2], 2.5],
+    "layers_to_transform": [-1, 2.5, "0", ["0"], [0.5], True, [True]],
+    "rank_pattern": [(0.9, 1), 3, "q", [1], None],
+    "alpha_pattern": [(0.9, 1), 3.5],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_names_and_layers_of_another_form_are_refused(name):
+    for value in FORMS[name]:
+        with pytest.raises(ValueError, match=f"`{name}") as caught:
+            lorica.attach(nn.Sequential(nn.Linear(6, 8)), "lora", verbose=False, **{name: value})
+        assert len(str(caught.value)) < 1000
+    assert lorica.Recipe(layers_to_transform=range(2)).layers_to_transform == (0, 1)
+    assert lorica.Recipe(layers_to_transform=1).layers_to_transform == (1,)
+    assert lorica.Recipe(target_modules={"b", "a"}).target_modules == ("a", "b")
+
+
 def test_numbers_of_numpy_and_tensors_are_numbers():
     adapters = adapted()
     given = {"lr": np.float32(1e-3), "weight_decay": np.float64(0.1), "total_steps": np.int64(7)}
@@ -96,6 +117,12 @@ def test_an_optimizers_state_of_another_rank_or_not_finite_is_refused(word):
         states[-1].view(-1)[0] = value
         with pytest.raises(ValueError, match="not finite in '.*Resume from an earlier"):
             optimizer.load_state_dict(bad)
+    lost = copy.deepcopy(good)
+    entries = max(lost["state"].values(), key=len)
+    del entries[min(entries)]
+    if entries:  # else it is a parameter that never had a gradient
+        with pytest.raises(ValueError, match="has no numbers .*Resume from a checkpoint"):
+            optimizer.load_state_dict(lost)
     fewer = copy.deepcopy(good)
     fewer["param_groups"][0]["params"] = fewer["param_groups"][0]["params"][:-1]
     with pytest.raises(ValueError, match="the checkpoint's optimizer moves"):

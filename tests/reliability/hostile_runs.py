@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hostile_kinds import raw
+
 import lorica
 from lorica.run.options import UsageError
 
@@ -196,6 +198,7 @@ def command(*words: object) -> None:
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as told,
         contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(told if "--json" not in words else sys.stdout),
     ):
         try:
             status = cli.main([str(word) for word in words])
@@ -203,6 +206,8 @@ def command(*words: object) -> None:
             cli._message = plain
         told.seek(0)
         text = told.read()
+    if (found := raw(text)) is not None:
+        raise RuntimeError(f"{found} reaches the terminal: {text[-300:]!r}")
     if status == 0:
         return
     if errors:

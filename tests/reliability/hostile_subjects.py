@@ -31,6 +31,7 @@ from hostile_bytes import (
     in_torch,
     in_yaml,
 )
+from hostile_kinds import VALUES, call, columns, escape, pattern, template
 from hostile_runs import Enough, Outcome, Step, command, forked
 
 import lorica
@@ -110,6 +111,7 @@ class Subjects:
         self._adapters()
         self._configs()
         self._data()
+        self._kinds()
         if checkpoints:
             self._checkpoints()
 
@@ -339,6 +341,111 @@ class Subjects:
         self.words = load_tokenizer(str(self.root / "model"))
         return [("read and prepare", run)]
 
+    # -- certain kinds of values -------------------------------------------------------------------
+
+    def _kinds(self) -> None:
+        """Whatever a subject's other files are good for, one value of one kind is put in."""
+        theirs = next(s for s in self.every if s.name == "peft rslora")
+        own = next(s for s in self.every if s.name == "native rslora")
+        for name, value, share in (("pattern", pattern, 1.0), ("escape", escape, 1.0)):
+            change = partial(_planted, value=value)
+            file = {"adapter_config.json": change}
+            self.add(f"{name} peft", theirs.folder, file, self._load_adapter, share=share)
+            self.add(
+                f"{name} native", own.folder, {"lorica.json": change}, self._load_adapter,
+                share=share / 2,
+            )  # fmt: skip
+        self.add("pattern typed", theirs.folder, {"adapter_config.json": _typed}, self._type)
+        folder = self.root / "template"
+        tokenizer(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        change = lambda data, draw: (  # noqa: E731
+            "template", template(draw).encode(errors="surrogatepass"),
+        )  # fmt: skip
+        self.add("template", folder, {"chat_template.jinja": change}, self._chat, share=3)
+        for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+            one = self.root / f"columns{suffix}"
+            one.mkdir()
+            (one / f"rows{suffix}").write_text(f"text{delimiter}x\nthe cat{delimiter}1\n" * 2)
+            change = partial(_columns, delimiter=delimiter)
+            self.add(f"columns {suffix}", one, {f"rows{suffix}": change},
+                     partial(self._read, f"rows{suffix}"))  # fmt: skip
+        one = self.root / "call"
+        one.mkdir()
+        (one / "call.json").write_text('{"call": "optimizer", "rule": "adamw", "given": {}}')
+        self.add("call", one, {"call.json": call}, self._call, share=3)
+
+    def _type(self, folder: Path) -> list[Step]:
+        """A pattern on the command line."""
+        try:
+            found = json.loads((folder / "adapter_config.json").read_text())["typed"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return [("nothing typed", lambda: None)]
+        model = self.root / "model"
+        flags = ("--target-modules", "--exclude-modules")
+        return [
+            (f"lorica targets {flag}", partial(command, "targets", "--model", model, flag, found))
+            for flag in flags
+        ]
+
+    def _chat(self, folder: Path) -> list[Step]:
+        from lorica.data import prepare, read
+        from lorica.run.load_model import load_tokenizer
+
+        rows = read(str(self.root / "data-chat.jsonl" / "chat.jsonl"))
+
+        def run() -> None:
+            prepare(rows, load_tokenizer(str(folder)), max_length=16, task="causal-lm")
+
+        return [("prepare", run)]
+
+    def _call(self, folder: Path) -> list[Step]:
+        try:
+            told = json.loads((folder / "call.json").read_text())
+            what, rule, draw = told["call"], told["rule"], Random(told.get("draw", 0))
+            given = {str(name): VALUES[value] for name, value in told["given"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [("no call", lambda: None)]
+
+        def adapters(r: int = 4) -> lorica.Adapters:
+            base = copy.deepcopy(self.base)
+            try:
+                return lorica.attach(base, f"lora+{rule}", r=r, verbose=False)
+            except ValueError:
+                return lorica.attach(base, rule, r=r, verbose=False)
+
+        def stepped(r: int = 4) -> tuple[lorica.Adapters, torch.optim.Optimizer]:
+            made = adapters(r)
+            optimizer = lorica.optimizer(made, lr=1e-3)
+            for t in made.trained():
+                t.parameter.grad = torch.ones_like(t.parameter)
+            optimizer.step()
+            return made, optimizer
+
+        def run() -> None:
+            if what == "attach":
+                lorica.attach(copy.deepcopy(self.base), **{"verbose": False, **given})
+            elif what == "optimizer":
+                optimizer = lorica.optimizer(adapters(), **{"lr": 1e-3, **given})
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        p.grad = torch.ones_like(p)
+                optimizer.step()
+            elif what == "rank":
+                stepped(3)[1].load_state_dict(stepped(4)[1].state_dict())
+            elif what == "adapters state":
+                made, _ = stepped()
+                made.load_state_dict(_spoiled(made.state_dict(), draw))
+            elif what == "optimizer state":
+                _, optimizer = stepped()
+                state = optimizer.state_dict()
+                i = draw.choice(list(state["state"]))
+                state["state"][i] = _spoiled(state["state"][i], draw)
+                optimizer.load_state_dict(state)
+                optimizer.step()
+
+        return [(str(what), run)]
+
     # -- checkpoints -------------------------------------------------------------------------------
 
     def _checkpoints(self) -> None:
@@ -431,6 +538,48 @@ def made(folder: Path, subject: Subject, draw: Random, aware: bool) -> tuple[str
         own.write_text(json.dumps(told))
         what += ", signed"
     return name, what
+
+
+def _planted(data: bytes, draw: Random, value: Callable[[Random], str]) -> tuple[str, bytes]:
+    """One value, or one key, anywhere in the JSON is replaced."""
+    told = json.loads(data)
+    wide = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "bias")
+    fields = told["recipe"] if isinstance(told.get("recipe"), dict) else told
+    name = draw.choice((*wide, "rank_pattern", "alpha_pattern", *fields))
+    if name.endswith("_pattern") and name != "layers_pattern":
+        fields[name] = {value(draw): draw.choice((1, 2, 4))}
+    else:
+        fields[name] = draw.choice((value(draw), [value(draw)]))
+    return f"planted/{name}", json.dumps(told).encode()
+
+
+def _typed(data: bytes, draw: Random) -> tuple[str, bytes]:
+    return "typed", json.dumps({"typed": pattern(draw)}).encode()
+
+
+def _columns(data: bytes, draw: Random, delimiter: str) -> tuple[str, bytes]:
+    return "columns", columns(draw, delimiter)
+
+
+def _spoiled(state: Mapping[str, Any], draw: Random) -> Any:
+    """A state with one tensor of another shape, type or value, or that is none."""
+    out = {name: value.clone() for name, value in state.items()}
+    name = draw.choice(list(out))
+    value = out[name]
+    kinds: list[Callable[[], Any]] = [
+        lambda: out.pop(name),
+        lambda: out.update({name: value * float("nan")}),
+        lambda: out.update({name: value + float("inf")}),
+        lambda: out.update({name: value[..., None]}),
+        lambda: out.update({name: value.new_zeros(0)}),
+        lambda: out.update({name: value.long()}),
+        lambda: out.update({name: value.to(torch.complex64)}),
+        lambda: out.update({name: None}),
+        lambda: out.update({name: "x" * 50_000}),
+        lambda: out.update({"x" * 50_000: value}),
+    ]
+    draw.choice(kinds)()
+    return out
 
 
 def _odd(path: Path, draw: Random) -> str:

@@ -84,7 +84,7 @@ def load(adapters: Adapters, saved: Mapping[str, Tensor]) -> None:
     if bad:
         raise ValueError(
             f"{len(bad)} of {len(own)} saved tensors hold values that are not finite, first"
-            f" {bad[0]}: they were saved after training had diverged, or are damaged. Load an"
+            f" `{bad[0]}`: they were saved after training had diverged, or are damaged. Load an"
             " earlier checkpoint"
         )
     shared = {f"{SHARED}.{n}": n for n, _ in adapters.shared}

@@ -11,7 +11,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as short
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lorica.methods.choice import AXES, CAPABILITIES, Choice
 from lorica.methods.fields import is_number, is_whole
@@ -96,6 +96,37 @@ def _blamed(recipe: Recipe, field: str) -> str:
     return f"`{who.name}`"
 
 
+def listed(field: str, value: Any) -> Any:  # Any: whatever the caller wrote
+    """A field that names modules or layers, as its tuple, its text, or None.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    given: object = value
+    layers = field == "layers_to_transform"
+    if layers and is_whole(given, 0):
+        given = (given,)
+    elif isinstance(given, (set, frozenset)):
+        given = tuple(sorted(cast(set[str], given), key=str))
+    elif isinstance(given, (list, range)):
+        given = tuple(cast(list[object], given))
+    text = field in ("target_modules", "exclude_modules")
+    if given is None or (text and isinstance(given, str)):
+        return given
+    items = cast(tuple[object, ...], given) if isinstance(given, tuple) else ("", 0)
+    _require(
+        all(is_whole(x, 0) if layers else isinstance(x, str) for x in items),
+        f"`{field}={short(given)}`: "
+        + (
+            "a list of block numbers, counted from 0, e.g. [0, 1]; left out, all blocks"
+            if layers
+            else "a list of module names, e.g. ['q_proj', 'v_proj']"
+            + (", or a pattern as text, e.g. '.*_proj'" if text else "")
+        ),
+    )
+    return items
+
+
 def check_values(recipe: Recipe) -> None:
     """Numbers are in their range."""
     if "r" in recipe.takes:
@@ -116,6 +147,13 @@ def check_values(recipe: Recipe) -> None:
                 f"`{name}={getattr(recipe, name)!r}`{by} beside `{choice.name}`, which is defined"
                 f" for rank {choice.only_r} alone; leave one of the two out"
             )
+    for name in ("rank_pattern", "alpha_pattern"):
+        given: object = getattr(recipe, name)
+        _require(
+            isinstance(given, Mapping),
+            f"`{name}={short(given)}` is no mapping from patterns of module paths to values, e.g."
+            " {'q_proj': 8}; left out, every layer has the same",
+        )
     ranks = [r for r in (recipe.r, *recipe.rank_pattern.values()) if is_whole(r, 1, MOST_R)]
     least = LEAST * max(ranks, default=1)  # so that alpha / r is a number of float32, too
     _require(
@@ -125,27 +163,29 @@ def check_values(recipe: Recipe) -> None:
     )
     for name, allowed in _ALLOWED.items():
         value: object = getattr(recipe, name)
-        _require(value in allowed, f"`{name}={value!r}`; allowed: {', '.join(map(str, allowed))}")
+        _require(
+            value in allowed, f"`{name}={short(value)}`; allowed: {', '.join(map(str, allowed))}"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, float] = getattr(recipe, name)
         for pattern in patterns:
             why = flaw(pattern)
             _require(
                 why is None,
-                f"`{name}` has {pattern!r}, which is no regular expression ({why}); a"
+                f"`{name}` has {short(pattern)}, which is no regular expression ({why}); a"
                 " pattern ends a module path, e.g. 'q_proj', and a character such as `(` is"
                 r" written `\(`",
             )
     for pattern, value in recipe.rank_pattern.items():
         _require(
             is_whole(value, 1, MOST_R),
-            f"`rank_pattern[{pattern!r}]={short(value)}` is a whole number >= 1, and at most a"
+            f"`rank_pattern[{short(pattern)}]={short(value)}` is a whole number >= 1, and at most a"
             " layer's size",
         )
     for pattern, value in recipe.alpha_pattern.items():
         _require(
             is_number(value, least, MOST),
-            f"`alpha_pattern[{pattern!r}]={short(value)}` must be a positive number that"
+            f"`alpha_pattern[{short(pattern)}]={short(value)}` must be a positive number that"
             " float32 holds, also divided by the rank",
         )
 

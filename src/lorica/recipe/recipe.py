@@ -33,6 +33,7 @@ from lorica.recipe.compatibility import (
     check_effects,
     check_fields,
     check_values,
+    listed,
     tokens,
 )
 from lorica.recipe.parse import choices_of
@@ -152,12 +153,8 @@ class Recipe:
     def __post_init__(self) -> None:
         put = object.__setattr__
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-            value: object = getattr(self, name)
-            if isinstance(value, list):
-                put(self, name, tuple(cast(list[str], value)))
-            elif isinstance(value, set):
-                put(self, name, tuple(sorted(cast(set[str], value))))
-        put(self, "modules_to_save", tuple(self.modules_to_save or ()))
+            put(self, name, listed(name, getattr(self, name)))
+        put(self, "modules_to_save", self.modules_to_save or ())
         put(self, "trainable_token_indices", tokens(self.trainable_token_indices))
         defaulted: list[str] = []
         for axis, (name, default, several) in AXES.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -191,12 +191,25 @@ class _Binding:
                 " layers trained, or at other rates. Attach and make the optimizer as it was then"
             )
         rule = self.adapters.recipe.rule
+        ours = rule.keeps_state_of(optimizer)
         held: list[tuple[str, torch.Tensor]] = []
         for group, other in zip(mine, theirs, strict=True):
             for p, i in zip(group["params"], other["params"], strict=True):
                 name = names.get(id(p), "a parameter")
-                shapes = rule.state_shapes(group, p)
-                for key, value in state["state"].get(i, {}).items():
+                shapes: Mapping[str, tuple[int, ...]] = rule.state_shapes(group, p) if ours else {}
+                entries: Own = state["state"].get(i, {})
+                kept = {
+                    key
+                    for key, value in entries.items()
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()
+                }
+                if entries and (lost := sorted(shapes.keys() - kept)):
+                    raise ValueError(
+                        f"the optimizer's state of {name!r} has no numbers {', '.join(lost)}, which"
+                        f" `{rule.text()}` keeps there: it was changed, or another optimizer's."
+                        " Resume from a checkpoint of this recipe"
+                    )
+                for key, value in entries.items():
                     if not isinstance(value, torch.Tensor):
                         continue
                     if (shape := tuple(value.shape)) != shapes.get(key, shape):

@@ -70,7 +70,11 @@ class AbstractRule(Choice, abc.ABC):
 
     def made(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer moves parameters by this rule."""
-        return self.any_optimizer or optimizer.defaults.get(_MARK) == self.text()
+        return self.any_optimizer or self.keeps_state_of(optimizer)
+
+    def keeps_state_of(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether `make` made it, so that its state is what `state_shapes` says."""
+        return optimizer.defaults.get(_MARK) == self.text()
 
     @abc.abstractmethod
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
