@@ -116,7 +116,7 @@ def listed(field: str, value: Any) -> Any:  # Any: whatever the caller wrote
     items = cast(tuple[object, ...], given) if isinstance(given, tuple) else ("", 0)
     _require(
         all(is_whole(x, 0) if layers else isinstance(x, str) for x in items),
-        f"`{field}={short(given)}`: "
+        f"`{field}={short(cast(object, given))}`: "
         + (
             "a list of block numbers, counted from 0, e.g. [0, 1]; left out, all blocks"
             if layers
