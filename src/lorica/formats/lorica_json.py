@@ -61,7 +61,7 @@ _RECIPE_FIELDS = {
     "lora_dropout": Field(types=NUMBER), "lora_dropout_on": _TEXT, "target_modules": _NAMES,
     "exclude_modules": _NAMES, "layers_to_transform": Field(types=(list,), items=(int,)),
     "modules_to_save": _TEXTS, "trainable_token_indices": Field(types=(list, dict)),
-    "bias": _TEXT, "train_rest": Field(types=(bool,)),
+    "adapt_towers": Field(types=(bool,)), "bias": _TEXT, "train_rest": Field(types=(bool,)),
     "rank_pattern": Field(types=(dict,), items=(int,)),
     "alpha_pattern": Field(types=(dict,), items=NUMBER), "seed": Field(types=(int,)),
 }  # fmt: skip

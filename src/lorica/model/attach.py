@@ -132,6 +132,8 @@ def attach(
         modules_to_save=recipe.modules_to_save,
         heads=untold,
         wraps=wraps,
+        adapt_towers=recipe.adapt_towers,
+        recorded=recorded,
     )
     drop_thin(model, recipe, targets, dtype, recorded)
     refuse_missing(model, missing_keys, recipe, targets.layers, targets.saved)

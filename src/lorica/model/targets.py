@@ -18,6 +18,7 @@ from lorica.model.bases._quantised import Quantised
 from lorica.model.bases.base import AbstractBase, base_for
 from lorica.model.heads import head_names, topmost, within
 from lorica.model.layer import AdaptedLinear
+from lorica.model.left_out import outside_language_model, read_past
 from lorica.model.module_hooks import computed_weight
 from lorica.model.quantised import quantised, sizes, unreadable
 from lorica.patterns import Endless, flaw, matching
@@ -97,12 +98,17 @@ def find(
     modules_to_save: tuple[str, ...],
     heads: Mapping[str, str] | None = None,
     wraps: bool = True,
+    adapt_towers: bool = False,
+    recorded: Container[str] = (),
 ) -> Targets:
     """Resolve the target options against a model.
 
     Args:
         heads: {path: why} of modules that train in full unless an option means them, see
             `lorica.model.heads`: a target is adapted instead, what is excluded stays as it is.
+        wraps: the targets get adapters, rather than training themselves.
+        adapt_towers: `all-linear` takes in what is outside of the language model.
+        recorded: layers that a file has; `all-linear` leaves out none of them.
 
     Raises:
         ValueError: a name that matches nothing or that another option takes all effect from; a
@@ -119,6 +125,7 @@ def find(
     exclusions = _exclusions(exclude_modules, list(modules))
     excluded = set[str]().union(*exclusions.values())
     kept = {n: why for n, why in heads.items() if n not in excluded}
+    left_out: dict[str, str] = {}
     if target_modules == "all-linear":
         outer = head_names(model)
         chosen = [n for n, b in served.items() if not b.lookup and n not in outer]
@@ -128,6 +135,10 @@ def find(
                 "`target_modules='all-linear'` finds no linear layer in this model; "
                 f"its modules: {sorted({type(m).__name__ for m in modules.values()})}"
             )
+        if wraps:
+            left_out = _left_out(model, chosen, adapt_towers=adapt_towers)
+            left_out = {n: why for n, why in left_out.items() if n not in recorded}
+            chosen = [n for n in chosen if n not in left_out]
     else:
         chosen = _select(target_modules, modules, "target_modules")
         if wraps:
@@ -139,7 +150,7 @@ def find(
         n for n in chosen if layers_to_transform is None or blocks[n] in layers_to_transform
     ]
     left = [n for n in in_blocks if n not in excluded]
-    _refuse_idle_exclusions(exclusions, in_blocks, chosen, heads)
+    _refuse_idle_exclusions(exclusions, [*in_blocks, *left_out], chosen, heads)
     for i in layers_to_transform or ():
         if not any(blocks[n] == i for n in left):
             have = sorted({b for n in chosen if n not in excluded and (b := blocks[n]) is not None})
@@ -158,7 +169,14 @@ def find(
                 _idle_target(pattern, before, [n for n in before if n in excluded], modules)
             )
     in_full = set(topmost([*saved, *kept]))
-    out = Targets(saved=[n for n in modules if n in in_full], heads=kept)
+    left_out = {n: why for n, why in left_out.items() if n not in excluded}
+    out = Targets(saved=[n for n in modules if n in in_full], heads=kept, left_out=left_out)
+    for n in [n for n, always in read_past(model, left).items() if always and wraps]:
+        owner = type(model.get_submodule(n.rpartition(".")[0])).__name__
+        raise ValueError(
+            f"{n!r} cannot be adapted: {owner} multiplies with its weight itself and never calls"
+            " the layer, so an adapter would not act. Leave it out of `target_modules`"
+        )
     for n in left:
         if wraps and within(n, saved):
             raise ValueError(
@@ -175,6 +193,18 @@ def find(
             out.layers[n] = AbstractBase  # trains itself; never presented as a matrix
     _fill_rest(model, out)
     return out
+
+
+def _left_out(model: nn.Module, layers: list[str], *, adapt_towers: bool) -> dict[str, str]:
+    """{layer that `all-linear` leaves out: why}, but for those that are too thin."""
+    out = dict.fromkeys(read_past(model, layers), "its weight is read past the layer")
+    outside = outside_language_model(model, layers)
+    if adapt_towers and not outside:
+        raise ValueError(
+            f"`adapt_towers=True` has no effect: this {type(model).__name__} has no towers of other"
+            " modalities beside a language model; leave it out"
+        )
+    return out if adapt_towers else {**out, **outside}
 
 
 def _to_save(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:

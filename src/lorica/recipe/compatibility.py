@@ -60,10 +60,18 @@ def check_effects(recipe: Recipe) -> None:
     useless: dict[str, object] = {}
     why = f"`{recipe.delta.name}`, which trains the weights themselves"
     if not recipe.delta.wraps:
-        useless = {"bias": "none", "lora_dropout_on": "update", "trainable_token_indices": None}
+        useless = {
+            "bias": "none",
+            "lora_dropout_on": "update",
+            "trainable_token_indices": None,
+            "adapt_towers": False,
+        }
         if recipe.whole:
             useless |= {"modules_to_save": (), "train_rest": False}
     _refuse_idle(recipe, useless, why)
+    if recipe.target_modules != "all-linear":
+        named = "`target_modules`, which names the layers itself"
+        _refuse_idle(recipe, {"adapt_towers": False}, named)
     rest: dict[str, object] = {
         "bias": "none", "modules_to_save": (), "trainable_token_indices": None,
     }  # fmt: skip

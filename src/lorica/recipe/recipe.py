@@ -58,8 +58,11 @@ class Recipe:
         lora_dropout_on: `update` (the trained factors and what is carried, so that an anchored
             start stays exact in training mode) or `delta` (the trained factors alone, PEFT's form).
         target_modules: names (suffixes of module paths), one regular expression (full match), or
-            `all-linear`: every linear layer but the head.
+            `all-linear`: every linear layer but the head, what is too thin for the rank and, where
+            a language model has towers of other modalities beside it, all that is outside of it.
         exclude_modules: the same forms; what they match is left out.
+        adapt_towers: `all-linear` takes in vision and audio towers, and what connects them to the
+            language model.
         layers_to_transform: indices of the blocks to adapt; None means all.
         modules_to_save: names of modules that train in full and are saved with the adapter.
         trainable_token_indices: token ids whose rows train: a list means the input embeddings and
@@ -83,6 +86,7 @@ class Recipe:
     lora_dropout_on: str = "update"
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
+    adapt_towers: bool = False
     layers_to_transform: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
