@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from lorica.cli._model import Source
     from lorica.inference.generate import Answer, Decoding, Prompt, Prompter
 
+logger = logging.getLogger("lorica")
+
 EXIT = "/exit"
 # What a verb says as it runs goes to standard error, so an answer grows there; it isn't said twice
 # where standard output is the same terminal. Asked here: within `run` there is no telling.
-logger = logging.getLogger("lorica")
-
 _TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 _TEXTS = Kind("TEXT ...", tuple, nargs="*")  # as they are: a comma or a space may be one
 _STDOUT = re.compile(r"/dev/stdout|/(dev|proc/self)/fd/1")
