@@ -327,3 +327,17 @@ def test_a_csv_that_is_separated_by_something_else(mark, tmp_path):
     assert rows["text"][:] == ["good, I think", f"so{mark}so"] and rows["label"][:] == ["a", "b"]
     file.write_text(f"one{mark} two\nthree\n")
     assert read(file, header=["text"])["text"][:] == [f"one{mark} two", "three"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "b.jsonl"])
+def test_a_table_of_very_many_columns(tmp_path, name):
+    """Its cost grows with the columns, and was quadratic in them."""
+    names = [f"c{i}" for i in range(20_000)]
+    mark = "\t" if name == "a.tsv" else ","
+    text = {
+        "a.jsonl": json.dumps(dict.fromkeys(names, 1)),
+        "b.jsonl": "\n".join(json.dumps({each: 1}) for each in names[:1001]),
+    }.get(name, mark.join(names) + "\n" + mark.join("1" for _ in names))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"columns, of 1,000 at most; .* Check the separator"):
+        read(tmp_path / name)

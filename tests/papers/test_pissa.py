@@ -99,3 +99,9 @@ def test_the_residual_of_a_decaying_spectrum_quantises_better():
     W, part = one.base.weight.detach(), one.update.delta.weight(one.store).detach()
     with_part = (W - quantise(W - part) - part).norm()
     assert with_part < 0.7 * (W - quantise(W)).norm()
+
+
+@pytest.mark.parametrize("method", ["pissa", "loraga"])
+def test_iterations_have_an_end(method):
+    with pytest.raises(ValueError, match="niter.*up to 1,000"):
+        lorica.Recipe.parse(f"{method}(niter=999999999)")

@@ -15,6 +15,7 @@ import lzma
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,12 +295,21 @@ def _object(path: Path, line: int, value: Any) -> dict[str, Any]:
     return value
 
 
+MOST_COLUMNS = 1000  # a table's cost grows with them, even where most are left aside
+
+
 def check_names(place: str, names: Iterable[str]) -> None:
-    """Names of columns that can be shown, and that this reader does not use itself.
+    """Names of columns that can be shown, not too many, and none that this reader uses itself.
 
     Raises:
         ValueError: naming the place and the first that is not.
     """
+    names = list(names)
+    if len(names) > MOST_COLUMNS:
+        raise ValueError(
+            f"{place}: {len(names):,} columns, of {MOST_COLUMNS:,} at most; data to train on have a"
+            " few. Check the separator, and keep the columns that are needed."
+        )
     for name in names:
         if name.startswith("__"):
             raise ValueError(
@@ -318,6 +328,7 @@ def _table_of(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> pa.Table:
     import pyarrow as pa
 
     names = list(dict.fromkeys(key for _, row in rows for key in row))
+    check_names(str(path), names)
     first = rows[0] if rows else (0, {})
     for line, row in rows:
         if not first[1].keys() & row.keys():
@@ -442,7 +453,9 @@ def _field_table(
     if not given and len(header) > 1 and not header[0] and "" not in header[1:]:
         header = named = ["", *header[1:]]  # the index of a data frame
         named = header[1:]
-    bad = [name for name in named if not name.strip() or named.count(name) > 1]
+    check_names(f"{path}, {'`header`' if given else 'line 1'}", named)
+    times = Counter(named)
+    bad = [name for name in named if not name.strip() or times[name] > 1]
     if bad:
         raise ValueError(
             f"{path}, {'`header`' if given else 'line 1'}: the column name {bad[0]!r} is "
@@ -455,7 +468,6 @@ def _field_table(
                 + f"`header={['text', 'label', *'_' * len(header)][: len(header)]}`."
             )
         )
-    check_names(f"{path}, {'`header`' if given else 'line 1'}", named)
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(

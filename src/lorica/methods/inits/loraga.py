@@ -119,7 +119,8 @@ class Loraga(StartsFromData, AbstractInit):
         number(self, "stable_gamma", above=0, say="a number above 0, e.g. 16")
         if self.scale != "stable":
             without_effect(self, "stable_gamma", 16, "it belongs to `scale='stable'`")
-        whole(self, "niter", least=0, say="a whole number, e.g. 4; 0 is the exact SVD")
+        say = "a whole number up to 1,000, e.g. 4; 0 is the exact SVD"
+        whole(self, "niter", least=0, most=1000, say=say)
         one_of(self, "peft", True, False)
 
     def default_lora_alpha(self, recipe: RecipeLike) -> float | None:

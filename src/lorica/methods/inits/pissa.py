@@ -52,8 +52,10 @@ class Pissa(AbstractInit):
     niter: int = 0
 
     def __post_init__(self) -> None:
-        say = "power iterations, a whole number, e.g. `pissa(niter=16)`; 0: the exact SVD"
-        whole(self, "niter", least=0, say=say)
+        say = (
+            "power iterations, a whole number up to 1,000, e.g. `pissa(niter=16)`; 0: the exact SVD"
+        )
+        whole(self, "niter", least=0, most=1000, say=say)
 
     reads_weight: ClassVar[bool] = True
     peft_frozen_start: ClassVar[str | None] = "pissa"
