@@ -14,7 +14,7 @@ import warnings
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from walk import data_for, every
 
 import lorica
@@ -22,6 +22,8 @@ import models
 from lorica.model.modules_to_save import replace
 from lorica.model.quantised import dequantise, floating_dtype, quantised
 from lorica.recipe import Recipe
+from lorica.run.options import UsageError
+from lorica.run.quantization import asked, refuse_writing
 from models import perturb
 
 
@@ -319,3 +321,43 @@ def test_a_packed_form_that_nobody_reads_is_named():
     with pytest.raises(ValueError, match="'1' is a .*Packed.*packed form"):
         lorica.attach(model, "lora", r=2, verbose=False)
     lorica.attach(model, "lora", r=2, target_modules=["0"], verbose=False)
+
+
+def test_the_command_line_quantises_while_loading(tmp_path):
+    from lorica.cli.eval import Options, run
+    from lorica.run.finetune import train
+    from lorica.run.options import TrainOptions
+
+    folder = tmp_path / "run"
+    given = {"max_steps": 2, "max_samples": 64, "eval_fraction": 0.5, "load_in_8bit": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = train(TrainOptions(output_dir=str(folder), method="dora", **given))
+        told = lorica.formats.inspect(folder / "adapter")
+        assert "int8 (bitsandbytes)" in told["base"]["dtype"]
+        measured = run(Options(adapter=str(folder / "adapter"), limit=64, load_in_8bit=True))
+        with pytest.raises(ValueError, match="can't be used in nf4 .* multiple of 64 only"):
+            train(TrainOptions(output_dir=str(folder) + "4", load_in_4bit=True, max_steps=1))
+    assert measured.data["metrics"]["loss"] > 0 and result["summary"]["quantised"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "give one"),
+        ({"quantization": '{"quant_method": "gptq"}'}, "allowed: bitsandbytes, torchao"),
+        ({"quantization": "nowhere.json"}, "neither JSON nor a file"),
+        ({"quantization": "{1"}, "no JSON"),
+        ({"quantization": "{}"}, "has to hold `quant_method`"),
+        ({"quantization": '{"quant_method": "bitsandbytes", "load_in_4bit": 3}'}, "refuses"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(given, says):
+    with pytest.raises(UsageError, match=says):
+        asked(**given)
+
+
+def test_a_method_that_writes_is_refused_before_anything_is_loaded(folder):
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(ValueError, match="to be loaded quantised, and `switchlora` writes"):
+        refuse_writing(Recipe.parse("switchlora"), asked(load_in_4bit=True), config, "m")

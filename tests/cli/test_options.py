@@ -13,8 +13,9 @@ OPTIONS = {
     "demo": ("examples json learning_rate max_steps method output_dir seed"),
     "eval": (
         "adapter answer_pattern chat_template columns compare_base data dtype exact_match "
-        "header ignore_base_hash json limit max_length max_new_tokens metrics model "
-        "per_device_eval_batch_size split task train_on trust_remote_code"
+        "header ignore_base_hash json limit load_in_4bit load_in_8bit max_length max_new_tokens "
+        "metrics model per_device_eval_batch_size quantization split task train_on "
+        "trust_remote_code"
     ),
     "export": (
         "adapter dtype ignore_base_hash json model output_dir overwrite portable r to "
@@ -22,9 +23,9 @@ OPTIONS = {
     ),
     "generate": (
         "adapter batch_size chat chat_template columns do_sample dtype file header "
-        "ignore_base_hash json limit max_new_tokens merged model num_beams "
-        "num_return_sequences output repetition_penalty seed stop_strings stream temperature "
-        "top_k top_p trust_remote_code"
+        "ignore_base_hash json limit load_in_4bit load_in_8bit max_new_tokens merged model "
+        "num_beams num_return_sequences output quantization repetition_penalty seed "
+        "stop_strings stream temperature top_k top_p trust_remote_code"
     ),
     "inspect": ("adapter json"),
     "merge": (
@@ -49,11 +50,12 @@ OPTIONS = {
         "adapter add_tokens alpha_pattern attn_implementation bf16 bias chat_template columns "
         "data documents dtype early_stopping_patience eval_data eval_fraction eval_split "
         "exclude_modules gradient_accumulation_steps gradient_checkpointing header "
-        "ignore_base_hash json layers_to_transform learning_rate lora_alpha lora_dropout "
-        "lora_dropout_on lr_scheduler_type max_length max_lost_text max_samples max_steps "
-        "method model modules_learning_rate modules_to_save now num_train_epochs output_dir "
-        "overwrite_output_dir packing per_device_train_batch_size r rank_pattern report_to "
-        "resume seed shape split target_modules task train_on trust_remote_code warmup_ratio"
+        "ignore_base_hash json layers_to_transform learning_rate load_in_4bit load_in_8bit "
+        "lora_alpha lora_dropout lora_dropout_on lr_scheduler_type max_length max_lost_text "
+        "max_samples max_steps method model modules_learning_rate modules_to_save now "
+        "num_train_epochs output_dir overwrite_output_dir packing per_device_train_batch_size "
+        "quantization r rank_pattern report_to resume seed shape split target_modules task "
+        "train_on trust_remote_code warmup_ratio"
     ),
 }
 

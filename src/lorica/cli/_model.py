@@ -102,11 +102,13 @@ class Source:
         check_base: bool = True,
         merged: bool = False,
         columns: Collection[str] = (),
+        quantization: Any = None,
     ) -> Loaded:
         """The model for a task, with the adapter attached (or merged: then there is no handle), on
         the device that there is.
 
         Args:
+            quantization: transformers' configuration of how to quantise the base, or None.
             columns: the data's, to say which of them look like a classification.
 
         Raises:
@@ -135,6 +137,7 @@ class Source:
                 dtype=dtype,
                 widen=widen,
                 trust_remote_code=self.trust_remote_code,
+                quantization=quantization,
             )
         model: Any = loaded.model
         set_padding(model, task, self.tokenizer)

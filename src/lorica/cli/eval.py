@@ -76,6 +76,12 @@ class Options(VerbOptions):
         ignore_base_hash: use a base other than the one that the adapter was trained on.
         trust_remote_code: run Python code and kernels that the model brings or names. For models
             whose authors you trust.
+        load_in_4bit: quantise the frozen weights to 4 bits (nf4 with double quantisation) while
+            they are loaded. Needs bitsandbytes.
+        load_in_8bit: quantise the frozen weights to int8 while they are loaded. Needs
+            bitsandbytes.
+        quantization: transformers' own fields of a quantisation by bitsandbytes or torchao, as JSON
+            or a file of it.
     """
 
     model: Annotated[str | None, PATH, HINT] = None
@@ -98,6 +104,9 @@ class Options(VerbOptions):
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quantization: Annotated[str | None, TEXT, HINT] = None
 
     smaller: ClassVar[str] = "type a smaller `--per-device-eval-batch-size` or `--max-length`"
 
@@ -126,6 +135,7 @@ def run(options: Options) -> Outcome:
     from lorica.cli._model import Source, chosen_data
     from lorica.formats.atomic_folder import home
     from lorica.inference.evaluate import check_pattern
+    from lorica.run.quantization import asked
 
     try:
         check_pattern(options.answer_pattern)
@@ -135,7 +145,12 @@ def run(options: Options) -> Outcome:
     source = Source.find(
         home(options.model), home(options.adapter), trust_remote_code=options.trust_remote_code
     )
-    return _Work(options, source, data, split).outcome()
+    quantization = asked(
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        quantization=options.quantization,
+    )
+    return _Work(options, source, data, split, quantization).outcome()
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,7 @@ class _Work:
     source: Source
     data: str
     split: str | None
+    quantization: Any
 
     def outcome(self) -> Outcome:
         from lorica.inference.evaluate import figures
@@ -163,6 +179,7 @@ class _Work:
             dtype=options.dtype,
             check_base=not options.ignore_base_hash,
             columns=self.dataset.column_names,
+            quantization=self.quantization,
         )
         if options.compare_base:
             self._check_comparable(loaded.brought)

@@ -92,6 +92,12 @@ class Options(VerbOptions):
         ignore_base_hash: use a base other than the one that the adapter was trained on.
         trust_remote_code: run Python code and kernels that the model brings or names. For models
             whose authors you trust.
+        load_in_4bit: quantise the frozen weights to 4 bits (nf4 with double quantisation) while
+            they are loaded. Needs bitsandbytes.
+        load_in_8bit: quantise the frozen weights to int8 while they are loaded. Needs
+            bitsandbytes.
+        quantization: transformers' own fields of a quantisation by bitsandbytes or torchao, as JSON
+            or a file of it.
     """
 
     model: Annotated[str | None, PATH, HINT] = None
@@ -120,6 +126,9 @@ class Options(VerbOptions):
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quantization: Annotated[str | None, TEXT, HINT] = None
 
     smaller: ClassVar[str] = (
         "type a smaller `--batch-size`, `--num-return-sequences`, `--num-beams` or"
@@ -279,12 +288,20 @@ class _Work:
     # -- answers -----------------------------------------------------------------------------------
 
     def _model(self) -> Any:
+        from lorica.run.quantization import asked
+
         options = self.options
+        quantization = asked(
+            load_in_4bit=options.load_in_4bit,
+            load_in_8bit=options.load_in_8bit,
+            quantization=options.quantization,
+        )
         return self.source.load(
             self.ask.task,
             dtype=options.dtype,
             check_base=not options.ignore_base_hash,
             merged=options.merged,
+            quantization=quantization,
         ).model
 
     def answer(self, prompts: list[Prompt], on_text: Any = None) -> list[list[Answer]]:

@@ -188,7 +188,9 @@ def check_causal(model: PreTrainedModel, columns: Collection[str] = ()) -> None:
     finally:
         model.train(training)
     difference = float((logits[0] - logits[1]).abs().max())
-    if difference <= 1e-4 * float(logits[0].abs().max()):
+    # Products in int8 may round a batch's activations together.
+    rounded = any(p.dtype is torch.int8 for p in model.parameters())
+    if difference <= (0.02 if rounded else 1e-4) * float(logits[0].abs().max()):
         return
     telling = [name for name in columns if name.strip().casefold() in _CLASSES]
     raise ValueError(

@@ -25,6 +25,7 @@ from lorica.run.effects import refuse_unread
 from lorica.run.options import TrainOptions, UsageError, masking
 from lorica.run.options.checks import refuse
 from lorica.run.plan import RunData, RunPlan
+from lorica.run.quantization import asked, refuse_writing
 from lorica.run.recipe import check_optim, recipe_of
 from lorica.run.start import started
 from lorica.text import nearest
@@ -61,6 +62,8 @@ class FineTuningData(RunData):
         name: the data, for result.json.
         columns: the names in the data.
         new: tokens that the tokenizer was given, if any.
+        quantization: transformers' configuration of how the base is quantised while it is loaded,
+            if it is.
     """
 
     base: str
@@ -72,6 +75,7 @@ class FineTuningData(RunData):
     name: str
     columns: tuple[str, ...]
     new: NewTokens | None
+    quantization: Any  # Any: transformers has a class for each method
 
 
 class FineTuning(RunPlan[TrainOptions, FineTuningData]):
@@ -131,6 +135,13 @@ def read_data(plan: FineTuning) -> None:
     base = base_name(options.model, options.adapter)
     trust = {"trust_remote_code": options.trust_remote_code}
     config = read_config(base, attn_implementation=options.attn_implementation, **trust)
+    quantization = asked(
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        quantization=options.quantization,
+    )
+    if plan.recipe is not None:
+        refuse_writing(plan.recipe, quantization, config, base)
     source, train_rows, held_rows = _rows(options)
     shape = detect(
         train_rows.column_names,
@@ -197,6 +208,7 @@ def read_data(plan: FineTuning) -> None:
         name=absolute(source),
         columns=tuple(train_rows.column_names),
         new=new,
+        quantization=quantization,
     )
 
 
@@ -387,6 +399,7 @@ def load_model(plan: FineTuning) -> None:
         attn_implementation=options.attn_implementation,
         widen=plan.device.type == "cpu",
         trust_remote_code=options.trust_remote_code,
+        quantization=data.quantization,
     )
     model: Any = loaded.model
     if data.new is not None:

@@ -232,6 +232,7 @@ def load_model(
     attn_implementation: str | None = None,
     widen: bool,
     trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> FromCheckpoint:
     """The model for a task, on the CPU.
 
@@ -242,10 +243,14 @@ def load_model(
         attn_implementation: transformers' name of it; None: the checkpoint's own.
         widen: make float32 of a checkpoint's float16 (exact: every float16 is a float32).
         trust_remote_code: run code that the model brings, or names.
+        quantization: transformers' configuration of how to quantise the weights; None: they stay
+            as the checkpoint has them.
     """
     import torch
     import transformers
     from transformers.utils import logging
+
+    from lorica.model.quantised import quantised
 
     logging.disable_progress_bar()
     check_code(name, attn_implementation, trust_remote_code)
@@ -255,6 +260,8 @@ def load_model(
     more = more or {"dtype": "auto"}
     if attn_implementation is not None:
         more["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        more["quantization_config"] = quantization
     if labels is not None:
         more |= {
             "id2label": labels.id2label,
@@ -265,9 +272,16 @@ def load_model(
         auto, f"a model for {task}", name, trust_remote_code=trust_remote_code, **more
     )
     model = loaded.model
+    for path, store in quantised(model).items():
+        if (flaw := store.flaw()) is not None:
+            raise ValueError(
+                f"`{name}` can't be used in {store.format} here: of {path!r}, {flaw}. Load it in"
+                " int8 (`--load-in-8bit`), or unquantised"
+            )
     if dtype == "auto" and widen:
+        packed = {id(store.parameter) for store in quantised(model).values()}
         for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.dtype is torch.float16:
+            if tensor.dtype is torch.float16 and id(tensor) not in packed:
                 tensor.data = tensor.data.float()
         model.config.dtype = model.dtype
     return loaded
@@ -293,9 +307,14 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: naming the first that holds another value.
     """
+    from lorica.model.quantised import quantised
     from lorica.tensors.linalg import all_finite
 
-    bad = [n for n, p in model.named_parameters() if not all_finite(p)]
+    held: dict[str, Any] = dict(model.named_parameters())
+    for path, store in quantised(model).items():
+        del held[f"{path}.weight"]
+        held |= {f"{path}.{n}": t for n, t in store.stored().items()}
+    bad = [n for n, p in held.items() if not all_finite(p)]
     if bad:
         more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
         raise ValueError(

@@ -34,6 +34,10 @@ class Quantised(AbstractBase):
     def format(self) -> str:
         """As users know it, e.g. `nf4`."""
 
+    def flaw(self) -> str | None:
+        """Why the module can't compute without Lorica, or None."""
+        return None
+
     def bias(self) -> Tensor | None:
         owner = self.module if self.trained_bias is None else self.trained_bias
         return owner.bias  # type: ignore[return-value]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorica.model.bases._quantised import Quantised
 
@@ -71,6 +72,15 @@ class FourBit(Quantised):
     def dtype(self) -> torch.dtype:
         return self._state().dtype
 
+    def flaw(self) -> str | None:
+        block = self._state().blocksize
+        if self.device.type != "cpu" or self.in_features % block == 0:
+            return None
+        return (
+            f"it has {self.in_features} inputs, and on a CPU bitsandbytes multiplies with 4-bit"
+            f" weights whose inputs are a multiple of {block} only"
+        )
+
     def stored(self) -> Mapping[str, Tensor]:
         parts: dict[str, Tensor] = self._state().as_dict(packed=True)
         return {"weight": self._weight.data, **{f"weight.{n}": t for n, t in parts.items()}}
@@ -86,6 +96,8 @@ class FourBit(Quantised):
             module.compute_type_is_set = True  # type: ignore[assignment]
         inner: Any = module.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(inner)
+        if self.flaw() is not None:
+            return F.linear(x.to(inner), self.weight().to(inner), bias).to(x.dtype)
         return (_package().matmul_4bit(x.to(inner), self._weight, bias=bias, quant_state=state)).to(
             x.dtype
         )

@@ -28,7 +28,8 @@ GROUPS: tuple[Group, ...] = (
         "model and data",
         (
             "model", "model_config", "data", "tokenizer", "vocab_size", "adapter",
-            "ignore_base_hash", "trust_remote_code", "split", "columns", "header", "shape",
+            "ignore_base_hash", "trust_remote_code", "load_in_4bit", "load_in_8bit", "quantization",
+            "split", "columns", "header", "shape",
             "documents", "streaming", "task", "max_samples", "max_length", "packing",
             "chat_template", "now", "train_on", "max_lost_text",
         ),

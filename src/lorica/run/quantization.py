@@ -1,0 +1,130 @@
+"""Which quantisation the user asked for, as transformers' configuration of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import TYPE_CHECKING, Any
+
+from lorica.run.options.checks import UsageError
+from lorica.text import shorten, to_path
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lorica.recipe import Recipe
+
+PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # quant_method -> package
+
+
+def asked(
+    *, load_in_4bit: bool = False, load_in_8bit: bool = False, quantization: str | None = None
+) -> Any:  # Any: transformers has a class for each method
+    """transformers' configuration of what the options ask for; None: nothing.
+
+    4 bits mean nf4 with double quantisation, as in Dettmers et al., QLoRA, arXiv 2305.14314, 2023,
+    multiplied in bfloat16 on a GPU and in float32 elsewhere.
+
+    Args:
+        quantization: transformers' own fields as JSON, or a file of them, such as
+            `{"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}`.
+
+    Raises:
+        UsageError: more than one of the three; fields that transformers refuses; a method that
+            Lorica can't read, or whose package isn't installed.
+    """
+    given = {
+        "--load-in-4bit": load_in_4bit,
+        "--load-in-8bit": load_in_8bit,
+        "--quantization": quantization is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise UsageError(f"{' and '.join(names)} each say how to quantise the base; give one")
+    if not names:
+        return None
+    fields = {"quant_method": "bitsandbytes", "load_in_8bit": load_in_8bit}
+    if load_in_4bit:
+        import torch
+
+        compute = "bfloat16" if torch.cuda.is_available() else "float32"
+        fields |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        fields |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    elif quantization is not None:
+        fields = _fields(quantization)
+    return _config(names[0], fields)
+
+
+def _fields(text: str) -> dict[str, Any]:
+    source = text
+    if not text.lstrip().startswith("{"):
+        path = to_path(text)
+        if not path.is_file():
+            raise UsageError(
+                f"`--quantization {shorten(text)}` is neither JSON nor a file; type transformers'"
+                ' fields, e.g. `--quantization \'{"quant_method": "bitsandbytes", "load_in_4bit":'
+                " true}'`, or `--load-in-4bit`"
+            )
+        source = path.read_text(encoding="utf-8")
+    try:
+        fields: Any = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"`--quantization {shorten(text)}` is no JSON: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("quant_method"), str):
+        raise UsageError(
+            f"`--quantization {shorten(text)}` has to hold `quant_method`, one of"
+            f" {', '.join(PACKAGES)}, and that method's fields as transformers names them"
+        )
+    return fields
+
+
+def _config(option: str, fields: dict[str, Any]) -> Any:
+    method = fields["quant_method"]
+    if method not in PACKAGES:
+        raise UsageError(
+            f"`{option}` names the method {shorten(method)!r}, whose weights Lorica can't read;"
+            f" allowed: {', '.join(PACKAGES)}"
+        )
+    check_installed(method, option)
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(fields)
+    except Exception as error:  # each method of transformers raises its own
+        raise UsageError(f"`{option}`: transformers refuses these fields: {error}") from None
+
+
+def check_installed(method: str, what: str) -> None:
+    """Raises:
+    UsageError: the package that reads this method's weights isn't installed.
+    """
+    package = PACKAGES.get(method)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"{what} needs the package {package}, which isn't installed: `pip install {package}`"
+        )
+
+
+def refuse_writing(recipe: Recipe, wanted: Any, config: PretrainedConfig, name: str) -> None:
+    """Refuse a method that writes to the base where the base is quantised, or is about to be.
+
+    Args:
+        wanted: what `asked` returned.
+        config: the checkpoint's.
+        name: the checkpoint's, for the message.
+    """
+    from lorica.model.bases._quantised import Quantised
+    from lorica.recipe.compatibility import check_quantised
+
+    stored: Any = vars(config).get("quantization_config")
+    if wanted is not None and stored is not None:
+        raise UsageError(
+            f"`{name}` is quantised already; leave `--load-in-4bit`, `--load-in-8bit` and"
+            " `--quantization` out"
+        )
+    if wanted is not None:
+        check_quantised(recipe, Quantised.gives, "the base is to be loaded quantised")
+    elif stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else None
+        check_installed(str(method), f"`{name}` is quantised, and")
+        check_quantised(recipe, Quantised.gives, f"`{name}` is quantised")
