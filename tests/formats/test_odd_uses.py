@@ -140,7 +140,7 @@ def test_a_device_stays_one(ask, tmp_path):
     ("output", "says"),
     [
         ("/proc/answers.jsonl", "cannot be written"),
-        ("a" * 300, "too long"),
+        ("a" * 300, "at most 255 bytes"),
         ("dangling", "cannot be written"),
         ("nowhere/answers.jsonl", "which does not exist"),
         ("/dev/fd/1", "leave it out"),
@@ -455,6 +455,16 @@ def test_a_number_as_a_pattern_is_the_name_of_a_module():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     adapters = lorica.attach(model, "lora", r=2, rank_pattern={1: 4}, verbose=False)
     assert [layer.site.r for _, layer in adapters] == [2, 4]
+    assert adapters.recipe.rank_pattern == {"1": 4}
+
+
+@pytest.mark.parametrize("pattern", [None, True, 1.5, -1, b"q_proj", ("q_proj",)])
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_text(name, pattern):
+    with pytest.raises(ValueError, match=f"`{name}` has .* as a pattern, which is no text"):
+        lorica.Recipe.parse("lora", **{name: {pattern: 4}})
+    with pytest.raises(ValueError, match=f"`{name}` has '1' twice"):
+        lorica.Recipe.parse("lora", **{name: {1: 4, "1": 8}})
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), 1e39])

@@ -528,7 +528,7 @@ def test_the_command_line_says_the_same(verb, tmp_path, capsys):
     assert main([verb, *words]) == 1
     told = capsys.readouterr().err
     assert "the loss is nan at step " in told and "training has diverged" in told
-    assert "There is no checkpoint before it" in told
+    assert "There is no checkpoint before this step" in told
     assert not (tmp_path / "out" / "result.json").exists()
 
 

@@ -135,6 +135,37 @@ def listed(field: str, value: Any) -> Any:  # Any: whatever the caller wrote
     return items
 
 
+def by_pattern(field: str, given: object) -> dict[str, Any]:  # Any: checked by `check_values`
+    """The value of `rank_pattern` or `alpha_pattern`: a whole number names a module of a
+    `Sequential` and becomes text, as YAML reads `1: 8`.
+
+    Raises:
+        ValueError: it is no mapping, or a pattern is neither text nor a whole number.
+
+    Example:
+        >>> by_pattern("rank_pattern", {1: 4, "q_proj": 8})
+        {'1': 4, 'q_proj': 8}
+    """
+    _require(
+        isinstance(given, Mapping),
+        f"`{field}={short(given)}` is no mapping from patterns of module paths to values, e.g."
+        " {'q_proj': 8}; left out, every layer has the same",
+    )
+    patterns: dict[str, Any] = {}
+    for pattern, value in cast(Mapping[object, Any], given).items():
+        _require(
+            isinstance(pattern, str) or is_whole(pattern, 0, MOST_R),
+            f"`{field}` has {short(pattern)} as a pattern, which is no text; a pattern ends a"
+            " module path, e.g. 'q_proj'",
+        )
+        _require(
+            str(pattern) not in patterns,
+            f"`{field}` has {short(pattern)} twice, as text and as a number; leave one of them out",
+        )
+        patterns[str(pattern)] = value
+    return patterns
+
+
 def check_values(recipe: Recipe) -> None:
     """Numbers are in their range."""
     if "r" in recipe.takes:
@@ -155,13 +186,6 @@ def check_values(recipe: Recipe) -> None:
                 f"`{name}={getattr(recipe, name)!r}`{by} beside `{choice.name}`, which is defined"
                 f" for rank {choice.only_r} alone; leave one of the two out"
             )
-    for name in ("rank_pattern", "alpha_pattern"):
-        given: object = getattr(recipe, name)
-        _require(
-            isinstance(given, Mapping),
-            f"`{name}={short(given)}` is no mapping from patterns of module paths to values, e.g."
-            " {'q_proj': 8}; left out, every layer has the same",
-        )
     ranks = [r for r in (recipe.r, *recipe.rank_pattern.values()) if is_whole(r, 1, MOST_R)]
     least = LEAST * max(ranks, default=1)  # so that alpha / r is a number of float32, too
     _require(

@@ -29,6 +29,7 @@ from lorica.methods.scales.base import AbstractScale
 from lorica.methods.schedules.base import AbstractSchedule
 from lorica.recipe.compatibility import (
     DENSE,
+    by_pattern,
     check_capabilities,
     check_effects,
     check_fields,
@@ -159,6 +160,8 @@ class Recipe:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             put(self, name, listed(name, getattr(self, name)))
         put(self, "modules_to_save", self.modules_to_save or ())
+        for name in ("rank_pattern", "alpha_pattern"):
+            put(self, name, by_pattern(name, getattr(self, name)))
         put(self, "trainable_token_indices", tokens(self.trainable_token_indices))
         defaulted: list[str] = []
         for axis, (name, default, several) in AXES.items():
