@@ -21,7 +21,9 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 import lorica
+from lorica.cli import targets
 from lorica.model.left_out import _uses, language_model
+from lorica.run.options import TrainOptions
 from models import bert, gpt2, llama, t5
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -41,7 +43,7 @@ def test_the_language_model_is_adapted_and_towers_on_request(llava):
     adapters = lorica.attach(llava, "lora", r=2, verbose=False)
     assert all(name.startswith("model.language_model.") for name in adapters.layers)
     assert "left out     model.vision_tower." in str(adapters.summary)
-    assert "`adapt_towers=True` takes it in" in str(adapters.summary)
+    assert "`adapt_towers=True` (`--adapt-towers`) adapts" in str(adapters.summary)
     only = set(adapters.layers)
     lorica.detach(llava)
     adapters = lorica.attach(llava, "lora", r=2, adapt_towers=True, verbose=False)
@@ -55,6 +57,20 @@ def test_the_language_model_is_adapted_and_towers_on_request(llava):
     fields = {"exclude_modules": ["vision_tower"]}  # as PEFT's users type it
     adapters = lorica.attach(llava, "lora", r=2, **fields, verbose=False)
     assert set(adapters.layers) == only
+
+
+def test_the_command_line_takes_towers_in(llava, tmp_path):
+    llava.config.architectures = ["LlavaForConditionalGeneration"]
+    llava.config.save_pretrained(tmp_path)
+    plain = targets.run(targets.Options(model=str(tmp_path)))
+    adapted = {g["pattern"] for g in plain.data["layers"] if g["adapted"]}
+    assert adapted and not any("vision_tower" in pattern for pattern in adapted)
+    line = next(line for line in plain.shown if "leaves out" in str(line))
+    assert f"{len(plain.data['left_out'])} layer(s): outside the language model" in line
+    more = targets.run(targets.Options(model=str(tmp_path), adapt_towers=True))
+    assert any(g["adapted"] for g in more.data["layers"] if "vision_tower" in g["pattern"])
+    assert TrainOptions(adapt_towers=True).recipe_fields() == {"adapt_towers": True}
+    assert TrainOptions().recipe_fields() == {}
 
 
 def test_models_without_towers_or_without_a_language_model_are_adapted_whole():

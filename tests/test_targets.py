@@ -76,7 +76,9 @@ def test_exclude_and_layers():
     ({"target_modules": ["norm"]}, ["'model.norm'", "cannot be adapted", "LlamaRMSNorm",
                                     "Allowed: nn.Linear"]),
     ({"target_modules": []}, ["no module", "target_modules"]),
-    ({"exclude_modules": ["nothing"]}, ["`exclude_modules`: 'nothing'"]),
+    ({"exclude_modules": ["nothing"]}, ["`exclude_modules`: 'nothing' matches no module of the"
+                                        " model"]),
+    ({"exclude_modules": ["lm_haed"]}, ["did you mean 'lm_head'?"]),
     ({"exclude_modules": r".*"}, ["no module is left to adapt after `exclude_modules`"]),
     ({"layers_to_transform": [7]}, ["no target module in block 7", "blocks: [0, 1]"]),
     ({"rank_pattern": {"proj": 2}}, ["`rank_pattern` has 'proj'", "matches none of the 14",
@@ -96,11 +98,13 @@ def test_errors(fields, parts):
         assert part in str(caught.value), str(caught.value)
 
 
-def test_excluding_a_module_that_is_no_target_says_that():
-    """`lm_head` exists, it only is no target: the message must not deny it."""
-    with pytest.raises(ValueError, match="lm_head") as caught:
-        lorica.attach(llama(), "lora", r=4, exclude_modules=["lm_head"], verbose=False)
-    assert "matches no module of the model" not in str(caught.value)
+@pytest.mark.parametrize("excluded", [["lm_head"], ["embed_tokens", "q_proj"], ".*lm_head"])
+def test_all_linear_lets_a_module_be_excluded_that_it_would_not_adapt(excluded):
+    """What was asked for holds: the head has no adapter."""
+    found = names(llama(), exclude_modules=excluded)
+    assert found and not any("lm_head" in n or "embed_tokens" in n for n in found)
+    with pytest.raises(ValueError, match="matches no module of the targets"):
+        names(llama(), target_modules=["v_proj"], exclude_modules=excluded)
 
 
 def test_torchs_attention_is_refused():
@@ -219,7 +223,8 @@ def test_a_target_that_no_forward_reaches_is_found_out():
     ({"target_modules": ("q_proj", "mlp")}, "holds some; name those: .*up_proj"),
     ({"exclude_modules": ("0.mlp",), "layers_to_transform": (1,)},
      "'0.mlp' has no effect, since `layers_to_transform`"),
-    ({"exclude_modules": ("q_proj", "embed_tokens")}, "'embed_tokens' matches no module of the"),
+    ({"target_modules": ("q_proj", "up_proj"), "exclude_modules": ("0.mlp", "v_proj")},
+     "'v_proj' matches no module of the targets"),
     ({"exclude_modules": ("0",), "layers_to_transform": (0, 1)}, "no target module in block 0"),
 ])  # fmt: skip
 def test_every_name_has_an_effect_under_all_options_together(fields, said):

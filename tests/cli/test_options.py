@@ -43,12 +43,13 @@ OPTIONS = {
         "seed split streaming target_modules tokenizer vocab_size warmup_ratio"
     ),
     "targets": (
-        "exclude_modules json layers_to_transform lora_alpha method model r target_modules "
-        "trust_remote_code"
+        "adapt_towers exclude_modules json layers_to_transform lora_alpha method model r "
+        "target_modules trust_remote_code"
     ),
     "train": (
-        "adapter add_tokens alpha_pattern attn_implementation bf16 bias chat_template columns "
-        "data documents dtype early_stopping_patience eval_data eval_fraction eval_split "
+        "adapt_towers adapter add_tokens alpha_pattern attn_implementation bf16 bias "
+        "chat_template columns data documents dtype early_stopping_patience eval_data "
+        "eval_fraction eval_split "
         "exclude_modules gradient_accumulation_steps gradient_checkpointing header "
         "ignore_base_hash json layers_to_transform learning_rate load_in_4bit load_in_8bit "
         "lora_alpha lora_dropout lora_dropout_on lr_scheduler_type max_length max_lost_text "

@@ -26,6 +26,8 @@ class Options(VerbOptions):
         lora_alpha: alpha in the scale. Default: the method's own.
         target_modules: names, one regular expression, or `all-linear`.
         exclude_modules: layers to leave out, in the same forms.
+        adapt_towers: let `all-linear` adapt vision and audio towers too, and what connects them to
+            the language model. Default: only the language model.
         layers_to_transform: indices of the transformer blocks.
         trust_remote_code: run Python code and kernels that the model brings or names. For models
             whose authors you trust.
@@ -37,6 +39,7 @@ class Options(VerbOptions):
     lora_alpha: Annotated[float | None, NUMBER, HINT] = None
     target_modules: Annotated[str | tuple[str, ...], MODULES, HINT] = "all-linear"
     exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    adapt_towers: bool = False
     layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
     trust_remote_code: bool = False
 
@@ -56,6 +59,7 @@ def run(options: Options) -> Outcome:
             options.method,
             target_modules=options.target_modules,
             exclude_modules=options.exclude_modules,
+            adapt_towers=options.adapt_towers,
             layers_to_transform=options.layers_to_transform,
             **fields,
         )
@@ -77,6 +81,7 @@ def run(options: Options) -> Outcome:
         "parameters_per_rank": per_rank,
         "layers": groups,
         "tied": contract.tied,
+        "left_out": contract.left_out,
     }
     return Outcome(data, (_table(data), *_words(data)))
 
@@ -150,5 +155,9 @@ def _words(data: dict[str, Any]) -> list[str]:
     if data["r"] is not None:
         costs = ", ".join(f"r={r}: {data['parameters_per_rank'] * r:,}" for r in RANKS)
         lines.append(f"two factors a layer, by rank: {costs}")
+    left_out: dict[str, str] = data["left_out"]
+    for why in dict.fromkeys(left_out.values()):
+        count = sum(w == why for w in left_out.values())
+        lines.append(f"`all-linear` leaves out {count} layer(s): {why}")
     lines += [f"{a} shares its weight with {b}" for a, b in data["tied"].items()]
     return lines

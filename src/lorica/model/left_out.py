@@ -17,7 +17,9 @@ from transformers.models.auto import modeling_auto
 from lorica.model.heads import within
 from lorica.tensors.modules import named_modules
 
-TOWERS = "outside the language model; `adapt_towers=True` takes it in"
+TOWERS = (
+    "outside the language model; `adapt_towers=True` (`--adapt-towers`) adapts what is there, too"
+)
 
 
 def language_model(model: nn.Module) -> str | None:

@@ -78,13 +78,14 @@ def _whole_matches(what: str, spec: str, paths: list[str]) -> list[str]:
         raise ValueError(f"`{what}`: {error}") from None
 
 
-def _nothing(what: str, pattern: str, paths: list[str], rule: str) -> str:
+def _nothing(
+    what: str, pattern: str, paths: list[str], rule: str, kind: str = "model"
+) -> str:  # fmt: skip
     endings = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
     near = difflib.get_close_matches(pattern[-200:].rsplit(".", 1)[-1], endings, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    where = "of the targets" if what == "exclude_modules" else "of the model"
     return (
-        f"`{what}`: {shorten(pattern)} matches no module {where} ({rule}). {hint}"
+        f"`{what}`: {shorten(pattern)} matches no module of the {kind} ({rule}). {hint}"
         f"Modules there end in: {', '.join(endings[:40])}{', ...' if len(endings) > 40 else ''}"
     )
 
@@ -150,7 +151,9 @@ def find(
         n for n in chosen if layers_to_transform is None or blocks[n] in layers_to_transform
     ]
     left = [n for n in in_blocks if n not in excluded]
-    _refuse_idle_exclusions(exclusions, [*in_blocks, *left_out], chosen, heads)
+    every = target_modules == "all-linear"
+    reach = [*in_blocks, *left_out, *heads]
+    _refuse_idle_exclusions(exclusions, reach, chosen, list(modules) if every else None)
     for i in layers_to_transform or ():
         if not any(blocks[n] == i for n in left):
             have = sorted({b for n in chosen if n not in excluded and (b := blocks[n]) is not None})
@@ -250,19 +253,28 @@ def _exclusions(spec: str | tuple[str, ...] | None, paths: list[str]) -> dict[st
 
 
 def _refuse_idle_exclusions(
-    exclusions: Mapping[str, set[str]], targets: list[str], all_blocks: list[str],
-    heads: Iterable[str],
+    exclusions: Mapping[str, set[str]], reach: list[str], all_blocks: list[str],
+    modules: list[str] | None,
 ) -> None:  # fmt: skip
-    """Each exclusion leaves something out that would otherwise be adapted or train in full."""
+    """Each exclusion leaves something out that would otherwise be adapted or train in full. Beside
+    `all-linear`, which names no layer, it may also name what would not be (the output head).
+
+    Args:
+        reach: what would be adapted or train in full, in the blocks that are meant.
+        all_blocks: the targets in all blocks.
+        modules: all of the model, with `all-linear`.
+    """
     for pattern, means in exclusions.items():
-        if means.isdisjoint([*targets, *heads]):
+        if means.isdisjoint(reach):
             if not means.isdisjoint(all_blocks):
                 raise ValueError(
                     f"`exclude_modules`: {pattern!r} has no effect, since `layers_to_transform`"
                     " leaves all of that out already; drop it"
                 )
-            rule = "a name in a list ends a module path and means all that is below it"
-            raise ValueError(_nothing("exclude_modules", pattern, [*targets, *heads], rule))
+            if modules is None or not means:
+                rule = "a name in a list ends a module path and means all that is below it"
+                kind = "targets" if modules is None else "model"
+                raise ValueError(_nothing("exclude_modules", pattern, modules or reach, rule, kind))
 
 
 def _means(

@@ -46,6 +46,6 @@ class MethodOptions:
     )  # fmt: skip
 
     def recipe_fields(self) -> dict[str, Any]:
-        """The fields of `Recipe` that were given."""
+        """The fields of `Recipe` that were given; of switches, those that are on."""
         given = {name: getattr(self, name) for name in self.recipe_names}
-        return {name: value for name, value in given.items() if value is not None}
+        return {n: value for n, value in given.items() if value is not None and value is not False}

@@ -48,6 +48,8 @@ class TrainOptions(RunOptions, _Tuned):
             `lorica:new`.
         method: method names joined by `+`, e.g. `dora+olora` or `pissa(niter=16)`; `full`
             trains every weight. `lorica methods` lists them. Default: lora.
+        adapt_towers: let `all-linear` adapt vision and audio towers too, and what connects them to
+            the language model. Default: only the language model.
         modules_to_save: modules that train in full and are saved with the adapter. The head of a
             classifier, and what the checkpoint has no weights for, always are.
         add_tokens: new tokens, as a list or as a file with one token per line. They are added to
@@ -94,6 +96,7 @@ class TrainOptions(RunOptions, _Tuned):
         early_stopping_patience: stop after this many evaluations without an improvement.
     """
 
+    adapt_towers: bool = False
     modules_to_save: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
     add_tokens: Annotated[tuple[str, ...] | None, TOKENS, HINT] = None
     bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
@@ -122,7 +125,7 @@ class TrainOptions(RunOptions, _Tuned):
         ("model", "data", "eval_data", "adapter"), ()
     )
     recipe_names: ClassVar[tuple[str, ...]] = (
-        *RunOptions.recipe_names, "modules_to_save", "bias",
+        *RunOptions.recipe_names, "adapt_towers", "modules_to_save", "bias",
     )  # fmt: skip
 
     def brings_evaluation(self) -> bool:
