@@ -30,9 +30,10 @@ def resolved(plan: RunPlan[Any, Any]) -> dict[str, Any]:
     """The options that repeat this run, all filled in, as YAML reads them back."""
     training, given = plan.arguments.training, plan.options.further
     options = dataclasses.asdict(plan.options)
-    for name in ("further", *OF_A_CALL, *plan.options.recipe_names):
-        if name not in plan.options.recipe_fields():
-            options.pop(name, None)
+    for name in ("further", *OF_A_CALL):
+        options.pop(name, None)
+    told = plan.options.recipe_fields()
+    options |= {name: told.get(name) for name in plan.options.recipe_names}
     for name, but in plan.options.paths.items():
         options[name] = absolute(options[name], but)
     options |= plan.data.settled
