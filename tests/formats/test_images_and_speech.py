@@ -98,7 +98,7 @@ OLD = {  # part of a path today -> before transformers 5
 @pytest.mark.parametrize("patterns", [False, True])
 @pytest.mark.parametrize("make", OLD)
 def test_names_from_before_transformers_5(make, patterns, tmp_path):
-    """PEFT's own reading is the oracle; the file is one of today with the keys of before."""
+    """The state of today is the oracle; the file is the same one with the keys of before."""
     torch.manual_seed(0)
     base = make()
     vision = r".*vision.*" if make is llava else None
