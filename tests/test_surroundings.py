@@ -446,9 +446,12 @@ def test_a_model_that_pefts_adapters_are_in_is_refused():
             lorica.attach(model, "lora", r=2)
 
 
-def test_accelerate_prepares_an_adapted_model_and_gives_it_back():
+def test_accelerate_prepares_an_adapted_model_and_gives_it_back(monkeypatch):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # One per process, which refuses another precision than that of an earlier Trainer.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     adapters = lorica.attach(llama(), "lora", r=2, verbose=False)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare(adapters.model)

@@ -25,6 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # PEFT asks for an attribute that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# PEFT compares the vocabulary with that of the base, which it looks for on the Hub.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in lorica.base:UserWarning")
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
 def test_everything_shown_runs(page, folder, capsys):
     names: dict = {}
