@@ -4,10 +4,12 @@ and patterns that nobody means."""
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import io as streams
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -37,6 +39,27 @@ def run(capsys, *words: object) -> tuple[int, str, str]:
     out, err = capsys.readouterr()
     assert "Traceback" not in err and "LORICA_DEBUG" not in err, err
     return status, out, err
+
+
+def failure(*words: object) -> str:
+    """The one message of a verb that fails."""
+    said = streams.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main([str(word) for word in words]) == 1
+    message = said.getvalue().strip().splitlines()[-1]
+    assert "LORICA_DEBUG" not in message, message
+    return message
+
+
+@contextlib.contextmanager
+def no_longer_files(most: int):
+    """A disk that takes no file above this size: the writers of every library see the error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder: Path) -> list[str]:
@@ -538,3 +561,60 @@ def test_a_temperature_that_no_logit_stands():
     assert Decoding(temperature=1e-8).samples
     with pytest.raises(ValueError, match="temperature.*1e-30"):
         Decoding(temperature=1e-320)
+
+
+# -- a disk that refuses ---------------------------------------------------------------------------
+
+
+def test_what_the_disk_refuses_is_told_with_the_folder_and_leaves_nothing(base, adapter, tmp_path):
+    """safetensors, which has an error of its own, as transformers calls it and as Lorica does."""
+    for words in (
+        ("merge", "--adapter", adapter, "--model", base),
+        ("export", "--adapter", adapter, "--model", base, "--to", "peft"),
+    ):
+        with no_longer_files(2000):
+            message = failure(*words, "--output-dir", tmp_path / "new" / "out")
+        assert f"`{tmp_path}/new/out` was not written: File too large (" in message, message
+        assert "MiB are free there, and its weights need 0." in message
+        assert message.endswith("or name a folder elsewhere") and names(tmp_path) == []
+    adapters = lorica.attach(models.llama(), "lora", r=2, verbose=False)
+    lorica.save(adapters, tmp_path / "kept")
+    before = {entry: entry.read_bytes() for entry in (tmp_path / "kept").iterdir()}
+    perturb(adapters)
+    with no_longer_files(2000), pytest.raises(folders.NotWritten, match="Nothing of it is left"):
+        lorica.save(adapters, tmp_path / "kept", overwrite=True)
+    assert names(tmp_path) == ["kept"]
+    assert {entry: entry.read_bytes() for entry in (tmp_path / "kept").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "x"), "No space left on device ("),
+        (Exception("No space left on device (os error 28)"), "Make room there, or name a folder"),
+        (PermissionError(errno.EACCES, "x"), "Permission denied ("),
+        (OSError(errno.EROFS, "x"), "Make its parent folder writable, or name a folder"),
+    ],
+)
+def test_a_writers_error_in_any_form_is_told(error, said, tmp_path):
+    with pytest.raises(folders.NotWritten) as caught, writing(tmp_path / "a/b", overwrite=False):
+        raise error
+    assert said in str(caught.value) and names(tmp_path) == []
+
+
+def test_an_error_that_is_not_the_disks_is_left_alone(tmp_path):
+    """Of the values, or of a file that was read."""
+    for error in (ValueError("r=0"), FileNotFoundError(errno.ENOENT, "x", "/elsewhere/base.json")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path / "a", overwrite=False):
+            raise error
+        assert caught.value is error
+
+
+def test_a_parent_that_may_not_be_written_is_told(tmp_path, monkeypatch):
+    def refuses(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".out.writing"))
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", refuses)
+    adapters = lorica.attach(models.llama(), "lora", r=2, verbose=False)
+    with pytest.raises(folders.NotWritten, match="/out` was not written: Permission denied"):
+        lorica.save(adapters, tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -75,14 +76,97 @@ def _several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+class NotWritten(OSError):
+    """A folder that could not be written; nothing of it is left. The cause is the first error."""
+
+
+def of_disk(error: BaseException) -> bool:
+    """Whether a writer failed for what it writes to, and not for what it was given.
+
+    Rust's writers (safetensors, tokenizers) have errors of their own, which end in the system's.
+
+    Example:
+        >>> of_disk(Exception("No space left on device (os error 28)")), of_disk(ValueError("r=0"))
+        (True, False)
+    """
+    return isinstance(error, OSError) or _number(error) is not None
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error; None: it has none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _RUST.search(str(error))
+    return None if found is None else int(found[1])
+
+
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def reason(error: BaseException) -> str:
+    """Why the disk refused, in the system's words.
+
+    Example:
+        >>> reason(Exception("I/O error: No space left on device (os error 28)"))
+        'No space left on device'
+    """
+    if (number := _number(error)) is not None:
+        return os.strerror(number)
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def free(folder: Path) -> str:
+    """How much may still be written there, or in the nearest folder above that exists."""
+    there = next((each for each in (folder, *folder.parents) if each.is_dir()), folder)
+    with contextlib.suppress(OSError):
+        return f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB"
+    return "unknown MiB"
+
+
+@contextlib.contextmanager
+def _told(path: Path, needs: int | None) -> Iterator[None]:
+    """What the disk refuses within is told as this folder not being written."""
+    fresh = [each for each in path.parents if not each.exists()]
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NotWritten) or not of_disk(error):
+            raise
+        name = error.filename if isinstance(error, OSError) else None
+        if isinstance(name, str | bytes) and path.parent not in Path(os.fsdecode(name)).parents:
+            raise  # of a file that was read
+        for each in fresh:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        full = _number(error) in (errno.ENOSPC, errno.EDQUOT)
+        size = "" if needs is None else f", and its weights need {needs / 2**20:,.1f} MiB"
+        raise NotWritten(
+            f"`{path}` was not written: {reason(error)} ({free(path)} are free there{size})."
+            " Nothing of it is left."
+            + (" Make room there, or" if full else " Make its parent folder writable, or")
+            + " name a folder elsewhere"
+        ) from error
+
+
 @contextlib.contextmanager
 def writing(
-    path: Path, *, overwrite: bool, marks: tuple[str, ...] = ADAPTER_MARKS
+    path: Path,
+    *,
+    overwrite: bool,
+    marks: tuple[str, ...] = ADAPTER_MARKS,
+    needs: int | None = None,
 ) -> Iterator[Path]:
     """A fresh folder beside `path` that takes its place when the block ends, and vanishes when it
     raises.
 
     What else lay in a folder that is overwritten (a tokenizer, a read-me) moves along.
+
+    Args:
+        needs: bytes of the weights that will be written, for the message of a full disk.
+
+    Raises:
+        ValueError: see `check_free`.
+        NotWritten: the disk is full, or the folder may not be written.
 
     Example:
         >>> import tempfile, pathlib
@@ -92,27 +176,29 @@ def writing(
         >>> [e.name for e in out.iterdir()]
         ['a.txt']
     """
-    check_free(path, overwrite=overwrite, marks=marks)
+    to_path(path)  # a name that no file can have is refused before it is looked up
     path = Path(os.path.realpath(path))  # a link is kept, and `.` has a name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    around = path if _stays(path) else path.parent
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=around))
-    try:
-        fresh.chmod(0o777 & ~umask())  # mkdtemp makes it private
-        yield fresh
-        if path.exists():
-            for entry in path.iterdir():
-                ours = _OURS.fullmatch(entry.name) or _LEFT.fullmatch(entry.name)
-                if not ours and not (fresh / entry.name).exists():
-                    _copy(entry, fresh / entry.name)
-        for file in fresh.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~umask())  # safetensors makes its files private
-            sync(file)
-        sync(fresh)
-        place(fresh, path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with _told(path, needs):
+        check_free(path, overwrite=overwrite, marks=marks)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        around = path if _stays(path) else path.parent
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=around))
+        try:
+            fresh.chmod(0o777 & ~umask())  # mkdtemp makes it private
+            yield fresh
+            if path.exists():
+                for entry in path.iterdir():
+                    ours = _OURS.fullmatch(entry.name) or _LEFT.fullmatch(entry.name)
+                    if not ours and not (fresh / entry.name).exists():
+                        _copy(entry, fresh / entry.name)
+            for file in fresh.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o666 & ~umask())  # safetensors makes its files private
+                sync(file)
+            sync(fresh)
+            place(fresh, path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def place(fresh: Path, path: Path) -> None:

@@ -235,7 +235,8 @@ def pack(
             " (`--to merged`, in Python `lorica.formats.merge_to`)"
         ) from None
     if first():
-        with writing(out, overwrite=overwrite, marks=PACKED_MARKS) as folder:
+        needs = sum(p.nbytes for p in model.parameters())
+        with writing(out, overwrite=overwrite, marks=PACKED_MARKS, needs=needs) as folder:
             _write(model, folder, method, done)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

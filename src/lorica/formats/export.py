@@ -207,7 +207,8 @@ def _export(
     if r is not None and sample is not None:
         lost["logits"] = _change(adapters, tensors, sample)
     if first():
-        with writing(out, overwrite=overwrite) as folder:
+        needs = sum(t.nbytes for t in tensors.values())
+        with writing(out, overwrite=overwrite, needs=needs) as folder:
             write_tensors(tensors, folder / PEFT_TENSORS)
             write_config(config, folder)
     together()

@@ -176,7 +176,8 @@ def merge_to(
             " base in float32 and merge again"
         )
     if first():
-        with writing(out, overwrite=overwrite, marks=MARKS) as folder:
+        needs = sum(p.nbytes for p in model.parameters())
+        with writing(out, overwrite=overwrite, marks=MARKS, needs=needs) as folder:
             # A tie that was broken must not be mended on loading, so every weight has its entry.
             state = {n: t.clone() for n, t in model.state_dict().items()} if tied else None
             model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)

@@ -58,7 +58,8 @@ def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = 
         own = {name: value for name, value in state.items() if name not in cut}
     base_hash = adapters.hash_base() if adapters.base_unchanged else adapters.base_hash
     if first():
-        with writing(path, overwrite=overwrite) as folder:
+        needs = sum(t.nbytes for t in {**own, **(peft[1] if peft else {})}.values())
+        with writing(path, overwrite=overwrite, needs=needs) as folder:
             if form == "model":
                 assert isinstance(adapters.model, PreTrainedModel)
                 adapters.model.save_pretrained(folder)

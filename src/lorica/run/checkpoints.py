@@ -164,13 +164,14 @@ def saving(what: str, folder: Path) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
+    from lorica.formats.atomic_folder import NotWritten, free, reason
+
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer raises the last
         if isinstance(error, NotSaved):
             raise
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        why = error.strerror if isinstance(error, OSError) and error.strerror else first
+        why = reason(error.__cause__ or error if isinstance(error, NotWritten) else error)
         if not folder.is_dir():
             raise NotSaved(
                 f"{what} was not written: `{folder}` is gone. It was moved or removed while this"
@@ -179,7 +180,7 @@ def saving(what: str, folder: Path) -> Iterator[None]:
                 " `resume_from_checkpoint=True`)"
             ) from error
         raise NotSaved(
-            f"{what} was not written to `{folder}`: {why} ({_free(folder)} are free there)."
+            f"{what} was not written to `{folder}`: {why} ({free(folder)} are free there)."
             f" {_left(folder)}"
         ) from error
 
@@ -202,9 +203,3 @@ def _left(folder: Path) -> str:
 
 class NotSaved(OSError):
     """Something of a run could not be written; what was complete before still is."""
-
-
-def _free(folder: Path) -> str:
-    with contextlib.suppress(OSError):
-        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB"
-    return "unknown MiB"
