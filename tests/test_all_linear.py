@@ -59,6 +59,25 @@ def test_the_language_model_is_adapted_and_towers_on_request(llava):
     assert set(adapters.layers) == only
 
 
+def test_towers_train_although_their_last_layer_is_not_used(caplog):
+    text = LlamaConfig(vocab_size=61, num_key_value_heads=2, **TINY)
+    vision = CLIPVisionConfig(**{**VISION, "num_hidden_layers": 2})
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
+    )
+    adapters = lorica.attach(model, "lora", r=2, adapt_towers=True, verbose=False)
+    optimizer = lorica.optimizer(adapters, lr=1e-3)
+    ids = torch.tensor([[1, 60, 60, 60, 60, 2]])
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(1, 3, 8, 8)}
+    with caplog.at_level("WARNING", logger="lorica"):
+        for _ in range(12):
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert caplog.text.count("no gradient for the output of 6 adapted layer(s)") == 1
+    assert "encoder.layers.1.mlp.fc2" in caplog.text and "encoder.layers.0" not in caplog.text
+
+
 def test_the_command_line_takes_towers_in(llava, tmp_path):
     llava.config.architectures = ["LlavaForConditionalGeneration"]
     llava.config.save_pretrained(tmp_path)

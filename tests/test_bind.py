@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lorica
@@ -349,35 +350,79 @@ class Experts(nn.Module):
         return torch.cat([y, self.idle(x[:0])]) if self.empty else y
 
 
+def ten_steps(adapters):
+    optimizer = lorica.optimizer(adapters, lr=1e-3)
+    for _ in range(12):
+        adapters.model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("empty", [True, False])
 def test_a_layer_without_tokens_is_only_named(empty, caplog):
     adapters = attached(model=Experts(empty))
-    optimizer = lorica.optimizer(adapters, lr=1e-3)
     with caplog.at_level(logging.WARNING, logger="lorica"):
-        for _ in range(12):
-            adapters.model(torch.randn(3, 4)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert "no token reached 1 adapted layer(s) in the first 10 steps: idle" in caplog.text
-    assert not adapters.model.idle._forward_pre_hooks, "nothing is left behind"
+        ten_steps(adapters)
+    said = "no token reached 1 adapted layer(s)" if empty else "1 adapted layer(s) were not called"
+    assert caplog.text.count(f"{said} in the first 10 steps") == 1 and ": idle" in caplog.text
+    idle = adapters.model.idle
+    assert not idle._forward_hooks and idle.weight_read is None, "nothing is left behind"
 
 
-def test_a_layer_that_the_loss_does_not_depend_on_is_an_error():
-    class Apart(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+class Two(nn.Module):
+    """Two layers, and how the second one is used."""
 
-        def forward(self, x):
-            return self.a(x) + self.b(x).detach()
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+        self.alias = [self.b]  # which `attach` cannot see
 
-    adapters = attached(model=Apart())
-    optimizer = lorica.optimizer(adapters, lr=1e-3)
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def unused(model, x):
+    model.b(x)
+    return model.a(x)
+
+
+def unheard(model, x):
+    with torch.no_grad():
+        y = model.b(x)
+    return model.a(x) + y
+
+
+SECOND = {  # how the second layer is used -> what a run is told, and whether that stops it
+    "unused": (unused, "no gradient for the output of 1 adapted layer", False),
+    "detached": (lambda m, x: m.a(x) + m.b(x).detach(), "leaves the output unused, or det", False),
+    "without a graph": (unheard, "Does the loss depend on these layers", True),
+    "times nothing": (lambda m, x: m.a(x) + 0 * m.b(x), "Does the loss depend on these", True),
+    "read past": (lambda m, x: F.linear(m.a(x), m.b.weight), "reads the weight past the", True),
+    "alias": (lambda m, x: m.a(x) + m.alias[0](x), "calls the layer that the adapter", True),
+    "not called": (lambda m, x: m.a(x), "1 adapted layer(s) were not called", False),
+}
+
+
+@pytest.mark.parametrize(("how", "said", "stops"), SECOND.values(), ids=SECOND)
+def test_why_a_layer_has_no_gradient_is_told_apart(how, said, stops, caplog):
+    adapters = attached(model=Two(how))
+    assert [*adapters.layers] == ["a", "b"]
+    with caplog.at_level(logging.WARNING, logger="lorica"):
+        if not stops:
+            ten_steps(adapters)
+            assert caplog.text.count(said) == 1 and ": b." in caplog.text
+            return
+        with pytest.raises(ValueError) as caught:
+            ten_steps(adapters)
+    text = str(caught.value)
+    assert "1 adapter(s) had no gradient in 10 steps" in text and ": b." in text and said in text
+    assert not caplog.text
+
+
+def test_an_unused_layer_is_an_error_where_its_name_has_no_other_effect():
+    adapters = attached(model=Two(unused), target_modules=["a", "b"])
     with pytest.raises(ValueError, match="1 adapter.s. had no gradient in 10 steps.*: b"):
-        for _ in range(10):
-            adapters.model(torch.randn(3, 4)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        ten_steps(adapters)
 
 
 def test_a_gradient_that_is_small_or_not_finite_is_a_gradient():

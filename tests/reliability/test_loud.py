@@ -287,14 +287,15 @@ def test_an_evaluation_without_a_label_is_an_error():
 
 
 class Detached(nn.Module):
-    """A layer whose output the loss does not depend on through any gradient."""
+    """A layer without a gradient, since it runs where none is computed."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x).detach()
+        with torch.no_grad():
+            return self.inner(x)
 
 
 @pytest.mark.parametrize("steps", [12, 4])

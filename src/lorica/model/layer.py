@@ -27,6 +27,8 @@ class AdaptedLinear(nn.Module):
         disabled: compute what the base alone does.
         frozen_for_now: names of parameters that do not train at present, see
             `lorica.training.freezing`.
+        weight_read: whether anything has read `weight` since this was set to False; None: nobody
+            asks. A model that multiplies with `weight` itself does not see the adapter.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class AdaptedLinear(nn.Module):
         self.site = site
         self.disabled = False
         self.frozen_for_now: tuple[str, ...] = ()
+        self.weight_read: bool | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
@@ -108,6 +111,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
+        if self.weight_read is False:
+            self.weight_read = True
         return self.store.parameter
 
     @property

@@ -1,12 +1,16 @@
 """Checks that training takes place: what was asked for happens, or the run stops.
 
-Within ten steps (or in all of a shorter run) every adapter must have had a gradient. An adapter
-that is loaded for use must change something.
+Within ten steps (or in all of a shorter run) every adapter must have had a gradient, unless the
+model did not call its layer, no token came by, or the loss does not use the output; such layers are
+named. An adapter that is loaded for use must change something.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
+from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from lorica.model import unbound
 from lorica.model.adapters import Adapters
 from lorica.model.heads import head_names
+from lorica.model.layer import AdaptedLinear
+from lorica.model.targets import matches
 from lorica.tensors.dtensor_ops import all_reduce_, read_full, reduce_scalar
 from lorica.tensors.linalg import floats
 
@@ -92,6 +98,39 @@ def no_effect(adapters: Adapters, where: str) -> str:
     )
 
 
+class Use(IntEnum):
+    """What became of a layer without a gradient; of several forwards the last in this order."""
+
+    NOT_CALLED = 0  # an expert without a token may not be called; nor a tower without images
+    READ_PAST = 1  # the model multiplied with its weight, or called what the adapter replaced
+    NO_TOKEN = 2  # called with nothing
+    NO_GRAPH = 3  # called where no gradient is computed
+    UNUSED = 4  # its output has a graph, through which no gradient came
+    ZERO = 5  # there is a gradient, and it is 0
+
+
+_NAMED: Mapping[Use, str] = {
+    Use.NOT_CALLED: (
+        "%d adapted layer(s) were not called in the first %d steps, so nothing trains there so far:"
+        " %s. Unless they wait for other examples (an expert, a tower without images), leave them"
+        " out with `exclude_modules`"
+    ),
+    Use.NO_TOKEN: "no token reached %d adapted layer(s) in the first %d steps: %s",
+    Use.UNUSED: (
+        "the loss has no gradient for the output of %d adapted layer(s) in the first %d steps, so"
+        " nothing trains there: %s. The model leaves the output unused, or detaches it; leave them"
+        " out with `exclude_modules`"
+    ),
+}
+_CAUSES: Mapping[Use, str] = {
+    Use.NOT_CALLED: " Never called: %s; leave out with `exclude_modules` what the model needs not.",
+    Use.READ_PAST: (
+        " The model's code reads the weight past the layer, or calls the layer that the adapter"
+        " replaced: %s; leave them out with `exclude_modules`."
+    ),
+}
+
+
 class GradientCheck:
     """Looks at gradients before each of the first steps; costs nothing once all were seen."""
 
@@ -99,7 +138,7 @@ class GradientCheck:
         unbound.discard(adapters)
         self.adapters = adapters
         self.watched = WATCHED_STEPS
-        self.reached: dict[str, bool] = {}  # layers without a gradient so far -> a token came by
+        self.uses: dict[str, Use] = {}  # of the layers without a gradient so far
         self.hooks: list[RemovableHandle] = []
         self.held = False
         self.skipped = 0  # steps that counted as none: at rate 0, without any gradient
@@ -129,11 +168,10 @@ class GradientCheck:
         An adapter's parameters count together: with B = 0 only B has a gradient at first.
 
         Raises:
-            ValueError: at the last watched step, some had none although tokens reached them.
+            ValueError: at the last watched step, some had none and should have one.
         """
         if step >= self.watched or bool(seen.all()):
-            while self.hooks:
-                self.hooks.pop().remove()
+            self._stop_looking()
             return
         units: dict[str, list[nn.Parameter]] = {}
         for t in self.adapters.trained():
@@ -146,49 +184,94 @@ class GradientCheck:
         for (i, _), square in zip(grads, squares, strict=True):
             if square != 0:  # a non-finite gradient is one, too
                 seen[i] = True
+            elif self.uses.get(sites[i], Use.NOT_CALLED) >= Use.NO_GRAPH:
+                self.uses[sites[i]] = Use.ZERO
         missing = [sites[i] for i in waiting if not bool(seen[i]) and sites[i] not in resting]
         for site in missing:
             self._look(site)
         if missing and step == self.watched - 1:
-            self._report(missing, len(sites))
+            self._report(missing, [site for i, site in enumerate(sites) if bool(seen[i])])
 
     def _look(self, site: str) -> None:
-        """From now on remember whether any token reaches this layer."""
-        if site in self.reached:
+        """From now on remember what becomes of this layer."""
+        if site in self.uses:
             return
-        self.reached[site] = False
-
+        self.uses[site] = Use.NOT_CALLED
         module = self.adapters.model.get_submodule(site)
         table = self.adapters.tables.get(site)
+        if isinstance(module, AdaptedLinear):
+            module.weight_read = False
 
-        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args:
-                (x,) = args[:1]
-                self.reached[site] |= x.numel() > 0 if table is None else table.reached(x)
+        def note(called: nn.Module, args: tuple[Any, ...], y: Any) -> None:  # Any: of any module
+            if not (called.training or torch.is_grad_enabled()):
+                return  # an evaluation in between
+            x = args[0] if args and isinstance(args[0], Tensor) else None
+            if called is not module:  # hooks are shared with the base, which the layer never calls
+                use = Use.READ_PAST
+            elif x is not None and not (x.numel() if table is None else table.reached(x)):
+                use = Use.NO_TOKEN
+            else:
+                graph = isinstance(y, Tensor) and y.requires_grad
+                use = Use.UNUSED if graph else Use.NO_GRAPH
+            self.uses[site] = max(self.uses[site], use)
 
-        self.hooks.append(module.register_forward_pre_hook(note))
+        self.hooks.append(module.register_forward_hook(note))
 
-    def _report(self, missing: list[str], count: int) -> None:
-        reached = torch.tensor([self.reached[s] for s in missing], dtype=torch.int32)
+    def _stop_looking(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+        for site in self.uses:
+            if (layer := self.adapters.layers.get(site)) is not None:
+                layer.weight_read = None
+
+    def _found(self, missing: list[str]) -> dict[str, Use]:
+        """What became of these layers, on any process."""
+        for site in missing:
+            layer = self.adapters.layers.get(site)
+            if layer is not None and layer.weight_read:
+                self.uses[site] = max(self.uses[site], Use.READ_PAST)
+        found = torch.tensor([self.uses[s] for s in missing], dtype=torch.int32)
         if dist.is_initialized():  # an expert may have had its tokens on another process
-            reached = reached.to(next(self.adapters.model.parameters()).device)
-            all_reduce_(reached, op=dist.ReduceOp.MAX)
-        resting = [s for s, r in zip(missing, floats(reached), strict=True) if not r]
+            found = found.to(next(self.adapters.model.parameters()).device)
+            all_reduce_(found, op=dist.ReduceOp.MAX)
+        return {s: Use(int(use)) for s, use in zip(missing, floats(found), strict=True)}
+
+    def _report(self, missing: list[str], learning: Collection[str]) -> None:
+        found = self._found(missing)
         # Every token reaches a head; one that none reached is computed past its adapter.
-        heads = head_names(self.adapters.model)
-        silent = [s for s in missing if s not in resting or s in heads]
-        resting = [s for s in resting if s not in heads]
-        if len(resting) == count:
-            silent, resting = resting, []
-        if resting:
-            logger.warning(
-                "no token reached %d adapted layer(s) in the first %d steps: %s",
-                len(resting), self.watched, ", ".join(resting),
-            )  # fmt: skip
-        if silent:
-            raise ValueError(
-                f"{len(silent)} adapter(s) had no gradient in {self.watched} steps, so nothing"
-                f" there is being trained: {', '.join(silent)}. Does the loss depend on these"
-                " layers, and does gradient checkpointing keep gradients (use_reentrant=False, or"
-                " model.enable_input_require_grads())?"
+        heads, asked = head_names(self.adapters.model), self._of_idle_names(missing, learning)
+        groups: dict[Use, list[str]] = {}
+        for site, use in found.items():
+            must = site in heads or use is Use.UNUSED and site in asked
+            if learning and use in _NAMED and not must:
+                groups.setdefault(use, []).append(site)
+        for use, sites in groups.items():
+            logger.warning(_NAMED[use], len(sites), self.watched, ", ".join(sites))
+        named = {site for sites in groups.values() for site in sites}
+        if silent := {site: use for site, use in found.items() if site not in named}:
+            self._refuse(silent)
+
+    def _of_idle_names(self, missing: list[str], learning: Collection[str]) -> list[str]:
+        """Layers that a name in `target_modules` means of which none learns."""
+        names = self.adapters.recipe.target_modules
+        idle = [
+            name
+            for name in (() if isinstance(names, str) else names)
+            if not any(matches(name, site) for site in learning)
+        ]
+        return [site for site in missing if any(matches(name, site) for name in idle)]
+
+    def _refuse(self, silent: Mapping[str, Use]) -> None:
+        told = ""
+        for use, cause in _CAUSES.items():
+            if sites := [site for site, u in silent.items() if u is use]:
+                told += cause % ", ".join(sites)
+        if any(use not in _CAUSES for use in silent.values()):
+            told += (
+                " Does the loss depend on these layers, and does gradient checkpointing keep"
+                " gradients (use_reentrant=False, or model.enable_input_require_grads())?"
             )
+        raise ValueError(
+            f"{len(silent)} adapter(s) had no gradient in {self.watched} steps, so nothing there is"
+            f" being trained: {', '.join(silent)}.{told}"
+        )
