@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 import lorica
 from lorica.methods.schedules.base import AbstractSchedule
+from lorica.recipe import registry
+from lorica.training import checks
 from lorica.training.bind import KEY, bind
 from models import batch, llama, train
 
 sys.path.insert(0, str(Path(__file__).parent / "conformance"))
 from merge_often import MergeOften  # noqa: E402
+from walk import recipe  # noqa: E402
 
 LOG: list[str] = []
 
@@ -516,3 +519,53 @@ def test_a_state_without_adapters_leaves_their_frozen_factors_alone():
     before = adapters.fingerprint()
     adapters.model.load_state_dict({"lm_head.weight": torch.zeros(61, 32)}, strict=False)
     assert adapters.fingerprint() == before
+
+
+WORDS = [*registry.names("rules"), *registry.names("schedules")]
+
+
+def bound(word: str):
+    adapters = lorica.attach(llama(), recipe(word, r=2), verbose=False)
+    return adapters, lorica.optimizer(adapters, lr=1e-3, total_steps=12)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_step_without_any_gradient_is_none(word):
+    """As in torch: before the first backward, after `zero_grad`, and with an empty group."""
+    adapters, optimizer = bound(word)
+    twin, other = bound(word)
+    optimizer.add_param_group({**copy_of(optimizer), "params": []})
+    before = adapters.fingerprint()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert adapters.fingerprint() == before and not optimizer.state
+    assert optimizer.param_groups[0][KEY]["step"] == 0
+    train(adapters, optimizer, 2)
+    optimizer.step()
+    train(adapters, optimizer, 1, first=2)
+    train(twin, other, 3)
+    assert adapters.fingerprint() == twin.fingerprint()
+
+
+def copy_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Options of a group of no pair."""
+    last = optimizer.param_groups[-1]
+    return {k: v for k, v in last.items() if k not in ("params", KEY)} | {"pair": False}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_the_caller_froze_is_said_once_and_stays(word, caplog, monkeypatch):
+    monkeypatch.setattr(checks, "WATCHED_STEPS", 2)
+    adapters, optimizer = bound(word)
+    site = adapters.trained()[0].site
+    frozen = [t.parameter for t in adapters.trained() if t.site == site]
+    for p in frozen:
+        p.requires_grad_(False)
+    train(adapters, optimizer, 4)
+    assert not any(p.requires_grad for p in frozen)
+    said = [r.message for r in caplog.records if "do not train for now" in r.message]
+    assert len(said) == 1 and site in said[0]
+    for p in frozen:  # gradual unfreezing
+        p.requires_grad_(True)
+    train(adapters, optimizer, 2, first=4)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lorica
+from lorica.recipe import registry
 from lorica.tensors.dtensor_ops import seeded
 from lorica.training.weight_edits import merge_
 from models import batch, llama, perturb
@@ -247,3 +248,21 @@ def test_a_modules_rate_that_is_none():
     adapters = lorica.attach(llama(), "lora", modules_to_save=["lm_head"], verbose=False)
     with pytest.raises(ValueError, match="`modules_lr=-1`"):
         lorica.optimizer(adapters, 1e-3, modules_lr=-1)
+
+
+@pytest.mark.parametrize("combine", registry.names("combine"))
+@pytest.mark.parametrize("kernel", [None, *registry.names("kernels")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_may_change_a_layers_output_in_place(combine, kernel, bias):
+    """Llama 4 scales its queries so, Gemma 3n its gates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=bias)).double()
+    method = combine if kernel is None else f"{combine}+{kernel}"
+    adapters = lorica.attach(model, method, r=2, verbose=False)
+    perturb(adapters)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    parameters = [t.parameter for t in adapters.trained()]
+    found = []
+    for change in (lambda y: y.mul_(3).add_(1), lambda y: y * 3 + 1):
+        found.append(torch.autograd.grad(change(model(x)).square().sum(), parameters))
+    torch.testing.assert_close(*found)

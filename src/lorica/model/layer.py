@@ -70,7 +70,7 @@ class AdaptedLinear(nn.Module):
                 return torch.func.functional_call(self, constants, (x,))
             finally:
                 self.frozen_for_now = names
-        held = [self.get_parameter(name) for name in names]
+        held = [p for name in names if (p := self.get_parameter(name)).requires_grad]
         try:
             for p in held:
                 p.requires_grad_(False)

@@ -52,6 +52,11 @@ def is_fake(optimizer: torch.optim.Optimizer) -> bool:
     return not any(reduce_scalar(grads))
 
 
+def is_empty(optimizer: torch.optim.Optimizer) -> bool:
+    """Nothing has a gradient, so torch's optimizers do nothing, and schedules do as they do."""
+    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
 def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """A scaler that met an overflow does not call an ordinary optimizer, but a fused one, which it
     tells to do nothing."""
@@ -120,6 +125,10 @@ class _Binding:
             )
         own = optimizer.param_groups[0][KEY]
         self.gradient_check.check_held(optimizer, own["total_steps"])
+        if is_empty(optimizer):
+            self.real = False
+            self.gradient_check.check_empty(own["seen"])
+            return
         self.gradient_check.check(own["seen"], own["step"])
         training = Training(optimizer, self.adapters, own)
         self.rates = [group["lr"] for group in optimizer.param_groups]

@@ -142,6 +142,8 @@ class GradientCheck:
         self.hooks: list[RemovableHandle] = []
         self.held = False
         self.skipped = 0  # steps that counted as none: at rate 0, without any gradient
+        self.empty = 0  # steps in a row for which nothing had a gradient
+        self.told: set[str] = set()  # frozen by the caller
 
     def check_held(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
         """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
@@ -173,10 +175,9 @@ class GradientCheck:
         if step >= self.watched or bool(seen.all()):
             self._stop_looking()
             return
-        units: dict[str, list[nn.Parameter]] = {}
-        for t in self.adapters.trained():
-            units.setdefault(t.site, []).append(t.parameter)
-        sites = list(units)
+        self.empty = 0
+        units = self._units()
+        sites, frozen = list(units), self._frozen(units)
         resting = {site for site, layer in self.adapters.layers.items() if layer.frozen_for_now}
         waiting = [i for i in range(len(sites)) if not bool(seen[i])]
         grads = [(i, p.grad) for i in waiting for p in units[sites[i]] if p.grad is not None]
@@ -186,11 +187,48 @@ class GradientCheck:
                 seen[i] = True
             elif self.uses.get(sites[i], Use.NOT_CALLED) >= Use.NO_GRAPH:
                 self.uses[sites[i]] = Use.ZERO
+        resting |= frozen
         missing = [sites[i] for i in waiting if not bool(seen[i]) and sites[i] not in resting]
         for site in missing:
             self._look(site)
         if missing and step == self.watched - 1:
             self._report(missing, [site for i, site in enumerate(sites) if bool(seen[i])])
+
+    def check_empty(self, seen: Tensor) -> None:
+        """Count a step for which nothing has a gradient, and which is none.
+
+        Raises:
+            ValueError: there were as many in a row as are watched, and some adapter never had one.
+        """
+        self.empty += 1
+        if bool(seen.all()):
+            return
+        units = self._units()
+        sites, frozen = list(units), self._frozen(units)
+        resting = {site for site, layer in self.adapters.layers.items() if layer.frozen_for_now}
+        learning = [site for i, site in enumerate(sites) if bool(seen[i])]
+        missing = [site for site in sites if site not in {*learning, *frozen, *resting}]
+        for site in missing:
+            self._look(site)
+        if missing and self.empty >= self.watched:
+            self._report(missing, learning)
+
+    def _units(self) -> dict[str, list[nn.Parameter]]:
+        units: dict[str, list[nn.Parameter]] = {}
+        for t in self.adapters.trained():
+            units.setdefault(t.site, []).append(t.parameter)
+        return units
+
+    def _frozen(self, units: dict[str, list[nn.Parameter]]) -> set[str]:
+        """Adapters that the caller froze, perhaps to unfreeze them later; each is logged once."""
+        frozen = {s for s, group in units.items() if not any(p.requires_grad for p in group)}
+        if new := [s for s in units if s in frozen - self.told]:
+            logger.warning(
+                "%d of %d adapters do not train for now, since their parameters have"
+                " `requires_grad=False`: %s", len(new), len(units), ", ".join(new),
+            )  # fmt: skip
+        self.told |= frozen
+        return frozen
 
     def _look(self, site: str) -> None:
         """From now on remember what becomes of this layer."""
