@@ -648,3 +648,66 @@ def test_merging_unties_only_what_was_adapted(targets, tmp_path):
     norms = [layer.shared_transformer.input_layernorm.weight for layer in loaded.model.layers[1:]]
     assert norms[0] is norms[1] is norms[2], "what was not adapted is shared still"
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight or targets == ["lm_head"]
+
+
+def whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=4,
+        max_source_positions=10, max_target_positions=12, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config)
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+SEEING = {
+    "whisper": (whisper, {"input_features": (2, 4, 20)}, torch.tensor([[3, 4], [5, 6]])),
+    "vit": (vit, {"pixel_values": (2, 3, 8, 8)}, torch.tensor([0, 1])),
+    "llama": (llama, None, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+@pytest.mark.parametrize("name", SEEING)
+def test_reentrant_checkpointing_trains_every_block_whatever_the_input(name):
+    make, shapes, labels = SEEING[name]
+    torch.manual_seed(0)
+    model = make()
+    adapters = lorica.attach(model, "lora", r=2, verbose=False)
+    perturb(adapters)
+    model.train()
+    generator = torch.Generator().manual_seed(1)
+    inputs = (
+        batch(model)
+        if shapes is None
+        else {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        | {"labels": labels}
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for rate in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(vars(module).get(rate), float):
+                setattr(module, rate, 0.0)
+    found = []
+    for reentrant in (None, True):
+        if reentrant:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        found.append({t.name: t.parameter.grad for t in adapters.trained()})
+    assert all(g is not None for g in found[1].values())
+    torch.testing.assert_close(found[1], found[0])
+    lorica.detach(model)

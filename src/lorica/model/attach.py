@@ -17,6 +17,7 @@ from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, S
 from lorica.model import save_pretrained
 from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
+from lorica.model.checkpointed import let_gradients_in
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.heads import in_full, refuse_missing
 from lorica.model.layer import AdaptedLinear
@@ -205,6 +206,7 @@ def attach(
             layer.update.fold_frozen_(layer.store)
             layer.update.clear_frozen_()
     adapters.hooks = ForwardHooks(adapters)
+    adapters.hooks.handles += let_gradients_in(model)
     save_pretrained.install(adapters)
     adapters.summary = fill(summary, adapters, targets)
     expect(adapters)

@@ -43,7 +43,7 @@ class ForwardHooks:
         self.waiting: set[str] = set()  # layers that this forward has not come to yet
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, Tensor] | None = None  # an input and its squares: q, k, v share it
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         takes = inspect.signature(self.model.forward).parameters
         kinds = {p.kind for p in takes.values()}
         self.states = "hidden_states" in self.wanted and (  # else the objective says what it lacks
@@ -51,18 +51,18 @@ class ForwardHooks:
         )
         if self.wanted:
             before = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self._handles += [before, self.model.register_forward_hook(self._end, always_call=True)]
+            self.handles += [before, self.model.register_forward_hook(self._end, always_call=True)]
         if "input_squares" in self.wanted:
             self.sites = [*adapters.layers]
             for site, layer in adapters:
                 look = functools.partial(
                     self._look, site
                 )  # not a closure, which copies would share
-                self._handles.append(layer.register_forward_pre_hook(look))
+                self.handles.append(layer.register_forward_pre_hook(look))
 
     def remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        while self.handles:
+            self.handles.pop().remove()
 
     # -- hooks
 
