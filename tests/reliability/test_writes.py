@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -502,6 +503,7 @@ def test_a_log_that_was_lost_before_the_resumption_is_whole_again(change, cut, n
 def test_a_log_that_is_lost_while_a_run_goes_on_is_whole_at_the_end(change, tmp_path, caplog):
     from lorica.run.log import RunLog
 
+    caplog.set_level(logging.WARNING, "lorica")  # a verb run before in this process sets INFO
     log = RunLog(RunFolder(tmp_path), torch.device("cpu"), {})
     state = TrainerState(max_steps=9, log_history=[], num_input_tokens_seen=0)
     log.begin(state)
