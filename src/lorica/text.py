@@ -1,9 +1,10 @@
-"""Text of error messages: what they quote, cut to what a person reads, and what they suggest; and
-whether a text can name a file at all."""
+"""Text of error messages: what they quote, cut to what a person reads, and what they suggest;
+whether a text can name a file at all; and JSON as everything here reads it."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -95,6 +96,56 @@ def nearest(name: str, known: Iterable[str], *, flag: bool = False) -> str:
         return ""
     found = spelt[close[0]]
     return f" Did you mean `{'--' + found.replace('_', '-') if flag else found}`?"
+
+
+DEEPEST = 100  # levels of JSON: copying or writing what is read takes several calls a level
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """`json.loads`, for texts that come from elsewhere.
+
+    Args:
+        how: hooks of `json.loads`.
+
+    Raises:
+        json.JSONDecodeError: the text is no JSON.
+        ValueError: it is nested too deeply, is no UTF-8, or holds a number of thousands of digits.
+
+    Example:
+        >>> parse_json("[" * 300 + "]" * 300)
+        Traceback (most recent call last):
+            ...
+        ValueError: lists or objects nested more than 100 levels deep
+    """
+    try:
+        value = json.loads(text, **how)
+    except RecursionError:
+        raise ValueError(DEEP) from None
+    check_depth(value)
+    return value
+
+
+DEEP = f"lists or objects nested more than {DEEPEST} levels deep"
+
+
+def check_depth(value: Any) -> None:
+    """Whether what JSON held is nested no deeper than `DEEPEST`.
+
+    Raises:
+        ValueError: it is.
+    """
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += part.values()  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+            elif isinstance(part, list):
+                inner += part
+        if not inner:
+            return
+        level = inner
+    raise ValueError(DEEP)
 
 
 def to_path(name: str | Path) -> Path:

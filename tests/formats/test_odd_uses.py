@@ -618,3 +618,50 @@ def test_a_parent_that_may_not_be_written_is_told(tmp_path, monkeypatch):
     adapters = lorica.attach(models.llama(), "lora", r=2, verbose=False)
     with pytest.raises(folders.NotWritten, match="/out` was not written: Permission denied"):
         lorica.save(adapters, tmp_path / "out")
+
+
+# -- JSON within JSON ------------------------------------------------------------------------------
+
+
+def deep(levels: int) -> str:
+    return '{"a": ' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize("levels", [101, 300, 900, 5000])
+def test_json_nested_too_deeply_is_told_in_every_file(levels, own, base, tmp_path):
+    from lorica.data import read
+    from lorica.run.config import read_defaults
+    from lorica.run.folder import RunFolder
+    from lorica.run.load_model import read_config
+    from lorica.run.quantization import _fields
+
+    said = "nested more than 100 levels deep"
+    model = shutil.copytree(base, tmp_path / "model")
+    (model / "config.json").write_text(
+        (model / "config.json").read_text().replace("{", '{"more": ' + deep(levels) + ",", 1)
+    )
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ' + deep(levels) + "}\n")
+    (tmp_path / "rows.json").write_text('[{"text": ' + deep(levels) + "}]")
+    for name in ("adapter_config.json", "lorica.json"):
+        kept = (own / name).read_text()
+        (own / name).write_text(deep(levels))
+        with pytest.raises(ValueError, match=said) as caught:
+            formats.inspect(own)
+        assert name in str(caught.value)
+        (own / name).write_text(kept)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match=said):
+            read_config(str(model), trust_remote_code=trust)
+    with pytest.raises(ValueError, match=said):
+        _fields(deep(levels))
+    for name in ("rows.jsonl", "rows.json"):
+        with pytest.raises(ValueError, match="lists within lists beyond any need"):
+            read(str(tmp_path / name))
+    (tmp_path / "metrics.jsonl").write_bytes(
+        f'{{"step": 1, "seconds": 1, "a": {deep(levels)}}}\n'.encode()
+        + b'\xff\xfe{"step": 2}\n{"step": 3, "seconds": 1}\n'
+    )
+    assert [line["step"] for line in RunFolder(tmp_path).lines()] == [3]
+    (tmp_path / "defaults.json").write_text(deep(levels))
+    with pytest.raises(ValueError, match="defaults.json was changed"):
+        read_defaults(tmp_path)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.words import INDEX, WHERE, excerpt, keep_as_json, keep_as_text, kind_of, listing
+from lorica.text import check_depth, parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -218,18 +219,18 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(_broken(path, number, error.colno, error.msg, line, text)) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(_too_much(path, number, line)) from error
         yield number, _object(path, number, value)
 
 
 def _broken(path: Path, line: int, column: int, reason: str, found: str, text: str) -> str:
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parse_json(text)
+    except ValueError:
         return (
             f"{path}, line {line}, column {column}: not valid JSON: {reason}, in "
             f"{excerpt(found)}. Each line must hold one whole object; mend or remove that line."
@@ -269,6 +270,7 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     while text[at : at + 1] != "]":
         try:
             value, end = decoder.raw_decode(text, at)
+            check_depth(value)
         except json.JSONDecodeError as error:
             raise expected(error.msg, error.pos) from error
         except (ValueError, RecursionError) as error:

@@ -8,12 +8,11 @@ message, and `Format` refuses it unless the chat template writes it.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from lorica.data.samples import ASSISTANT, USER, Flag, Row
 from lorica.data.words import excerpt, kind_of, listing
-from lorica.text import nearest
+from lorica.text import nearest, parse_json
 
 ROLES = {
     "user": USER,
@@ -81,8 +80,8 @@ def as_list(row: Row, column: str) -> list[dict[str, Any]]:
     value = row.values.get(column)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise row.error(column, f"as a text it must be JSON ({error})") from error
     if not isinstance(value, list) or not value:
         raise row.error(column, "it must be a list of objects, at least one")
@@ -244,10 +243,10 @@ def _ranges(
 def _written_calls(row: Row, column: str, number: int, value: Any) -> list[Any]:
     """The calls of a turn whose content is one call, or a list of them, as JSON."""
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        calls = parse_json(value) if isinstance(value, str) else value
         calls = calls if isinstance(calls, list) else [calls]
         assert calls and all({"name", "arguments"} <= call.keys() for call in calls)
-    except (json.JSONDecodeError, AttributeError, AssertionError) as error:
+    except (ValueError, AttributeError, AssertionError) as error:
         raise row.error(
             column,
             f"turn {number} is a function_call, so its value must be JSON like "
@@ -263,8 +262,8 @@ def _called(row: Row, column: str, number: int, call: Any) -> dict[str, Any]:
     kept = {key: value for key, value in outer.items() if function is not outer}
     arguments = function.get("arguments", {}) if isinstance(function, dict) else None
     try:
-        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError:
+        arguments = parse_json(arguments or "{}") if isinstance(arguments, str) else arguments
+    except ValueError:
         arguments = None
     if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
         raise row.error(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lorica.embedded.source import WHERE as WHERE  # the column that names a row's file and line
-from lorica.text import one_line, printable
+from lorica.text import one_line, parse_json, printable
 
 INDEX = "__index__"
 """Hidden column that says that the data came with the index of a table, which was dropped."""
@@ -66,8 +66,8 @@ def revive(value: Any) -> Any:
     """The nested value of a cell made by `keep_as_json`; any other value as it is."""
     if isinstance(value, str) and value.startswith(_MARK):
         try:
-            return json.loads(value[1:])
-        except (ValueError, RecursionError):  # a text of a hub's that begins so
+            return parse_json(value[1:])
+        except ValueError:  # a text of a hub's that begins so
             return value
     return value
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from lorica.text import shorten
+from lorica.text import DEEP, check_depth, shorten
 
 _WAY = re.compile(r"_?\w+_implementation(_internal)?")  # attention's, the experts', ...
 _INSTALLED = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|grouped_mm|batched_mm)")
@@ -26,7 +26,12 @@ def read_config_dict(name: str) -> dict[str, Any]:  # Any: JSON values
     from transformers import PretrainedConfig
 
     configs: Any = PretrainedConfig  # Any: transformers types it in part
-    return configs.get_config_dict(name)[0]
+    try:
+        config = configs.get_config_dict(name)[0]
+    except RecursionError:
+        raise ValueError(DEEP) from None
+    check_depth(config)
+    return config
 
 
 def refuse_code(

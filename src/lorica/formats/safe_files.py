@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorica.text import CONTROL, shorten, to_path
+from lorica.text import CONTROL, parse_json, shorten, to_path
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -69,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     check_file(path)
     try:
-        value = json.loads(
+        value = parse_json(
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_once,
             parse_constant=_no_constant,
@@ -80,10 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; the file is not JSON."
             " Save the adapter again, or copy the file again from where it came"
         ) from None
-    except (ValueError, RecursionError, OSError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+    except (ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{path}: {reason}; the file is not what an adapter's"
+            f"{path}: {why}; the file is not what an adapter's"
             " configuration looks like. Copy it again from where it came"
         ) from None
     if not isinstance(value, dict):
@@ -116,6 +117,26 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"`{name}` is no JSON number")
 
 
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened; what it raises within is told with the file.
+
+    Raises:
+        ValueError: the file is missing, truncated or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no complete safetensors file ({shorten(str(error), 300)}); it was truncated"
+            " or changed. Copy it again from where it came, or save the adapter again"
+        ) from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
@@ -123,18 +144,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is missing, truncated or not safetensors; a tensor of a type that no
             adapter has.
     """
-    from safetensors import SafetensorError, safe_open
-
-    check_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({shorten(str(error), 300)}); it was truncated"
-            " or changed. Copy it again from where it came, or save the adapter again"
-        ) from None
+    with open_tensors(path) as file:
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in list(file.keys())}
     for name, tensor in tensors.items():
         check_name(name, path)
         if tensor.dtype not in DTYPES:

@@ -6,7 +6,6 @@ transformers is imported inside the functions: importing this module costs nothi
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from lorica.run.options import UsageError
 from lorica.run.options.checks import MOST, flag, refuse
 from lorica.run.plan import RunArguments, RunPlan
 from lorica.run.recipe import curved, curves
+from lorica.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -181,7 +181,7 @@ def _recomputing(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         own: Any = None
         with contextlib.suppress(ValueError):
-            own = json.loads(value) if isinstance(value, str) else value
+            own = parse_json(value) if isinstance(value, str) else value
         refuse(
             not isinstance(own, dict),
             f"""`{name} {value}`: a JSON mapping is wanted, e.g. '{{"use_reentrant": true}}'""",

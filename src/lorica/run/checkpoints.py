@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorica.text import parse_json
+
 LIST = "checkpoint.json"
 _SEAL = "seal"  # of the list itself
 _BARE = "it holds weights only (`save_only_model`), no state of the optimizer"
@@ -60,10 +62,10 @@ def read(folder: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        data = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        data = parse_json((folder / LIST).read_text(encoding="utf-8"))
         if data.pop(_SEAL) != _digest(data):
             raise ValueError("another digest")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{LIST} is cut or was changed") from error
     return data
 

@@ -18,6 +18,7 @@ from typing import Any
 from lorica.run.folder import DEFAULTS, HEAD
 from lorica.run.options import UsageError
 from lorica.run.plan import RunPlan
+from lorica.text import parse_json
 
 OF_A_CALL = ("resume", "overwrite_output_dir", "json", "dry_run")  # no part of the run
 _NOT_KEPT = {"log_level", "disable_tqdm", "logging_nan_inf_filter"}  # unless they were given
@@ -99,7 +100,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise UsageError(
@@ -119,9 +120,9 @@ def read_defaults(folder: Path) -> Defaults:
     if not file.is_file():
         return {}
     try:
-        defaults = json.loads(file.read_text(encoding="utf-8"))["defaults"]
+        defaults = parse_json(file.read_text(encoding="utf-8"))["defaults"]
         return {name: {"value": d["value"], "from": str(d["from"])} for name, d in defaults.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(
             f"`--resume`: {file} was changed: a mapping `defaults` of options to their `value` and"
             " `from` is wanted. Put the old one back, or remove it: every option of config.yaml"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorica.run.options.checks import UsageError, flag
 from lorica.run.plan import RunPlan
+from lorica.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -77,7 +78,7 @@ def _accelerates(plan: RunPlan[Any, Any], values: Values) -> bool:
     if isinstance(config, str):
         text = config if config.lstrip().startswith("{") else Path(config).read_text("utf-8")
         try:
-            config = json.loads(text)
+            config = parse_json(text)
         except ValueError:
             return True  # transformers says what is wrong with it
     keys = set(config) & {"use_seedable_sampler", "mixed_precision"}

@@ -15,7 +15,6 @@ The command line looks at folders before torch is imported, so what needs torch
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any
 
 from lorica.run import checkpoints, lock
 from lorica.run.options import UsageError, checkpoint_path
-from lorica.text import to_path
+from lorica.text import parse_json, to_path
 
 logger = logging.getLogger("lorica")
 
@@ -294,8 +293,8 @@ class RunFolder:
         out = []
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # torn by a kill: the last one
-                read = json.loads(line)
+            with contextlib.suppress(ValueError):  # torn by a kill: the last one
+                read = parse_json(line)
                 if isinstance(read, dict) and all(
                     isinstance(read.get(name), (int, float)) for name in ("step", "seconds")
                 ):
@@ -323,8 +322,8 @@ def _head_and_values(config: Path) -> dict[str, Any] | None:
 
 def _mapping(file: Path) -> dict[str, Any]:
     """A JSON mapping, or an empty one where the file holds none."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    with contextlib.suppress(OSError, ValueError):
+        told = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return told if isinstance(told, dict) else {}
     return {}
 

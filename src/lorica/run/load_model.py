@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorica.run.new_tokens import fit_adapter
-from lorica.text import to_path
+from lorica.text import parse_json, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,12 +105,12 @@ def check_code(name: str, attn_implementation: str | None, trusted: bool) -> Non
     """
     from lorica.formats.foreign_code import read_config_dict, refuse_code
 
-    if trusted:
-        return
     try:
         config = read_config_dict(name)
     except Exception as error:  # see `read_config`
         raise ValueError(_cannot("a model", name, error)) from error
+    if trusted:
+        return
     refuse_code(config, f"the config.json of `{name}`", attn_implementation=attn_implementation)
 
 
@@ -459,10 +459,10 @@ def _head_size(adapter: Path, task: str) -> int | None:
 
 def _classifier(adapter: Path) -> int | None:
     """Outputs of a classifier in the adapter's folder; None: there is none."""
-    from safetensors import safe_open
+    from lorica.formats.safe_files import open_tensors
 
     for file in sorted(adapter.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
+        with open_tensors(file) as tensors:
             for key in tensors.keys():
                 whole = key.replace(".copy.", ".")  # of a module that lorica trains in full
                 if whole.endswith(("classifier.weight", "score.weight", "out_proj.weight")):
@@ -472,15 +472,13 @@ def _classifier(adapter: Path) -> int | None:
 
 def _labels(adapter: Path, classes: int) -> Labels:
     """The classes' names, where the run that wrote the adapter has left them beside it."""
-    import json
-
     from lorica.data import Labels
 
     file = adapter / "labels.json"
     if file.is_file():
         try:
-            names: Any = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError):
+            names: Any = parse_json(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
             names = None
         texts = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
         count = 0 if classes == 1 else classes  # one output is a regression's

@@ -19,13 +19,12 @@ the tokenizer; those of the papers have T5's 32,100, whatever the tokenizer fill
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorica.run.options import UsageError
-from lorica.text import nearest, to_path
+from lorica.text import nearest, parse_json, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -135,7 +134,7 @@ def _read(name: str) -> PretrainedConfig:
     if not path.is_file():
         return read_config(name)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         kind = found.pop("model_type")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from typing import TYPE_CHECKING, Any
 
 from lorica.run.options.checks import UsageError
-from lorica.text import shorten, to_path
+from lorica.text import parse_json, shorten, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,7 +55,7 @@ def asked(
 
 
 def _fields(text: str) -> dict[str, Any]:
-    source = text
+    path = None
     if not text.lstrip().startswith("{"):
         path = to_path(text)
         if not path.is_file():
@@ -65,10 +64,10 @@ def _fields(text: str) -> dict[str, Any]:
                 ' fields, e.g. `--quantization \'{"quant_method": "bitsandbytes", "load_in_4bit":'
                 " true}'`, or `--load-in-4bit`"
             )
-        source = path.read_text(encoding="utf-8")
     try:
-        fields: Any = json.loads(source)
-    except (ValueError, RecursionError) as error:
+        source = text if path is None else path.read_text(encoding="utf-8")
+        fields: Any = parse_json(source)
+    except (ValueError, OSError) as error:
         raise UsageError(f"`--quantization {shorten(text)}` is no JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("quant_method"), str):
         raise UsageError(

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from lorica.methods.kernels._orders import WIDE, Call, Order, sums_kept
+from lorica.text import parse_json
 
 VARIABLE = "LORICA_ORDERS"
 _SIZES = ("tokens", "in_features", "out_features", "r")
@@ -62,7 +63,7 @@ class Table:
             ValueError: no file, or no table of orders in it.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = parse_json(Path(path).read_text(encoding="utf-8"))
             return cls(tuple((_call(e["call"]), _order(e["order"])) for e in data["orders"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

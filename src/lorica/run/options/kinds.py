@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from lorica.text import nearest, shorten, to_path
+from lorica.text import nearest, parse_json, shorten, to_path
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
@@ -136,10 +136,10 @@ def _wholes(words: Sequence[str]) -> tuple[int, ...]:
 def _json(words: Sequence[str]) -> dict[str, Any]:
     wanted = """a JSON mapping is wanted, e.g. '{"q_proj": 8}', not """
     try:
-        value = json.loads(words[0])
+        value = parse_json(words[0])
     except json.JSONDecodeError as error:
         raise ValueError(f"{wanted}{shorten(words[0])} ({error})") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
+    except ValueError:  # a number of thousands of digits, endless nesting
         raise ValueError(f"{wanted}{shorten(words[0])}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{wanted}{shorten(words[0])}")
