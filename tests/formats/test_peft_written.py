@@ -7,12 +7,15 @@ import json
 import re
 from typing import Any
 
+import peft
 import pytest
 import torch
 from files import close, peft_logits
+from transformers import MambaConfig, MambaForCausalLM
 
 import lorica
 import models
+from lorica.formats.export import export
 from lorica.formats.peft.names import shadows, shortest
 from lorica.formats.peft.write import config, exceptions
 from models import logits, perturb
@@ -303,3 +306,30 @@ def test_names_are_regular_expressions_for_peft():
     assert shadows("classifier", ["a.classifier.dense"])
     assert not shadows("classifier", ["a.subclassifier.dense"])
     assert re.fullmatch(shortest(["q"], ["q", "b.q"]), "q")
+
+
+def test_what_peft_refuses_to_adapt_is_not_labelled_as_its_own(tmp_path):
+    """PEFT puts no LoRA onto the output of a Mamba block, whatever the file holds."""
+    model = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4
+        )
+    )
+    base = copy.deepcopy(model)
+    adapters = lorica.attach(model, "lora", r=2, target_modules=["out_proj"], verbose=False)
+    perturb(adapters, 0.1)
+    written = lorica.save(adapters, tmp_path / "a")
+    assert not (written / "adapter_config.json").exists()
+    said = json.loads((written / "lorica.json").read_text())
+    assert "PEFT refuses LORA on 'backbone.layers.0.mixer.out_proj'" in json.dumps(said)
+    lorica.load(again := copy.deepcopy(base), written)
+    ids = torch.arange(8)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    for how in ({}, {"portable": True}, {"r": 2}):
+        with pytest.raises(ValueError, match=r"PEFT refuses LORA .*to='merged'"):
+            export(adapters, tmp_path / "b", **how)
+    with pytest.raises(ValueError, match="incompatible with Mamba"):  # the oracle
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["out_proj"]))
+    lorica.detach(model)
+    adapters = lorica.attach(model, "lora", r=2, target_modules=["in_proj"], verbose=False)
+    assert (lorica.save(adapters, tmp_path / "c") / "adapter_config.json").exists()
