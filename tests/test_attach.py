@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 import lorica
 from lorica import Adapters, Recipe, formats
 from lorica.formats.compressed import compress
+from lorica.inference.generate import generate
 from lorica.model.layer import AdaptedLinear
 from lorica.training.bind import bind
 from models import MODELS, batch, bert, bert_masked, gpt2, llama, logits, perturb, qwen2, train
@@ -711,3 +712,27 @@ def test_reentrant_checkpointing_trains_every_block_whatever_the_input(name):
     assert all(g is not None for g in found[1].values())
     torch.testing.assert_close(found[1], found[0])
     lorica.detach(model)
+
+
+def test_a_model_on_the_meta_device_is_called_that(tmp_path):
+    model = llama()
+    lorica.attach(model, "lora", r=2, verbose=False)
+    lorica.save(model, tmp_path / "a")
+    lorica.detach(model)
+    empty = model.to("meta")
+    words = r"LlamaForCausalLM: \S+ is on the meta device.*Load the weights first"
+    with pytest.raises(ValueError, match="cannot load adapters onto this " + words):
+        lorica.load(empty, tmp_path / "a")
+    with pytest.raises(ValueError, match="cannot generate with this " + words):
+        generate(empty, None, [])
+    for method in ("lora", "dora", "full"):  # counts what would train
+        adapters = lorica.attach(empty, method, keep_base=method == "full", verbose=False)
+        assert adapters.summary.trainable
+        with pytest.raises(ValueError, match="cannot merge the adapters of this " + words):
+            lorica.merge(empty)
+        with pytest.raises(ValueError, match="cannot save the adapters of this " + words):
+            lorica.save(empty, tmp_path / "b")
+        with pytest.raises(ValueError, match="cannot hash the adapters of this " + words):
+            adapters.fingerprint()
+        lorica.detach(empty)
+    assert not (tmp_path / "b").exists()

@@ -16,9 +16,9 @@ from lorica.formats.atomic_folder import ADAPTER_MARKS, check_free, first, toget
 from lorica.formats.compressed import PACKED_MARKS, Packed, pack
 from lorica.formats.load import load
 from lorica.formats.merge import MARKS, Change, Merged, make_sample, merge_to, outputs, stand_in
-from lorica.formats.peft.places import LORA, PREFIX, combine_of, factor_keys, written
+from lorica.formats.peft.places import PREFIX, combine_of, factor_keys, written
 from lorica.formats.peft.write import config as peft_config
-from lorica.formats.peft.write import file_tensors, obstacle, refused, write_config
+from lorica.formats.peft.write import file_tensors, obstacle, refused_layer, write_config
 from lorica.formats.safe_files import PEFT_TENSORS, write_tensors
 from lorica.formats.save import check_state
 from lorica.formats.stored_state import full_state
@@ -180,7 +180,7 @@ def _export(
             f"`r={shorten(r)}` (`--r`) is above {most}, which is min(in, out) of the largest layer"
             f" and so the most that any ΔW needs; give at most `r={most}`"
         )
-    if (why := refused(adapters, LORA)) is not None and (portable or r is not None):
+    if (why := refused_layer(adapters)) is not None and (portable or r is not None):
         raise ValueError(
             f"{why}, so it would not read the plain LoRA. Write merged weights instead"
             " (`--to merged`, in Python `to='merged'`)"

@@ -13,7 +13,7 @@ from lorica.formats.lorica_json import Base, base_dtypes
 from lorica.formats.stored_state import write_state
 from lorica.model.adapters import Adapters
 from lorica.model.attach import attach, detach
-from lorica.tensors.modules import unwrapped
+from lorica.tensors.modules import refuse_meta, unwrapped
 from lorica.text import cut, shorten
 
 
@@ -161,6 +161,8 @@ def _check_base(adapters: Adapters, file: AdapterFile) -> None:
         ValueError: they aren't.
     """
     base: Base = file.base
+    if base.sha256 is not None:
+        refuse_meta(adapters.model, "load adapters onto")
     live = adapters.hash_base() if adapters.base_unchanged and base.sha256 else adapters.base_hash
     if base.sha256 is None or live is None or base.sha256 == live:
         return

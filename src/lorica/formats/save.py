@@ -16,6 +16,7 @@ from lorica.formats.peft.write import config, file_tensors, obstacle, write_conf
 from lorica.formats.safe_files import OWN_TENSORS, PEFT_TENSORS, write_tensors
 from lorica.formats.stored_state import full_state, not_finite
 from lorica.model.adapters import Adapters
+from lorica.tensors.modules import refuse_meta
 
 
 def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -89,6 +90,7 @@ def check_state(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: see `save`.
     """
+    refuse_meta(adapters.model, "save the adapters of")
     empty = {name: str(tuple(value.shape)) for name, value in state.items() if not value.numel()}
     for name, layer in adapters:
         if (pair := layer.update.delta.pair()) is not None:

@@ -29,7 +29,7 @@ from lorica.data.pack import check_isolation
 from lorica.inference.generate import Decoding, Prompt, generate, room
 from lorica.inference.metrics import Degenerate, Scores, f1, mark_spans
 from lorica.patterns import find, flaw
-from lorica.tensors.modules import evaluating
+from lorica.tensors.modules import evaluating, refuse_meta
 from lorica.text import shorten
 from lorica.training.checks import attached, loaded_for_use, no_effect
 
@@ -87,6 +87,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}: it must be at least 1")
+    refuse_meta(model, "evaluate")
     work = _TASKS[prepared.report.task](prepared, tokenizer)
     work.check(model)
     rows, collate = prepared.dataset, prepared.collator()

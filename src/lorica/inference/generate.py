@@ -43,7 +43,7 @@ from lorica.data.samples import (
 from lorica.data.shapes import Shape, best_of, detect, shapes
 from lorica.data.tokenise import sample_of
 from lorica.data.words import visible
-from lorica.tensors.modules import evaluating
+from lorica.tensors.modules import evaluating, refuse_meta
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -418,6 +418,7 @@ def generate(
             f" {decoding.num_return_sequences} answer(s) each: one greedy or drawn answer of one"
             " prompt can be streamed. Leave it out"
         )
+    refuse_meta(model, "generate with")
     _check_ids(model, tokenizer, prompts)
     new = [room(model, tokenizer, prompt, decoding) for prompt in prompts]
     for prompt, tokens in zip(prompts, new, strict=True):

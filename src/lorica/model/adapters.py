@@ -26,7 +26,7 @@ from lorica.model.modules_to_save import TrainedModule, swapped
 from lorica.model.token_rows import TokenRows
 from lorica.model.wrappers import refuse_wrapped
 from lorica.tensors.dtensor_ops import read_full, reshard
-from lorica.tensors.modules import named_parameters, unwrapped
+from lorica.tensors.modules import named_parameters, refuse_meta, unwrapped
 from lorica.tensors.shared import SharedTensors
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ class Adapters:
         Args:
             buffers: False leaves them out: under DDP each process has its own between two forwards.
         """
+        refuse_meta(self.model, "hash the adapters of")
         own = state.buffers(self) if buffers else {}
         return state.hash_exactly({**own, **self.state_dict()})
 

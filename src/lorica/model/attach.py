@@ -46,7 +46,7 @@ from lorica.model.update import Update
 from lorica.model.wrappers import refuse_wrapped
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
-from lorica.tensors.modules import evaluating, named_parameters, unwrapped
+from lorica.tensors.modules import evaluating, named_parameters, refuse_meta, unwrapped
 from lorica.tensors.shared import SharedTensors
 
 logger = logging.getLogger("lorica")
@@ -256,6 +256,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     adapters = Adapters.of(model)
     whole = adapters.model
+    refuse_meta(whole, "merge the adapters of")
     reshard(whole)
     if any(isinstance(p, DTensor) for p in whole.parameters()):
         raise ValueError(

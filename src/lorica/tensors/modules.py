@@ -112,3 +112,25 @@ def named_parameters(
     """(path, parameter) of a model, with paths as in `named_modules`."""
     walk: Callable[..., Iterator[tuple[str, nn.Parameter]]] = model.named_parameters
     return [(plain_path(n), p) for n, p in walk(remove_duplicate=remove_duplicate)]
+
+
+def refuse_meta(model: nn.Module, what: str) -> None:
+    """Refuse a model without values. Weights that Accelerate offloads pass: they are on the meta
+    device between two forwards.
+
+    Args:
+        what: what was to be done, e.g. "save".
+
+    Raises:
+        ValueError: naming the first parameter on the meta device.
+    """
+    for path, module in named_modules(model):
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_meta and "_hf_hook" not in vars(module):
+                full = f"{path}.{name}" if path else name
+                raise ValueError(
+                    f"cannot {what} this {type(model).__name__}: {full} is on the meta device,"
+                    " where a tensor has a shape and no values. Load the weights first"
+                    " (`from_pretrained` outside of `torch.device('meta')`, or `to_empty` and"
+                    " `load_state_dict`)"
+                )

@@ -36,11 +36,10 @@ from lorica.patterns import find
 from lorica.tensors.dtensor_ops import read_full
 
 T = TypeVar("T")
-# PEFT (0.21) refuses LoRA's forms on these layers in these families, for their fast kernels read
+# PEFT (0.21) refuses its LORA on these layers in these families, for their fast kernels read
 # the weights past the layer.
 _REFUSED_LAYERS = ("out_proj", "conv1d")
 _REFUSED_FAMILIES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-_REFUSED_FORMS = (LORA, "ADALORA", "RANDLORA")
 
 
 def obstacle(adapters: Adapters) -> str | None:
@@ -52,7 +51,7 @@ def obstacle(adapters: Adapters) -> str | None:
     if combine.peft_flags is None:
         return f"PEFT has no form of `{combine.name}`"
     form = own_form(adapters, frozen_ranks(adapters))
-    if (why := refused(adapters, LORA if form is None else form.peft_type)) is not None:
+    if form is None and (why := refused_layer(adapters)) is not None:
         return why
     for site, layer in adapters:
         if form is None and layer.update.delta.factors() is None:
@@ -74,14 +73,14 @@ def obstacle(adapters: Adapters) -> str | None:
     return None
 
 
-def refused(adapters: Adapters, peft_type: str) -> str | None:
-    """Why PEFT would not put this form onto the model, whatever it holds; None: it would."""
+def refused_layer(adapters: Adapters) -> str | None:
+    """Why PEFT would not put its LORA onto these layers, whatever it holds; None: it would."""
     model = adapters.model
     family: str = model.config.model_type if isinstance(model, PreTrainedModel) else ""
-    if peft_type in _REFUSED_FORMS and family in _REFUSED_FAMILIES:
+    if family in _REFUSED_FAMILIES:
         for site in adapters.layers:
             if site.rpartition(".")[2] in _REFUSED_LAYERS:
-                return f"PEFT refuses {peft_type} on {site!r} of a {family} model"
+                return f"PEFT refuses {LORA} on {site!r} of a {family} model"
     return None
 
 
