@@ -16,6 +16,7 @@ from lorica import embedded
 from lorica.cli import main
 from lorica.run.demo import page, run
 from lorica.run.demo.options import DemoOptions
+from lorica.text import CONTROL
 
 STEPS, EACH = 6, 2
 
@@ -215,9 +216,10 @@ def test_the_page_shows_every_figure_and_escapes_answers(short):
     text = Loads((out / "demo.html").read_text(encoding="utf-8")).text
     for figure in numbers(result):
         assert figure in text
-    sample = {**result["demo"]["samples"][0], "after": "<b>&\n"}
+    sample = {**result["demo"]["samples"][0], "after": "<b>&\n", "wanted": "\u202e\x1b\ud800"}
     drawn = page.page({**result, "demo": {**result["demo"], "samples": [sample]}})
     assert "&lt;b&gt;&amp;↵" in drawn and "<b>&" not in drawn
+    assert r"\u202e\u001b\ud800" in drawn and not CONTROL.search(drawn)
 
 
 @pytest.fixture(scope="module")

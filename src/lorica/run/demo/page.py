@@ -5,12 +5,13 @@ Figures are drawn as inline SVG; the page follows the reader's light or dark set
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lorica.model.summary import human
+from lorica.text import printable
 
 _STYLE = """
 :root {
@@ -86,6 +87,11 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: 13px; margin-top: 24px; }
 @media print { section, .figure { break-inside: avoid; } }
 """
+
+
+def escape(text: str) -> str:
+    """Data as the page shows it: what HTML would read, or what turns text around, is spelt out."""
+    return html.escape(printable(text))
 
 
 def page(result: Mapping[str, Any]) -> str:
