@@ -722,7 +722,9 @@ def test_the_defaults_are_the_papers():
 
 def test_a_rank_that_leaves_nothing_out_names_the_layers():
     with pytest.raises(ValueError, match=r"`r=16` is not below .*k_proj \(16 x 32\).*`r=15`, or"):
-        lorica.attach(llama(num_hidden_layers=1), "galore", r=16, verbose=False)
+        lorica.attach(
+            llama(num_hidden_layers=1), "galore", r=16, target_modules=["k_proj"], verbose=False
+        )
 
 
 def test_a_model_without_a_matrix_to_project_is_refused():

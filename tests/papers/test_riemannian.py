@@ -162,7 +162,11 @@ def steps_to_fit(method, kappa, lr, limit):
             return step
         made.zero_grad()
         (off.square().sum() / 2).backward()
-        made.step()
+        try:
+            made.step()
+        except ValueError as error:
+            assert "diverged" in str(error)
+            return limit
     return limit
 
 

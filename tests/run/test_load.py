@@ -24,7 +24,7 @@ import lorica
 from lorica import formats
 from lorica.data.lengths import longest
 from lorica.recipe.registry import names
-from lorica.run.load_model import _task, load_base, load_model
+from lorica.run.load_model import _class_of, _task, load_base, load_model
 from lorica.run.token_weighting import counted_labels
 from lorica.tensors.linalg import all_finite
 from models import llama
@@ -51,8 +51,10 @@ def test_positions_end_where_the_models_tables_do(config, said, end):
 def test_a_name_alone_makes_no_encoder_decoder():
     told = {"task_type": None, "base": {"class": "SomeForConditionalGeneration"}, "path": "here"}
     assert _task(told, T5Config()) == "seq2seq-lm"
+    other = LlamaConfig(architectures=["OtherForConditionalGeneration"])
+    assert _task(told, other) is None
     with pytest.raises(ValueError, match="does not say what its model does"):
-        _task(told, LlamaConfig(architectures=["OtherForConditionalGeneration"]))
+        _class_of(told, other)
 
 
 def test_an_adapter_of_the_hub_finds_the_bases_tokenizer(tmp_path: Path, monkeypatch: Any):

@@ -47,9 +47,9 @@ def base_path() -> Path:
     return Path(str(files("lorica.embedded") / "base"))
 
 
-def named(model: str) -> str:
+def named(model: str | None) -> str | None:
     """What an adapter's files call its base: `lorica:base` for the embedded model's folder, any
-    other name as it is.
+    other name as it is, and None of a model without one.
 
     Example:
         >>> named(str(base_path())), named("org/name")

@@ -358,6 +358,8 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -
                     init.fill_from(seen, weight, pair, seeded(key))
                 else:
                     init.fill(weight, pair, seeded(key))
+            if store.padding is not None and not on_meta:
+                pair.A[:, store.padding] = 0  # it has no part in the update, and is saved as it is
             if "zero_start" not in init.gives:
                 update.add_frozen_(pair.right(), -pair.B)
         elif not on_meta:

@@ -12,8 +12,20 @@ LinAlgError: type[RuntimeError] = _linalg.LinAlgError  # a decomposition that do
 
 
 def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues (..., n) in rising order, eigenvectors (..., n, n)) of symmetric X."""
-    values, vectors = _linalg.eigh(X)
+    """(eigenvalues (..., n) in rising order, eigenvectors (..., n, n)) of symmetric X.
+
+    Raises:
+        ValueError: X has values that are not finite.
+    """
+    try:
+        values, vectors = _linalg.eigh(X)
+    except LinAlgError as error:
+        if bool(X.isfinite().all()):
+            raise
+        raise ValueError(
+            "the products of a factor with itself are not finite any more, so training has"
+            " diverged; go back to an earlier checkpoint and lower the learning rate"
+        ) from error
     return values, vectors
 
 

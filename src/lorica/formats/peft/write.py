@@ -113,7 +113,12 @@ def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, T
             assert factors is not None
             out[a], out[b] = read_full(factors.A).cpu(), read_full(factors.B).cpu()
     # A copy each: the format knows no shared memory, and some are views.
-    return {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in out.items()}
+    out = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in out.items()}
+    for site, layer in adapters:  # PEFT computes with the padding's column, where it is not zero
+        key, _ = factor_keys(f"{PREFIX}{site}", layer.site.lookup)
+        if layer.store.padding is not None and key in out:
+            out[key][:, layer.store.padding] = 0
+    return out
 
 
 def config(
