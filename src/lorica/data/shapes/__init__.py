@@ -257,7 +257,7 @@ def propose(
             if close is None:
                 hints = (_closest(n, near) for n in (column, *aliases))
                 close = next((near[hint] for hint in hints if hint), None)
-                if close in sample and not _is_read(sample[close]):
+                if close is not None and close in sample and not _is_read(sample[close]):
                     close = None
             if close is not None:
                 made[column] = close
