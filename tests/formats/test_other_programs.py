@@ -13,7 +13,7 @@ from files import close
 from transformers import AutoModelForCausalLM
 
 import lorica
-from lorica import Adapters
+from lorica import Adapters, embedded, run
 from models import batch, llama, logits, perturb
 
 
@@ -143,3 +143,172 @@ def test_accelerates_states_are_exact_also_after_links_were_finished(base, tmp_p
     again.load_state(str(tmp_path / "state"))
     assert fresh.fingerprint() == kept
     torch.testing.assert_close(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_a_plain_trainer_that_is_to_load_the_best_is_refused_at_its_first_save(
+    base, tmp_path, method
+):
+    model, adapters = adapted(base, method)
+    fields = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    data = {"train_dataset": rows(), "eval_dataset": rows()}
+    trainer = transformers.Trainer(model, arguments(tmp_path / "run", **fields), **data)
+    with pytest.raises(ValueError, match="load_best_model_at_end.*lorica.run.Trainer"):
+        trainer.train()
+    assert not list((tmp_path / "run").rglob("lorica.json"))
+    # Lorica's own reads them back, and a save by hand within it is nobody's mistake.
+    trainer = run.Trainer(model, arguments(tmp_path / "own", **fields), **data)
+    trainer.add_callback(SaveByHand(tmp_path / "hand"))
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert lorica.load(llama(), best).fingerprint() == adapters.fingerprint()
+    assert (tmp_path / "hand" / "lorica.json").exists()
+
+
+class SaveByHand(transformers.TrainerCallback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, model=None, **others):
+        model.save_pretrained(self.folder)
+
+
+def test_accelerates_save_model_is_refused_until_the_adapters_are_merged(base, tmp_path):
+    from accelerate import Accelerator, load_checkpoint_in_model
+
+    model, _ = adapted(base, "lora")
+    accelerator = Accelerator(cpu=True)
+    for held in (model, torch.nn.Sequential(model)):
+        with pytest.raises(ValueError, match="`Accelerator.save_model`.*lorica.save"):
+            accelerator.save_model(held, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    want = logits(lorica.merge(model))
+    assert not model._state_dict_pre_hooks
+    accelerator.save_model(model, tmp_path / "out")
+    plain = llama()
+    load_checkpoint_in_model(plain, tmp_path / "out")
+    close(logits(plain), want)
+
+
+class Holder(torch.nn.Module):
+    """As `sentence-transformers` and Lightning hold a model of transformers."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.model = AutoModelForCausalLM.from_pretrained(base)
+
+
+def test_a_part_of_what_was_adapted_is_refused(base, tmp_path):
+    holder = Holder(base)
+    adapters = lorica.attach(holder, "lora", r=4, verbose=False)
+    perturb(adapters)
+    for part in (holder.model, holder.model.model):
+        with pytest.raises(ValueError, match="of a part of this Holder.*lorica.save"):
+            part.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    twin = copy.deepcopy(holder)
+    lorica.detach(twin)
+    twin.model.save_pretrained(tmp_path / "twin")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "twin")), logits(llama()))
+    want = logits(holder.model)
+    lorica.save(adapters, tmp_path / "adapter")
+    again = Holder(base)
+    lorica.load(again, tmp_path / "adapter")
+    close(logits(again.model), want)
+    lorica.merge(holder)
+    holder.model.save_pretrained(tmp_path / "merged")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), want)
+
+
+def sentences(folder):
+    """`sentence-transformers`' model over the embedded one, without its head."""
+    st = pytest.importorskip("sentence_transformers")
+    from transformers import AutoTokenizer
+
+    base, inner = embedded.base_path(), folder / "inner"
+    AutoModelForCausalLM.from_pretrained(base).model.save_pretrained(inner)
+    AutoTokenizer.from_pretrained(base).save_pretrained(inner)
+    return st.SentenceTransformer(str(inner), device="cpu")
+
+
+def test_sentence_transformers(tmp_path):
+    model = sentences(tmp_path)
+    lorica.attach(model, "lora", r=4, verbose=False)
+    with pytest.raises(ValueError, match="of a part of this SentenceTransformer"):
+        model.save(str(tmp_path / "whole"))
+    lorica.detach(model)
+    inner = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
+    adapters = lorica.attach(inner, "lora", r=4, verbose=False)
+    perturb(adapters)
+    want = torch.tensor(model.encode(["stone"]))
+    model.save(str(tmp_path / "saved"))
+    pytest.importorskip("peft")
+    again = type(model)(str(tmp_path / "saved"), device="cpu")
+    close(torch.tensor(again.encode(["stone"])), want)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, about torch
+@pytest.mark.parametrize("method", ["lora", "cola(every=1)"])
+def test_lightnings_checkpoint_resumes_exactly(tmp_path, method):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.model = llama()
+            self.adapters = lorica.attach(self.model, method, r=4, verbose=False)
+
+        def training_step(self, ids, index):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.model(input_ids=ids, labels=ids).loss)
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return lorica.optimizer(self.adapters, total_steps=4)
+
+    def fit(module, epochs, **fields):
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        ids = torch.arange(20).reshape(4, 5) % 8
+        trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=2), **fields)
+        return trainer
+
+    half, whole, resumed = Module(), Module(), Module()
+    fit(half, 1).save_checkpoint(tmp_path / "half.ckpt")
+    read = Module.load_from_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    assert read.adapters.fingerprint() == half.adapters.fingerprint()
+    fit(whole, 2)
+    fit(resumed, 2, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.adapters.fingerprint() == whole.adapters.fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own, about transformers
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trls_plain_trainers_write_the_adapters_and_cannot_resume(tmp_path, kind):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    base = embedded.base_path()
+    model, adapters = adapted(base, "lora")
+    pair = {"prompt": "stone", "chosen": " a", "rejected": " b"}
+    more = {"ref_model": AutoModelForCausalLM.from_pretrained(base)} if kind == "DPO" else {}
+    args = getattr(trl, f"{kind}Config")(
+        str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_steps=1, save_steps=1,
+        per_device_train_batch_size=1, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([pair if kind == "DPO" else {"text": "a stone"}])
+    words = AutoTokenizer.from_pretrained(base)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model, args=args, train_dataset=rows, processing_class=words, **more
+    )
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    assert lorica.load(fresh, folder).fingerprint() == adapters.fingerprint()
+    with pytest.raises(ValueError, match="checkpoint"):
+        trainer.train(resume_from_checkpoint=str(folder))

@@ -1,4 +1,7 @@
-"""`model.save_pretrained` while adapters are attached: it writes what `lorica.save` writes.
+"""What other programs write of a model while adapters are attached.
+
+`model.save_pretrained` writes what `lorica.save` writes; what would be wrong or unreadable is an
+error that names the call to type.
 
 transformers' own would write the model's tensors under names that only an adapted model has, which
 `from_pretrained` reads as a model without most of its weights. Whoever holds the model alone calls
@@ -9,14 +12,21 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
+
+from lorica.tensors.modules import named_modules
 
 if TYPE_CHECKING:
     from lorica.model.adapters import Adapters
@@ -26,16 +36,26 @@ _NAME = "save_pretrained"
 
 
 def install(adapters: Adapters) -> None:
-    """Put it over the method of a transformers model in which something stands for a module; a
+    """Put it over the method of each transformers model in which something stands for a module; a
     model that trains in place has its own names, so transformers' method is right there."""
-    replaced = adapters.layers or adapters.saved or adapters.tables
-    if isinstance(adapters.model, PreTrainedModel) and replaced:
-        # Not a closure, which copies of the model would share.
-        vars(adapters.model)[_NAME] = functools.partial(_save, adapters)
+    names = [*adapters.layers, *adapters.saved, *adapters.tables]
+    if names:
+        model: Any = adapters.model  # Any: torch leaves this method untyped
+        model.register_state_dict_pre_hook(_refuse_accelerate)
+    for path, module in named_modules(adapters.model):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, PreTrainedModel) and any(name.startswith(prefix) for name in names):
+            # Not a closure, which copies of the model would share.
+            vars(module)[_NAME] = functools.partial(_refuse_part if path else _save, adapters)
 
 
 def remove(adapters: Adapters) -> None:
-    vars(adapters.model).pop(_NAME, None)
+    hooks: dict[int, object] = vars(adapters.model)["_state_dict_pre_hooks"]
+    for key in [key for key, hook in hooks.items() if hook is _refuse_accelerate]:
+        del hooks[key]
+    for module in adapters.model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module).pop(_NAME, None)
 
 
 def _save(
@@ -51,7 +71,8 @@ def _save(
 
     Raises:
         ValueError: an option that has no meaning for an adapter; several processes, of which all
-            would have to call; a folder that holds a whole model.
+            would have to call; a folder that holds a whole model; a Trainer that is to load the
+            best checkpoint and can't.
     """
     # The public function, found when it is called: a package above this one writes files.
     save = importlib.import_module("lorica").save
@@ -72,6 +93,7 @@ def _save(
             " `lorica.run.Trainer` (or `TrainerMixin` before a Trainer of your own), or call"
             " `lorica.save(adapters, path)` in every process"
         )
+    _refuse_load_best(model)
     if not folder.is_dir() or _holds(folder, "adapter_config.json", "lorica.json"):
         save(adapters, folder, overwrite=True)
     elif _holds(folder, "config.json"):
@@ -88,6 +110,63 @@ def _save(
         " `lorica.load(model, path)`. To resume from such checkpoints, or to load the best of them"
         " at the end, train with `lorica.run.Trainer`", folder,
     )  # fmt: skip
+
+
+def _refuse_part(adapters: Adapters, save_directory: object, *_: object, **__: object) -> None:
+    """`sentence-transformers`, say, calls it on the transformers model that it holds."""
+    raise ValueError(
+        f"`save_pretrained({str(save_directory)!r})` of a part of this"
+        f" {type(adapters.model).__name__}: the adapters belong to the whole, and the part's own"
+        " weights have names that only an adapted model has. Write the adapters with"
+        " `lorica.save(adapters, path)`, or an ordinary model after `lorica.merge(model)`"
+    )
+
+
+def _refuse_load_best(model: str) -> None:
+    """transformers' own way back finds no file that it knows: it keeps the last weights with a
+    warning, or fails after the last step."""
+    transformers: Any = sys.modules.get("transformers.trainer")  # Any: untyped, and slow to import
+    if transformers is None:
+        return
+    for frame in _callers():
+        trainer: Any = frame.f_locals.get("self")
+        if (
+            isinstance(trainer, transformers.Trainer)
+            and trainer.args.load_best_model_at_end
+            and trainer._load_best_model.__func__ is transformers.Trainer._load_best_model
+        ):
+            name = type(trainer).__name__
+            raise ValueError(
+                f"`load_best_model_at_end=True` of this {name}: it can't read the adapters of"
+                f" {model} back, and would end with the last weights instead of the best. Train"
+                " with `lorica.run.Trainer`, or put `lorica.run.TrainerMixin` first:"
+                f" `class Mine(TrainerMixin, {name}): ...`"
+            )
+
+
+def _refuse_accelerate(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Of `Accelerator.save_model` alone: its file is for `load_checkpoint_in_model`, which leaves
+    out in silence what a plain model has no name for. `save_state` writes the same tensors for the
+    adapted model itself, strictly."""
+    accelerate: Any = sys.modules.get("accelerate.accelerator")  # Any: untyped
+    if accelerate is None:
+        return
+    writing = inspect.unwrap(accelerate.Accelerator.save_model).__code__
+    if any(frame.f_code is writing for frame in _callers()):
+        raise ValueError(
+            f"`Accelerator.save_model` of this {type(model).__name__} with adapters: its weights"
+            " have names that only an adapted model has, and a plain model would load none of"
+            " them. Write the adapters with `lorica.save(lorica.Adapters.of(model), path)`, a state"
+            " to resume from with `accelerator.save_state(path)`, or call `lorica.merge(model)`"
+            " first"
+        )
+
+
+def _callers() -> Iterator[FrameType]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _holds(folder: Path, *names: str) -> bool:
