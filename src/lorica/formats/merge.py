@@ -183,14 +183,15 @@ def merge_to(
             model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _check_untied(folder, tied)
+            _check_untied(folder, tied, model)
     together()
     return merged
 
 
-def _check_untied(folder: Path, tied: list[str]) -> None:
+def _check_untied(folder: Path, tied: list[str], model: PreTrainedModel) -> None:
     """That no reader ties anew what training took apart: each has a weight of its own in the files,
-    and the configuration says so.
+    and the configuration says so, unless other weights of the model are shared still: transformers
+    has one flag for all, and leaves alone what differs in the files.
 
     Raises:
         ValueError: else.
@@ -201,9 +202,11 @@ def _check_untied(folder: Path, tied: list[str]) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             stored |= set(tensors.keys())
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     lost = [n for n in tied if not any(k.startswith(f"{n}.") for k in stored)]
-    if lost or config.get("tie_word_embeddings", True):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    every = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    shared = len(set(every)) < len(every)
+    if lost or (config.get("tie_word_embeddings", True) and not shared):
         raise ValueError(
             f"{', '.join(lost or tied)} was trained apart from the weight it shared with"
             f" another module, and what transformers writes would be tied again by"
