@@ -203,7 +203,7 @@ class Guarded:
         Raises:
             ValueError: one was not.
         """
-        if self.guard is None:  # this session has taken none
+        if self.guard is None:  # this process has taken none
             return
         self.guard.finish()
         self.steps_left_out()  # raises, where they are too many
