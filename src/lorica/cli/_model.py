@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lorica.cli._outcome import VerbOptions
+from lorica.run.options import DTYPE, HINT, PATH, QuantizationOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,6 +20,45 @@ if TYPE_CHECKING:
     from lorica.run.load_model import FromCheckpoint
 
 logger = logging.getLogger("lorica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named(VerbOptions):
+    """First in `--help`.
+
+    Args:
+        model: folder or hub id of a transformers model. Default: the base that the adapter
+            names, otherwise the embedded model.
+        adapter: an adapter on top of the model (Lorica's or PEFT's).
+        dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
+            becomes float32 on a CPU.
+        ignore_base_hash: use a base other than the one that the adapter was trained on.
+        trust_remote_code: run Python code and kernels that the model brings or names. For models
+            whose authors you trust.
+    """
+
+    model: Annotated[str | None, PATH, HINT] = None
+    adapter: Annotated[str | None, PATH, HINT] = None
+    dtype: Annotated[str, DTYPE, HINT] = "auto"
+    ignore_base_hash: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(QuantizationOptions, _Named):
+    """Which model a command asks, and how it is loaded."""
+
+    def source(self) -> Source:
+        """The base and the adapter that are meant; no weights are read.
+
+        Raises:
+            UsageError, ValueError: see `Source.find`.
+        """
+        from lorica.formats.atomic_folder import home
+
+        return Source.find(
+            home(self.model), home(self.adapter), trust_remote_code=self.trust_remote_code
+        )
 
 
 @dataclass(frozen=True)

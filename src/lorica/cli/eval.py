@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.cli._model import ModelOptions, Source
+from lorica.cli._outcome import Outcome
 from lorica.run.options import (
-    DTYPE,
     HINT,
     NAMES,
     PAIRS,
@@ -25,7 +25,6 @@ from lorica.run.options import (
 from lorica.text import nearest
 
 if TYPE_CHECKING:
-    from lorica.cli._model import Source
     from lorica.data import Prepared
     from lorica.inference.generate import Prompt
     from lorica.inference.metrics import Degenerate
@@ -34,7 +33,7 @@ logger = logging.getLogger("lorica")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(VerbOptions):
+class Options(ModelOptions):
     """Measure a model on data, with or without an adapter.
 
     The loss is the mean over all label tokens and doesn't depend on the batch size. The other
@@ -43,9 +42,6 @@ class Options(VerbOptions):
     recall and f1 of whole entities for B-/I- tags; pearson, spearman, mse.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the base that the adapter
-            names, otherwise the embedded model.
-        adapter: an adapter on top of the model (Lorica's or PEFT's).
         data: file, folder or hub id; the column names decide what the examples are. The
             embedded tasks are `lorica:new`, `lorica:old` and `lorica:new+old`. Default:
             `lorica:new`.
@@ -71,21 +67,8 @@ class Options(VerbOptions):
         max_new_tokens: maximum tokens of a generated answer. Default: 256, or what the model
             has room for.
         compare_base: also measure the base without the adapter.
-        dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
-            becomes float32 on a CPU.
-        ignore_base_hash: use a base other than the one that the adapter was trained on.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
-        load_in_4bit: quantise the frozen weights to 4 bits (nf4 with double quantisation) while
-            they are loaded. Needs bitsandbytes.
-        load_in_8bit: quantise the frozen weights to int8 while they are loaded. Needs
-            bitsandbytes.
-        quantization: transformers' own fields of a quantisation by bitsandbytes or torchao, as JSON
-            or a file of it.
     """
 
-    model: Annotated[str | None, PATH, HINT] = None
-    adapter: Annotated[str | None, PATH, HINT] = None
     data: Annotated[str | None, PATH, HINT] = None
     split: Annotated[str | None, TEXT, HINT] = None
     columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
@@ -101,12 +84,6 @@ class Options(VerbOptions):
     answer_pattern: Annotated[str | None, TEXT, HINT] = None
     max_new_tokens: Annotated[int | None, WHOLE, HINT] = None
     compare_base: bool = False
-    dtype: Annotated[str, DTYPE, HINT] = "auto"
-    ignore_base_hash: bool = False
-    trust_remote_code: bool = False
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    quantization: Annotated[str | None, TEXT, HINT] = None
 
     smaller: ClassVar[str] = "type a smaller `--per-device-eval-batch-size` or `--max-length`"
 
@@ -132,24 +109,16 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     options.check()
-    from lorica.cli._model import Source, chosen_data
-    from lorica.formats.atomic_folder import home
+    from lorica.cli._model import chosen_data
     from lorica.inference.evaluate import check_pattern
-    from lorica.run.quantization import asked
 
     try:
         check_pattern(options.answer_pattern)
     except ValueError as error:
         raise UsageError(str(error)) from None
     data, split = chosen_data(options.data, options.split)
-    source = Source.find(
-        home(options.model), home(options.adapter), trust_remote_code=options.trust_remote_code
-    )
-    quantization = asked(
-        load_in_4bit=options.load_in_4bit,
-        load_in_8bit=options.load_in_8bit,
-        quantization=options.quantization,
-    )
+    source = options.source()
+    quantization = options.quantization_config()
     return _Work(options, source, data, split, quantization).outcome()
 
 

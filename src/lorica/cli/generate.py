@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from lorica.cli._outcome import Outcome, VerbOptions
+from lorica.cli._model import ModelOptions, Source
+from lorica.cli._outcome import Outcome
 from lorica.run.options import (
-    DTYPE,
     HINT,
     NAMES,
     NUMBER,
@@ -34,7 +34,6 @@ from lorica.run.options import (
 from lorica.text import printable
 
 if TYPE_CHECKING:
-    from lorica.cli._model import Source
     from lorica.inference.generate import Answer, Decoding, Prompt, Prompter
 
 logger = logging.getLogger("lorica")
@@ -50,16 +49,13 @@ _EACH = tyro.conf.arg(help_behavior_hint="(may be given again)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(VerbOptions):
+class Options(ModelOptions):
     """Generate answers to a prompt, to the prompts of a data file, or in a chat.
 
     A single answer to `--prompt` is shown while it is generated. `--file` writes one line of JSON
     per answer, with the prompt, the completion, and the file's own answer as a reference.
 
     Args:
-        model: folder or hub id of a transformers model. Default: the base that the adapter
-            names, otherwise the embedded model.
-        adapter: an adapter on top of the model (Lorica's or PEFT's).
         prompt: text to continue; with `chat_template`, the user's message.
         file: data file with prompts (answers are optional), a .txt file with one prompt per
             line, or embedded tasks (`lorica:new`). The prompts are built as in training.
@@ -87,21 +83,8 @@ class Options(VerbOptions):
             `question`.
         header: column names for a csv or tsv file without a header line; `_` drops a column.
         limit: answer the first prompts of the file only, at most this many.
-        dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
-            becomes float32 on a CPU.
-        ignore_base_hash: use a base other than the one that the adapter was trained on.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
-        load_in_4bit: quantise the frozen weights to 4 bits (nf4 with double quantisation) while
-            they are loaded. Needs bitsandbytes.
-        load_in_8bit: quantise the frozen weights to int8 while they are loaded. Needs
-            bitsandbytes.
-        quantization: transformers' own fields of a quantisation by bitsandbytes or torchao, as JSON
-            or a file of it.
     """
 
-    model: Annotated[str | None, PATH, HINT] = None
-    adapter: Annotated[str | None, PATH, HINT] = None
     prompt: Annotated[tuple[Annotated[str, TEXT], ...], tyro.conf.UseAppendAction, _EACH] = ()
     file: Annotated[str | None, PATH, HINT] = None
     chat: bool = False
@@ -123,12 +106,6 @@ class Options(VerbOptions):
     columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
     header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
     limit: Annotated[int | None, WHOLE, HINT] = None
-    dtype: Annotated[str, DTYPE, HINT] = "auto"
-    ignore_base_hash: bool = False
-    trust_remote_code: bool = False
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    quantization: Annotated[str | None, TEXT, HINT] = None
 
     smaller: ClassVar[str] = (
         "type a smaller `--batch-size`, `--num-return-sequences`, `--num-beams` or"
@@ -169,8 +146,6 @@ class Options(VerbOptions):
 
 def run(options: Options) -> Outcome:
     options.check()
-    from lorica.cli._model import Source
-    from lorica.formats.atomic_folder import home
     from lorica.inference.generate import Decoding, Prompter, language_task
 
     names = Decoding.__dataclass_fields__
@@ -178,9 +153,7 @@ def run(options: Options) -> Outcome:
         decoding = Decoding(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         raise UsageError(str(error)) from None
-    source = Source.find(
-        home(options.model), home(options.adapter), trust_remote_code=options.trust_remote_code
-    )
+    source = options.source()
     ask = Prompter(source.tokenizer, language_task(source.config), options.chat_template)
     work = _Work(options, source, ask, decoding)
     if options.chat:
@@ -288,20 +261,13 @@ class _Work:
     # -- answers -----------------------------------------------------------------------------------
 
     def _model(self) -> Any:
-        from lorica.run.quantization import asked
-
         options = self.options
-        quantization = asked(
-            load_in_4bit=options.load_in_4bit,
-            load_in_8bit=options.load_in_8bit,
-            quantization=options.quantization,
-        )
         return self.source.load(
             self.ask.task,
             dtype=options.dtype,
             check_base=not options.ignore_base_hash,
             merged=options.merged,
-            quantization=quantization,
+            quantization=options.quantization_config(),
         ).model
 
     def answer(self, prompts: list[Prompt], on_text: Any = None) -> list[list[Answer]]:

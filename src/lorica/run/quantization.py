@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from lorica.recipe import Recipe
 
-PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # quant_method -> package
+METHODS = ("bitsandbytes", "torchao")  # transformers' `quant_method`, named as their packages
 
 
 def asked(
@@ -72,17 +72,17 @@ def _fields(text: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or not isinstance(fields.get("quant_method"), str):
         raise UsageError(
             f"`--quantization {shorten(text)}` has to hold `quant_method`, one of"
-            f" {', '.join(PACKAGES)}, and that method's fields as transformers names them"
+            f" {', '.join(METHODS)}, and that method's fields as transformers names them"
         )
     return fields
 
 
 def _config(option: str, fields: dict[str, Any]) -> Any:
     method = fields["quant_method"]
-    if method not in PACKAGES:
+    if method not in METHODS:
         raise UsageError(
             f"`{option}` names the method {shorten(method)!r}, whose weights Lorica can't read;"
-            f" allowed: {', '.join(PACKAGES)}"
+            f" allowed: {', '.join(METHODS)}"
         )
     check_installed(method, option)
     from transformers.quantizers.auto import AutoQuantizationConfig
@@ -97,10 +97,9 @@ def check_installed(method: str, what: str) -> None:
     """Raises:
     UsageError: the package that reads this method's weights isn't installed.
     """
-    package = PACKAGES.get(method)
-    if package is not None and importlib.util.find_spec(package) is None:
+    if method in METHODS and importlib.util.find_spec(method) is None:
         raise UsageError(
-            f"{what} needs the package {package}, which isn't installed: `pip install {package}`"
+            f"{what} needs the package {method}, which isn't installed: `pip install {method}`"
         )
 
 

@@ -33,12 +33,13 @@ from lorica.run.options.kinds import (
     shown,
 )
 from lorica.run.options.pretrain import SHAPES, PretrainOptions
+from lorica.run.options.quantization import QuantizationOptions
 from lorica.run.options.run import RunOptions
 from lorica.run.options.train import TrainOptions
 
 __all__ = [
     "DTYPE", "GROUPS", "HINT", "JSON", "METHOD", "MODULES", "NAMES", "NUMBER", "PAIRS", "PATH",
     "PATHS", "SHAPES", "TASKS", "TEXT", "WHOLE", "WHOLES", "Group", "Kind", "PretrainOptions",
-    "RunOptions", "TrainOptions", "Unsaid", "UsageError", "Word", "checkpoint_path", "choice",
-    "elsewhere", "kinds", "masking", "method_text", "shown",
+    "QuantizationOptions", "RunOptions", "TrainOptions", "Unsaid", "UsageError", "Word",
+    "checkpoint_path", "choice", "elsewhere", "kinds", "masking", "method_text", "shown",
 ]  # fmt: skip

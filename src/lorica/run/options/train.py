@@ -21,6 +21,7 @@ from lorica.run.options.kinds import (
     WHOLE,
     choice,
 )  # fmt: skip
+from lorica.run.options.quantization import QuantizationOptions
 from lorica.run.options.run import RunOptions
 
 
@@ -33,7 +34,7 @@ class _Tuned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RunOptions, _Tuned):
+class TrainOptions(QuantizationOptions, RunOptions, _Tuned):
     """Fine-tune a model on a data set, with any method of `lorica methods`.
 
     A YAML file with the same options (underscores in their names) can come first; options on the
@@ -60,12 +61,6 @@ class TrainOptions(RunOptions, _Tuned):
             trained on.
         trust_remote_code: run Python code and kernels that the model brings or names. For models
             whose authors you trust.
-        load_in_4bit: quantise the frozen weights to 4 bits (nf4 with double quantisation) while
-            they are loaded. Needs bitsandbytes.
-        load_in_8bit: quantise the frozen weights to int8 while they are loaded. Needs
-            bitsandbytes.
-        quantization: transformers' own fields of a quantisation by bitsandbytes or torchao, as JSON
-            or a file of it.
         num_train_epochs: number of epochs. Default: 3, unless `max_steps` is given.
         per_device_train_batch_size: examples per device and forward pass.
         dtype: dtype of the frozen weights. `auto` keeps the checkpoint's dtype, except that
@@ -103,9 +98,6 @@ class TrainOptions(RunOptions, _Tuned):
     adapter: Annotated[str | None, PATH, HINT] = None
     ignore_base_hash: bool = False
     trust_remote_code: bool = False
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    quantization: Annotated[str | None, TEXT, HINT] = None
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     eval_data: Annotated[str | None, PATH, HINT] = None
     eval_split: Annotated[str | None, TEXT, HINT] = None
