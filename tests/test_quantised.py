@@ -86,18 +86,10 @@ def plain(model):
     return model.requires_grad_(False)
 
 
-def steps(model, adapters, n, lr=1e-2):
+def steps(adapters, n, lr=1e-2):
     """Losses of n steps."""
     optimizer = lorica.optimizer(adapters, lr=lr, total_steps=n)
-    losses = []
-    for seed in range(n):
-        batch = models.batch(model, seed)
-        loss = adapters.loss(model(**batch), batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return models.train(adapters, optimizer, n)
 
 
 @every_format
@@ -130,7 +122,7 @@ def test_it_trains_as_the_plain_model_of_its_values(load, stored, method):
         torch.testing.assert_close(t.parameter.grad, u.parameter.grad, rtol=2e-3, atol=1e-5)
         t.parameter.grad = u.parameter.grad = None
     torch.testing.assert_close(
-        torch.tensor(steps(model, adapters, 10)), torch.tensor(steps(twin, other, 10)),
+        torch.tensor(steps(adapters, 10)), torch.tensor(steps(other, 10)),
         rtol=2e-3, atol=2e-3,
     )  # fmt: skip
 
@@ -153,7 +145,7 @@ def test_every_method_that_keeps_the_base_runs_on_nf4(load, tmp_path, word):
         fields["rank_pattern"] = {".*": 3}
     adapters = lorica.attach(model, word, verbose=False, data=data_for(model, recipe), **fields)
     published = adapters.hash_base()
-    assert torch.tensor(steps(model, adapters, 3)).isfinite().all()
+    assert torch.tensor(steps(adapters, 3)).isfinite().all()
     adapters.base_hash = None
     assert adapters.hash_base() == published
     perturb(adapters)
@@ -257,7 +249,7 @@ def test_detaching_leaves_the_packed_bytes(load):
     model = load("nf4")
     before = {n: t.clone() for n, t in model.state_dict().items()}
     adapters = lorica.attach(model, "pissa+dora", r=4, verbose=False)
-    steps(model, adapters, 2)
+    steps(adapters, 2)
     with adapters.disabled():
         live = model(**models.batch(model, 3))["logits"].detach()
     lorica.detach(model)
@@ -283,7 +275,7 @@ def test_half_precision(load):
     model = load("nf4", torch.bfloat16)
     adapters = lorica.attach(model, "dora", r=4, verbose=False)
     assert {t.parameter.dtype for t in adapters.trained()} == {torch.float32}
-    losses = steps(model, adapters, 6)
+    losses = steps(adapters, 6)
     assert losses[-1] < losses[0]
     lorica.merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -303,7 +295,7 @@ def test_training_the_rest_in_place_is_refused(load):
 def test_a_chain_keeps_finished_links_beside_a_quantised_base(load):
     model = load("nf4")
     adapters = lorica.attach(model, "raclora(every=2, accumulate='factors')", r=2, verbose=False)
-    steps(model, adapters, 5)
+    steps(adapters, 5)
     assert all(layer.update.frozen_A.shape[0] == 4 for _, layer in adapters)
 
 

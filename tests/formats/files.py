@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import batch
+import lorica
+from models import batch, logits
 
 TOLERANCE = 1e-5  # of logits, relative to their largest where that is above 1
 
@@ -57,6 +58,19 @@ def peft_made(base: nn.Module, folder: Path, seed: int = 3, size: float = 0.1, *
         model.save_pretrained(folder)
         out = model(**batch(base)).logits
     return out, model
+
+
+def there_and_back(base: nn.Module, theirs: Tensor, folder: Path) -> None:
+    """PEFT's files in `folder / "theirs"` load onto the base and give PEFT's logits `theirs`. So
+    does PEFT with what is saved of them, and detached the base is as it was."""
+    model = copy.deepcopy(base)
+    adapters = lorica.load(model, folder / "theirs")
+    close(theirs, logits(model))
+    out = lorica.save(adapters, folder / "ours")
+    close(theirs, peft_logits(base, out))
+    lorica.detach(model)
+    for (name, p), q in zip(base.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def edit(file: Path, **changes: Any) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from files import close, peft_logits, peft_made
+from files import close, peft_logits, peft_made, there_and_back
 
 import lorica
 import models
@@ -36,14 +34,7 @@ def test_files_of_peft_compute_the_same(case, tmp_path):
     family, fields = MADE[case]
     base = models.MODELS[family]()
     theirs, _ = peft_made(base, tmp_path / "theirs", **{**PEFT, **fields})
-    model = copy.deepcopy(base)
-    adapters = lorica.load(model, tmp_path / "theirs")
-    close(theirs, logits(model))
-    out = lorica.save(adapters, tmp_path / "ours")  # and on to PEFT again
-    close(theirs, peft_logits(base, out))
-    lorica.detach(model)
-    for (name, p), q in zip(base.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    there_and_back(base, theirs, tmp_path)
 
 
 def resized(family, folder, seed):

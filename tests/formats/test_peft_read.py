@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from files import close, edit, peft_logits, peft_made
+from files import close, edit, peft_logits, peft_made, there_and_back
 from safetensors.torch import load_file, save_file
 
 import lorica
@@ -67,15 +67,7 @@ def test_equals_peft(case, tmp_path):
     theirs, _ = peft_made(base, tmp_path / "theirs", **{**LLAMA, **fields})
     if case == "first match":  # PEFT sorts the patterns as it writes them
         theirs = peft_logits(base, tmp_path / "theirs")
-    model = copy.deepcopy(base)
-    adapters = lorica.load(model, tmp_path / "theirs")
-    close(theirs, logits(model))
-
-    out = lorica.save(adapters, tmp_path / "ours")  # and on to PEFT again
-    close(theirs, peft_logits(base, out))
-    lorica.detach(model)
-    for (name, p), q in zip(base.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    there_and_back(base, theirs, tmp_path)
 
 
 def test_all_linear_as_it_was_never_resolved(tmp_path):
