@@ -1,5 +1,5 @@
 # pyright: strict
-"""Regular expressions matched in bounded time, whoever wrote them.
+"""Regular expressions from any source, matched in bounded time.
 
 Python's matcher cannot be stopped, and it takes `(\\w|.)+!` years to find that a name of 60
 characters does not end in `!`. So only a plain name, in which nothing repeats, is matched here;
@@ -30,7 +30,7 @@ _CHILD = """
 import json, re, signal, sys
 expressions, texts, how, seconds = json.load(sys.stdin)
 if hasattr(signal, "setitimer"):  # not on Windows
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # of processor time; nobody handles its signal
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of processor time; its signal has no handler
 def groups(match):
     return match and [match[0], *match.groups()]
 def last(expression, text):

@@ -62,11 +62,11 @@ class Encoder:
             text, opens: as in `encode`, which has made `ids` of them.
 
         Raises:
-            ValueError: the tokenizer doesn't say which characters a token stands for.
+            ValueError: the tokenizer gives no character offsets of its tokens.
         """
         if not self.tokenizer.is_fast:
             raise ValueError(
-                "`train_detail` needs a tokenizer that tells which characters a token stands for, "
+                "`train_detail` needs a tokenizer that gives the character offsets of its tokens, "
                 f"and {type(self.tokenizer).__name__} is none (it has no tokenizer.json). Take a "
                 'model with a fast tokenizer, or say `"train": true` or false of whole turns.'
             )

@@ -203,7 +203,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _unnamed(names: Sequence[str]) -> bool:
-    """Classes that have only numbers, as transformers names them where nobody did."""
+    """Classes that have only numbers, as transformers names them by default."""
     return all(_is_whole(name.removeprefix("LABEL_")) for name in names)
 
 

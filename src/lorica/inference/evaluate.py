@@ -448,7 +448,7 @@ def check_references(prompts: Sequence[Prompt], answer_pattern: str | None) -> l
         if found is None:
             raise ValueError(
                 f"{prompt.place}: `answer_pattern={answer_pattern!r}` doesn't match the data's own"
-                f" answer, which ends with {text[-60:]!r}; mend the pattern"
+                f" answer, which ends with {text[-60:]!r}; correct the pattern"
             )
         wanted.append(found)
     return wanted

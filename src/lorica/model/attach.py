@@ -151,10 +151,9 @@ def attach(
         sites = sites_of(
             model, recipe, targets, dtype, any_rank=not initialise, ranks=ranks, as_built=True
         )
-    if initialise:
-        refuse_not_finite(model, targets.layers)
     seen: Mapping[str, Any] = {}  # Any: what the init observed of each layer
     if initialise:
+        refuse_not_finite(model, targets.layers)
         seen = observe(model, recipe, targets, sites, data)
         if isinstance(recipe.rank, RanksFromData) and ranks is None and seen:
             found = recipe.rank.assign_from(seen, sites, recipe)

@@ -27,8 +27,8 @@ class AdaptedLinear(nn.Module):
         disabled: compute what the base alone does.
         frozen_for_now: names of parameters that do not train at present, see
             `lorica.training.freezing`.
-        weight_read: whether anything has read `weight` since this was set to False; None: nobody
-            asks. A model that multiplies with `weight` itself does not see the adapter.
+        weight_read: whether `weight` has been read since this was set to False; None: this is not
+            recorded. A model that multiplies with `weight` itself does not see the adapter.
     """
 
     def __init__(

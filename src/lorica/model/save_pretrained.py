@@ -36,8 +36,8 @@ _NAME = "save_pretrained"
 
 
 def install(adapters: Adapters) -> None:
-    """Put it over the method of each transformers model in which something stands for a module; a
-    model that trains in place has its own names, so transformers' method is right there."""
+    """Override the method of each transformers model in which a module was replaced. A model that
+    trains in place has its own names, so transformers' method is right there."""
     names = [*adapters.layers, *adapters.saved, *adapters.tables]
     if names:
         model: Any = adapters.model  # Any: torch leaves this method untyped

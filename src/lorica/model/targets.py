@@ -366,14 +366,14 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
             wrapper of its own, an offloaded or sharded weight.
     """
     delta = recipe.delta
-    if recipe.target_modules == "all-linear":
-        for name, kind in unreadable(model).items():
-            raise ValueError(
-                f"{name!r} is a {kind}, which holds its weight in a packed form that Lorica can't"
-                " read. It reads weights quantised by bitsandbytes (nf4, fp4, int8) and torchao"
-                " (int8, float8 and intx, weights only); load the model in one of these formats, or"
-                " name the layers to adapt in `target_modules`"
-            )
+    if recipe.target_modules == "all-linear" and (unread := unreadable(model)):
+        name, kind = next(iter(unread.items()))
+        raise ValueError(
+            f"{name!r} is a {kind}, which holds its weight in a packed form that Lorica can't"
+            " read. It reads weights quantised by bitsandbytes (nf4, fp4, int8) and torchao"
+            " (int8, float8 and intx, weights only); load the model in one of these formats, or"
+            " name the layers to adapt in `target_modules`"
+        )
     if recipe.train_rest and (packed := quantised(model)):
         name, store = next(iter(packed.items()))
         check_quantised(recipe, store.gives, f"{name!r} is {store.format}")

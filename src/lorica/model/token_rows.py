@@ -89,7 +89,7 @@ class TokenRows(nn.Module):
     def _with_logits(self, x: Tensor, y: Tensor) -> Tensor:
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.indices])
-        return y.index_copy_(-1, self.indices, new.to(y.dtype))  # y (..., V) is nobody else's
+        return y.index_copy_(-1, self.indices, new.to(y.dtype))  # y (..., V) is used only here
 
     def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Of each token id, its place among the rows, and whether it has one."""
@@ -300,7 +300,7 @@ def build_tables(
 
 def untrained(model: nn.Module, tables: Iterable[Table], trained: Iterable[str]) -> str | None:
     """What there is to say of rows above the vocabulary that the model's checkpoint has, and that
-    would stay as `resize_token_embeddings` drew them; None: there are none, or nobody knows.
+    would stay as `resize_token_embeddings` drew them; None: there are none, or it is unknown.
 
     Args:
         trained: paths of modules that train in full.

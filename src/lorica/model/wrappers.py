@@ -53,6 +53,6 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def _loaded(module: str, *names: str) -> tuple[type[nn.Module], ...]:
-    """Classes of a package that isn't ours to import: where nobody did, no model is of them."""
+    """Classes of a package that Lorica doesn't import itself; none where it isn't imported."""
     found = sys.modules.get(module)
     return () if found is None else tuple(getattr(found, name) for name in names)

@@ -98,9 +98,8 @@ class FourBit(Quantised):
         bias = None if bias is None else bias.to(inner)
         if self.flaw() is not None:
             return F.linear(x.to(inner), self.weight().to(inner), bias).to(x.dtype)
-        return (_package().matmul_4bit(x.to(inner), self._weight, bias=bias, quant_state=state)).to(
-            x.dtype
-        )
+        y = _package().matmul_4bit(x.to(inner), self._weight, bias=bias, quant_state=state)
+        return y.to(x.dtype)
 
 
 class EightBit(Quantised):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorica.model.bases.base import FLOATING, AbstractBase, is_dense
+from lorica.model.bases.base import AbstractBase, is_dense
 
 
 class _Dense(AbstractBase):
@@ -168,7 +168,7 @@ def _owns_plain_weight(module: nn.Module) -> bool:
     scales of a quantiser, no parametrisation."""
     own = dict(module.named_parameters(recurse=False))
     plain = own.keys() <= {"weight", "bias"} and "weight" in own
-    return plain and own["weight"].dtype in FLOATING and next(module.children(), None) is None
+    return plain and is_dense(own["weight"]) and next(module.children(), None) is None
 
 
 def _twin(module: nn.Module, sizes: dict[str, Any], **tensors: Tensor) -> nn.Module:
