@@ -142,15 +142,35 @@ def test_a_step_at_rate_zero_with_gradients_is_a_real_one():
     assert optimizer.param_groups[0][KEY]["step"] == 1 and len(LOG) == 2
 
 
-def test_a_closure_is_refused():
-    adapters, optimizer = probed()
-    with pytest.raises(ValueError, match="a closure re-evaluates.*loss.backward"):
-        optimizer.step(lambda: 1.0)
-    with pytest.raises(ValueError, match="a closure re-evaluates"):
-        optimizer.step(closure=lambda: 1.0)
-    adapters.model(**batch(adapters.model)).loss.backward()
-    optimizer.step(None)
-    optimizer.step(closure=None)
+@pytest.mark.parametrize("rule", registry.names("rules"))
+def test_a_closure_is_run_before_all_that_looks_at_gradients(rule):
+    """As Lightning's automatic optimization steps: the same bits as backward and step."""
+    results = []
+    for how in ("backward", "closure", "keyword"):
+        LOG.clear()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        adapters = lorica.attach(model, recipe(rule, r=2, schedules=(Probe(),)), verbose=False)
+        optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=3)
+
+        def closure(adapters=adapters, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = adapters.model(torch.ones(2, 8, device="cpu")).square().sum()
+            loss.backward()
+            return loss
+
+        losses = []
+        for _ in range(3):
+            if how == "backward":
+                losses.append(closure())
+                assert optimizer.step(None) is None
+            else:
+                more = {"closure": closure} if how == "keyword" else {}
+                with torch.no_grad():
+                    losses.append(optimizer.step(*() if more else (closure,), **more))
+        results.append((adapters.fingerprint(), torch.stack(losses).tolist(), [*LOG]))
+    assert results[0] == results[1] == results[2]
+    assert len(LOG) == 6 and "before 0 True" in LOG[0], "schedules saw the closure's gradients"
 
 
 # -- rates -----------------------------------------------------------------------------------------

@@ -248,22 +248,26 @@ def test_sentence_transformers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's own, about torch
+@pytest.mark.parametrize("automatic", [True, False])
 @pytest.mark.parametrize("method", ["lora", "cola(every=1)"])
-def test_lightnings_checkpoint_resumes_exactly(tmp_path, method):
+def test_lightnings_checkpoint_resumes_exactly(tmp_path, method, automatic):
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.automatic_optimization = False
+            self.automatic_optimization = automatic
             self.model = llama()
             self.adapters = lorica.attach(self.model, method, r=4, verbose=False)
 
         def training_step(self, ids, index):
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.zero_grad()
-            self.manual_backward(self.model(input_ids=ids, labels=ids).loss)
-            optimizer.step()
+            loss = self.model(input_ids=ids, labels=ids).loss
+            if not automatic:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
 
         def configure_optimizers(self):
             return lorica.optimizer(self.adapters, total_steps=4)

@@ -9,10 +9,13 @@ import re
 import pytest
 import torch
 from files import close, edit, peft_logits, peft_made, there_and_back
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.config import PromptLearningConfig
 from safetensors.torch import load_file, save_file
 
 import lorica
 import models
+from lorica.formats.peft.config import _PROMPTS
 from models import logits
 
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -157,11 +160,26 @@ def test_every_key_of_a_plain_config_is_known(made):
     lorica.load(base, path)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "IA3", None])
-def test_other_methods(made, kind):
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("LOHA", "merge_and_unload()"),
+        ("IA3", "merge_and_unload()"),
+        ("XLORA", "PEFT (`PeftModel.from_pretrained(base, folder)`), which can't merge this type"),
+        ("PREFIX_TUNING", "there is nothing to merge"),
+        (None, "train an adapter here"),
+    ],
+)
+def test_other_methods(made, kind, advice):
     base, path = made
     edit(path / "adapter_config.json", peft_type=kind)
-    refused(base, path, repr(kind), "read are LORA files")
+    refused(base, path, repr(kind), "read are LORA files", advice)
+
+
+def test_the_types_without_anything_to_merge_are_those_of_peft():
+    known = PEFT_TYPE_TO_CONFIG_MAPPING
+    prompts = {k.value for k, kind in known.items() if issubclass(kind, PromptLearningConfig)}
+    assert prompts == _PROMPTS
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq", "tomorrow"])

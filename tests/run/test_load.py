@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers import models as token_models
+from torch import Tensor
 from transformers import (
     BertConfig,
     LlamaConfig,
@@ -26,6 +27,7 @@ from lorica.data.lengths import longest
 from lorica.recipe.registry import names
 from lorica.run.load_model import _class_of, _task, load_base, load_model
 from lorica.run.token_weighting import counted_labels
+from lorica.tensors import linalg
 from lorica.tensors.linalg import all_finite
 from models import llama
 
@@ -101,6 +103,17 @@ def test_nothing_starts_on_a_base_that_holds_no_numbers(init: str):
     with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.weight \(.* not finite"):
         lorica.attach(model, init, r=2, verbose=False)
     assert list(model.modules()) == before
+
+
+def test_a_weight_is_read_once_for_values_that_are_not_finite(monkeypatch: pytest.MonkeyPatch):
+    weights = [torch.ones(2), torch.ones(2), torch.ones(2)]
+    assert all(map(linalg.loaded_finite, weights))
+    weights[1].add_(torch.nan)
+    read: list[Tensor] = []
+    monkeypatch.setattr(linalg, "all_finite", lambda W: read.append(W) or all_finite(W))
+    assert [linalg.finite_weight(W) for W in weights] == [True, False, True]
+    assert [id(W) for W in read] == [id(weights[1])]
+    assert linalg.finite_weight(weights[0]) and len(read) == 2, "found so once, at the load"
 
 
 def test_large_values_are_finite():

@@ -24,7 +24,7 @@ from lorica.model.quantised import quantised, sizes, unreadable
 from lorica.patterns import Endless, flaw, matching
 from lorica.recipe.compatibility import check_quantised
 from lorica.recipe.recipe import Recipe
-from lorica.tensors.linalg import all_finite
+from lorica.tensors.linalg import finite_weight
 from lorica.tensors.modules import named_modules, named_parameters, unwrapped
 from lorica.text import shorten
 
@@ -78,14 +78,12 @@ def _whole_matches(what: str, spec: str, paths: list[str]) -> list[str]:
         raise ValueError(f"`{what}`: {error}") from None
 
 
-def _nothing(
-    what: str, pattern: str, paths: list[str], rule: str, kind: str = "model"
-) -> str:  # fmt: skip
+def _nothing(what: str, pattern: str, paths: list[str], rule: str) -> str:
     endings = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
     near = difflib.get_close_matches(pattern[-200:].rsplit(".", 1)[-1], endings, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return (
-        f"`{what}`: {shorten(pattern)} matches no module of the {kind} ({rule}). {hint}"
+        f"`{what}`: {shorten(pattern)} matches no module of the model ({rule}). {hint}"
         f"Modules there end in: {', '.join(endings[:40])}{', ...' if len(endings) > 40 else ''}"
     )
 
@@ -151,9 +149,9 @@ def find(
         n for n in chosen if layers_to_transform is None or blocks[n] in layers_to_transform
     ]
     left = [n for n in in_blocks if n not in excluded]
-    every = target_modules == "all-linear"
     reach = [*in_blocks, *left_out, *heads]
-    _refuse_idle_exclusions(exclusions, reach, chosen, list(modules) if every else None)
+    always = modules if target_modules == "all-linear" else head_names(model)
+    _refuse_idle_exclusions(exclusions, reach, chosen, modules, always)
     for i in layers_to_transform or ():
         if not any(blocks[n] == i for n in left):
             have = sorted({b for n in chosen if n not in excluded and (b := blocks[n]) is not None})
@@ -254,27 +252,35 @@ def _exclusions(spec: str | tuple[str, ...] | None, paths: list[str]) -> dict[st
 
 def _refuse_idle_exclusions(
     exclusions: Mapping[str, set[str]], reach: list[str], all_blocks: list[str],
-    modules: list[str] | None,
+    modules: Mapping[str, nn.Module], always: Container[str],
 ) -> None:  # fmt: skip
-    """Each exclusion leaves something out that would otherwise be adapted or train in full. Beside
-    `all-linear`, which names no layer, it may also name what would not be (the output head).
+    """Each exclusion leaves something out that would otherwise be adapted or train in full. It may
+    also name what nothing would adapt anyway, for what was asked for holds: any module beside
+    `all-linear`, which names no layer; beside names, a head or a part that holds others
+    ("vision_tower"). A single layer there is most likely a slip.
 
     Args:
         reach: what would be adapted or train in full, in the blocks that are meant.
         all_blocks: the targets in all blocks.
-        modules: all of the model, with `all-linear`.
+        always: paths that may be named whatever they hold.
     """
+    rule = "a name in a list ends a module path and means all that is below it"
     for pattern, means in exclusions.items():
-        if means.isdisjoint(reach):
-            if not means.isdisjoint(all_blocks):
-                raise ValueError(
-                    f"`exclude_modules`: {pattern!r} has no effect, since `layers_to_transform`"
-                    " leaves all of that out already; drop it"
-                )
-            if modules is None or not means:
-                rule = "a name in a list ends a module path and means all that is below it"
-                kind = "targets" if modules is None else "model"
-                raise ValueError(_nothing("exclude_modules", pattern, modules or reach, rule, kind))
+        if not means:
+            raise ValueError(_nothing("exclude_modules", pattern, list(modules), rule))
+        if not means.isdisjoint(reach):
+            continue
+        if not means.isdisjoint(all_blocks):
+            raise ValueError(
+                f"`exclude_modules`: {pattern!r} has no effect, since `layers_to_transform`"
+                " leaves all of that out already; drop it"
+            )
+        if not any(n in always or next(modules[n].children(), None) is not None for n in means):
+            paths = ", ".join(sorted(means)[:3])
+            raise ValueError(
+                f"`exclude_modules`: {pattern!r} has no effect, since `target_modules` names"
+                f" nothing of what it means ({paths}); drop it, or correct one of the two"
+            )
 
 
 def _means(
@@ -445,7 +451,7 @@ def refuse_not_finite(model: nn.Module, names: Iterable[str]) -> None:
             else model.get_submodule(name).named_parameters(recurse=False)
         )
         for kind, p in held.items():
-            if not (p.is_meta or isinstance(p, DTensor)) and not all_finite(p):
+            if not (p.is_meta or isinstance(p, DTensor)) and not finite_weight(p):
                 raise ValueError(
                     f"the model's {name}.{kind} {tuple(p.shape)} holds values that are not finite,"
                     " so nothing could be trained on it: the training that made it had diverged, or"

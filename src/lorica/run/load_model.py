@@ -308,13 +308,13 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
         ValueError: naming the first that holds another value.
     """
     from lorica.model.quantised import quantised
-    from lorica.tensors.linalg import all_finite
+    from lorica.tensors.linalg import loaded_finite
 
     held: dict[str, Any] = dict(model.named_parameters())
     for path, store in quantised(model).items():
         del held[f"{path}.weight"]
         held |= {f"{path}.{n}": t for n, t in store.stored().items()}
-    bad = [n for n, p in held.items() if not all_finite(p)]
+    bad = [n for n, p in held.items() if not loaded_finite(p)]
     if bad:
         more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
         raise ValueError(

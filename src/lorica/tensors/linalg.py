@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _linalg: Any = torch.linalg  # Any: its functions are built in C, without signatures
 LinAlgError: type[RuntimeError] = _linalg.LinAlgError  # a decomposition that doesn't converge
@@ -90,6 +91,24 @@ def all_finite(X: Tensor) -> bool:
         return True
     low, high = (X.float() if X.itemsize == 1 else X).aminmax()  # either is NaN where an entry is
     return bool(low.isfinite() & high.isfinite())
+
+
+# weight -> its version when it was read. Any: torch leaves the class untyped
+_seen_finite: Any = WeakTensorKeyDictionary()
+
+
+def loaded_finite(W: Tensor) -> bool:
+    """`all_finite` of a weight that was just loaded; the next `finite_weight` need not read it."""
+    finite = all_finite(W)
+    if finite and not W.is_inference():
+        _seen_finite[W] = W._version
+    return finite
+
+
+def finite_weight(W: Tensor) -> bool:
+    """`all_finite` of a weight; one that was found so as it was loaded is not read again, once."""
+    version: int | None = _seen_finite.pop(W, None)
+    return (version is not None and W._version == version) or all_finite(W)
 
 
 def floats(X: Tensor) -> list[float]:

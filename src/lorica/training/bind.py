@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,8 +78,24 @@ def unscale(optimizer: torch.optim.Optimizer) -> None:
 # -- the hooks
 
 
-Own = dict[str, Any]  # Any: what `bind` writes below, numbers, strings and tensors
 StepArgs = tuple[Any, ...]  # Any: whatever a caller hands to `optimizer.step`
+
+
+def run_closure(
+    optimizer: torch.optim.Optimizer, args: StepArgs, kwargs: dict[str, Any]
+) -> tuple[StepArgs, dict[str, Any]]:
+    """Evaluate the closure of `step(closure)` before all else that looks at gradients. torch's
+    optimizers do the same as they begin; this one finds the loss in its place."""
+    given = dict(zip(("self", "closure"), args, strict=False)) | kwargs
+    closure: Callable[[], object] | None = given.get("closure")
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+    return args[:1], {**kwargs, "closure": lambda: loss}
+
+
+Own = dict[str, Any]  # Any: what `bind` writes below, numbers, strings and tensors
 
 
 class _Binding:
@@ -100,6 +116,7 @@ class _Binding:
         self.rates: list[float | torch.Tensor] = []
         self.gradient_check = GradientCheck(adapters)
         self.left_out = LeftOut(adapters)
+        optimizer.register_step_pre_hook(run_closure)
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
         optimizer.register_load_state_dict_pre_hook(self.check_loaded)
@@ -118,11 +135,6 @@ class _Binding:
         self.adapters.check_attached()
         if self.schedules:
             unscale(optimizer)
-        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
-            raise ValueError(
-                "a closure re-evaluates the loss inside `optimizer.step`, so the gradients a"
-                " schedule reads would be stale; call `loss.backward()` and then `optimizer.step()`"
-            )
         own = optimizer.param_groups[0][KEY]
         self.gradient_check.check_held(optimizer, own["total_steps"])
         if is_empty(optimizer):

@@ -86,6 +86,10 @@ _LOST = {  # start -> why the base that the adapter was trained on is not availa
     "lora_ga": "its base was corrected by gradients that the file doesn't hold",
     "loftq": "it was trained on a base quantised on the fly, whose bytes the file doesn't hold",
 }
+_PROMPTS = {  # they hold tokens of a prompt, and no update of the weights
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE",
+}  # fmt: skip
+_NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}  # not by PEFT (0.21) either
 _RANDOM = "its base was corrected by a random decomposition that the file doesn't hold"
 CONVERT = (
     "convert it where it was trained: `model.save_pretrained(out,"
@@ -211,8 +215,7 @@ def method_of(data: Config, file: Path) -> Method:
         others = "".join(f" and {name}" for name in sorted({*_forms(), *synonyms}))
         raise Unsupported(
             f"{file}: `peft_type` is {shorten(data.get('peft_type'))}; read are LORA files (LoRA,"
-            f" DoRA, rsLoRA, OLoRA, PiSSA, ...){others}. Merge the adapter with PEFT, or train it"
-            " again here"
+            f" DoRA, rsLoRA, OLoRA, PiSSA, ...){others}. {_elsewhere(data)}"
         )
     _complete(data, {"r", "lora_alpha", "target_modules"}, file)
     known = {*FIELDS, *_PAIR_FIELDS, *_IGNORED, *_PAIR_IGNORED, *flags()}
@@ -246,8 +249,7 @@ def _own_method(data: Config, form: PeftForm, file: Path) -> Method:
     if (choice := own_choice(data)) is None:
         given = ", ".join(f"`{k}={shorten(data.get(k))}`" for k in form.fields)
         raise Unsupported(
-            f"{file}: a {form.peft_type} adapter with {given} is not known here. Merge the adapter"
-            " with PEFT, or train it again here"
+            f"{file}: a {form.peft_type} adapter with {given} is not known here. {_elsewhere(data)}"
         )
     bias = data.get("bias") or "none"
     fields = {
@@ -255,6 +257,23 @@ def _own_method(data: Config, form: PeftForm, file: Path) -> Method:
         "bias": "lora_only" if bias == form.bias else bias,
     }
     return Method(choice.text(), fields)
+
+
+def _elsewhere(data: Config) -> str:
+    """What to do with a file that PEFT alone reads."""
+    kind = str(data.get("peft_type"))
+    with_peft = "Use it with PEFT (`PeftModel.from_pretrained(base, folder)`)"
+    if kind in _PROMPTS:
+        return (
+            f"{with_peft}: it holds the tokens of a prompt and no update of the weights, so there"
+            " is nothing to merge. Or train an adapter here"
+        )
+    if kind in _NEVER_MERGED:
+        return f"{with_peft}, which can't merge this type into the base; or train an adapter here"
+    return (
+        "Merge it with PEFT (`PeftModel.from_pretrained(base, folder).merge_and_unload()`) and use"
+        " the merged model, or train an adapter here"
+    )
 
 
 def recipe_of(data: Config, file: Path) -> Recipe:
