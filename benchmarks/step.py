@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica.methods.optional import StartsFromData
+from lorica.methods.optional import StartsFromData, StartsFromUnquantised
 from lorica.recipe import registry
 
 RUN = 60  # steps over which the optimizer's step is averaged
@@ -414,6 +414,10 @@ def ours(part: Part, method: str, r: int | None, **fields: Any) -> Runner:
         fields["r"] = r
     if isinstance(recipe.init, StartsFromData):
         fields["data"] = [part.batch(seed) for seed in range(recipe.init.batches)]
+    if isinstance(recipe.init, StartsFromUnquantised):  # of weights that were not quantised
+        fields["unquantised"] = {
+            n: m.weight for n, m in net.named_modules() if hasattr(m, "weight")
+        }
     adapters = lorica.attach(net, method, verbose=False, **fields)
     optimizer = lorica.optimizer(adapters, lr=1e-4, total_steps=RUN)
     stir(adapters)

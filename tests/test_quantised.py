@@ -7,6 +7,7 @@ on the same quantised base.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import warnings
@@ -15,7 +16,7 @@ import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from walk import data_for, every
+from walk import data_for, every, start_for
 
 import lorica
 import models
@@ -23,7 +24,7 @@ from lorica.model.modules_to_save import replace
 from lorica.model.quantised import dequantise, floating_dtype, quantised
 from lorica.recipe import Recipe
 from lorica.run.options import UsageError
-from lorica.run.quantization import asked, refuse_writing
+from lorica.run.quantization import asked, check_method
 from models import perturb
 
 
@@ -143,7 +144,9 @@ def test_every_method_that_keeps_the_base_runs_on_nf4(load, tmp_path, word):
     fields = {"r": 4} if "r" in recipe.takes and not any(c.only_r for c in recipe.choices) else {}
     if recipe.rank is not None and recipe.rank.reads_patterns:
         fields["rank_pattern"] = {".*": 3}
-    adapters = lorica.attach(model, word, verbose=False, data=data_for(model, recipe), **fields)
+    begin = start_for(model, recipe)
+    begin.pop("unquantised", None)  # the checkpoint has them
+    adapters = lorica.attach(model, word, verbose=False, **begin, **fields)
     published = adapters.hash_base()
     assert torch.tensor(steps(adapters, 3)).isfinite().all()
     adapters.base_hash = None
@@ -166,6 +169,59 @@ def test_a_start_from_gradients_is_that_of_the_values(load, stored):
     one, other = (m.state_dict() for m in (model, twin))
     for name in [n for n in one if n.endswith((".A", ".B"))]:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def dense(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).train()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize("stored", ["nf4", "int8 (torchao)"])
+def test_loftq_starts_nearer_to_the_checkpoint(load, folder, stored):
+    """As PEFT's own function leaves it; it knows nf4 alone and writes float32."""
+    model, exact = load(stored), dense(folder)
+    batch = models.batch(model, 3)
+    wanted, bare = exact(**batch)["logits"].detach(), model(**batch)["logits"].detach()
+    adapters = lorica.attach(model, "loftq", r=16, lora_alpha=16, verbose=False)
+    started = model(**batch)["logits"].detach()
+    assert (started - wanted).norm() < 0.8 * (bare - wanted).norm()
+    if stored == "nf4":
+        config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=list(adapters.layers))
+        theirs = peft.get_peft_model(load(stored), config).train()
+        with on_cpu():
+            peft.replace_lora_weights_loftq(theirs, str(folder))
+        torch.testing.assert_close(theirs(**batch)["logits"], started, rtol=1e-3, atol=1e-3)
+
+
+@contextlib.contextmanager
+def on_cpu():
+    """PEFT names a GPU where this function computes."""
+    to = torch.Tensor.to
+
+    def stays(self, *args, **kwargs):
+        kwargs.pop("device", None)
+        return to(self, *args, **kwargs) if args or kwargs else self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", stays)
+        yield
+
+
+def test_loftq_says_where_it_found_no_weights(load, folder, tmp_path):
+    model = load("nf4")
+    load("nf4").save_pretrained(tmp_path / "packed")
+    for source, says in (
+        (tmp_path, "has no safetensors files"),
+        (tmp_path / "packed", "holds packed weights .*uint8"),
+        ({}, "has no weight for 'model.layers.0.self_attn.q_proj'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            lorica.attach(model, "loftq", r=2, unquantised=source, verbose=False)
+    model.config.name_or_path = ""
+    with pytest.raises(ValueError, match="does not say which checkpoint"):
+        lorica.attach(model, "loftq", r=2, verbose=False)
+    given = {n: m.weight for n, m in dense(folder).named_modules() if n.endswith("_proj")}
+    lorica.attach(model, "loftq", r=2, unquantised=given, verbose=False)
 
 
 @pytest.mark.parametrize("stored", ["nf4 with double quantisation", "int8 (torchao)"])
@@ -352,4 +408,14 @@ def test_what_cannot_be_meant_is_refused(given, says):
 def test_a_method_that_writes_is_refused_before_anything_is_loaded(folder):
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match="to be loaded quantised, and `switchlora` writes"):
-        refuse_writing(Recipe.parse("switchlora"), asked(load_in_4bit=True), config, "m")
+        check_method(Recipe.parse("switchlora"), asked(load_in_4bit=True), config, "m")
+
+
+def test_a_start_from_what_quantisation_took_needs_a_quantised_base(folder):
+    config, recipe = AutoConfig.from_pretrained(folder), Recipe.parse("loftq")
+    check_method(recipe, asked(load_in_4bit=True), config, "m")
+    with pytest.raises(UsageError, match="`m` is not quantised; .*--load-in-4bit"):
+        check_method(recipe, None, config, "m")
+    config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(UsageError, match="`m` holds packed weights alone"):
+        check_method(recipe, None, config, "m")

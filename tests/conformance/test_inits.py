@@ -11,7 +11,7 @@ from walk import KINDS, Beside, One, adapt, attach, inputs, only, recipe, serves
 
 import lorica
 from lorica.interfaces import Pair, Site
-from lorica.methods.optional import StartsFromData
+from lorica.methods.optional import StartsFromData, StartsFromUnquantised
 from lorica.model.bases.dense import DenseLinear
 from lorica.recipe import registry
 from models import llama, logits, perturb
@@ -108,6 +108,8 @@ def test_fill_is_pure(word):
         data = [model.batch(seed) for seed in range(init.batches)]
         seen = init.observe(model, {"layer": DenseLinear(model.layer)}, {"layer": site}, data)
         fill = functools.partial(init.fill_from, seen["layer"])
+    if isinstance(init, StartsFromUnquantised):
+        fill = functools.partial(init.fill_from, weight + 0.1 * weight.sin())
     stream, pairs = torch.get_rng_state(), []
     for _ in range(2):
         pair = Pair(

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import lorica
 import models
 from lorica import Recipe
-from lorica.methods.optional import StartsFromData
+from lorica.methods.optional import StartsFromData, StartsFromUnquantised
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLinear
 from lorica.recipe import registry
@@ -108,6 +108,15 @@ def data_for(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]] | None:
     return [{k: v % most for k, v in models.batch(model, seed).items()} for seed in seeds]
 
 
+def start_for(model: nn.Module, made: Recipe) -> dict[str, Any]:
+    """What `lorica.attach` has to be given for the start of this recipe. Where one reads weights
+    from before they were quantised, these are the model's own: nothing was."""
+    if isinstance(made.init, StartsFromUnquantised):
+        own = {n: m.weight for n, m in model.named_modules() if hasattr(m, "weight")}
+        return {"unquantised": {n: w.detach() for n, w in own.items()}}
+    return {"data": data_for(model, made)}
+
+
 def chain(sizes: tuple[int, ...]) -> nn.Sequential:
     """Linear layers from each size to the next, with tanh between them, in float64."""
     torch.manual_seed(1)
@@ -157,8 +166,8 @@ def one_hot(x: Tensor) -> Tensor:
 
 
 def attach(model: nn.Module, made: Recipe, **options: Any) -> Adapters:
-    """`lorica.attach`, quietly, with data where the start is made from them."""
-    return lorica.attach(model, made, data=data_for(model, made), verbose=False, **options)
+    """`lorica.attach`, quietly, with what the start is made from."""
+    return lorica.attach(model, made, verbose=False, **start_for(model, made), **options)
 
 
 def adapt(model: nn.Module, method: str | Recipe, **fields: Any) -> Adapters:

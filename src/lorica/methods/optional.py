@@ -159,6 +159,29 @@ class StartsFromData(abc.ABC):
         """Write the start into a pair, as `fill` does; see `AbstractInit`."""
 
 
+class StartsFromUnquantised(abc.ABC):
+    """An init that reads what a weight was before it was quantised. Used by `lorica.attach`, which
+    takes these values from the checkpoint, or from `unquantised=`, one layer at a time. Nothing of
+    it is needed to load an adapter: the start is part of the file.
+
+    Such a class comes before `AbstractInit` among the bases of an init. It cannot start a layer
+    anew during training, and so declares `withdraws = {"restarts"}`.
+    """
+
+    def fill(self, weight: Tensor, pair: Pair, generator: torch.Generator) -> None:
+        raise AssertionError("this start reads the unquantised weight, once, before training")
+
+    @abc.abstractmethod
+    def fill_from(
+        self, seen: Tensor, weight: Tensor, pair: Pair, generator: torch.Generator
+    ) -> None:
+        """Write the start into a pair, as `fill` does; see `AbstractInit`.
+
+        Args:
+            seen: the weight before it was quantised (out, in), of `weight`'s dtype and device.
+        """
+
+
 class RanksFromData(abc.ABC):
     """A choice of ranks that reads what a `StartsFromData` init observed. Used by `lorica.attach`;
     a file's ranks are used as they are."""
@@ -266,5 +289,6 @@ class Reweights(abc.ABC):
 __all__ = [
     "ApproximatesWeight", "BringsCurves", "BuildsOtherRank", "ClipsItself",
     "FitsHorizon", "FreezesLayers", "LinksDeltas", "OutlivesBase", "RanksFromData", "ReadsAsLora",
-    "RefusesOptim", "Regrows", "Reweights", "SharesTensors", "StartsFromData", "TrainsBase",
+    "RefusesOptim", "Regrows", "Reweights", "SharesTensors", "StartsFromData",
+    "StartsFromUnquantised", "TrainsBase",
 ]  # fmt: skip

@@ -8,12 +8,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lorica.interfaces import Batch, Site
-from lorica.methods.optional import LinksDeltas, RanksFromData, SharesTensors, StartsFromData
+from lorica.methods.optional import (
+    LinksDeltas,
+    RanksFromData,
+    SharesTensors,
+    StartsFromData,
+    StartsFromUnquantised,
+)
 from lorica.model import save_pretrained
 from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
@@ -42,6 +48,7 @@ from lorica.model.targets import (
 )
 from lorica.model.token_rows import build_tables, find_tables, untrained
 from lorica.model.unbound import discard, expect
+from lorica.model.unquantised import Source, Unquantised
 from lorica.model.update import Update
 from lorica.model.wrappers import refuse_wrapped
 from lorica.recipe.recipe import Recipe
@@ -64,6 +71,7 @@ def attach(
     verbose: bool = True,
     initialise: bool = True,
     data: Iterable[Batch] | None = None,
+    unquantised: Source | None = None,
     ranks: Mapping[str, tuple[int, float | None]] | None = None,
     recorded: Collection[str] = (),
     **fields: Any,  # Any: of `Recipe`
@@ -93,6 +101,9 @@ def attach(
         data: batches of the training data (keyword arguments of the model, labels included), for a
             start that is made from them; as many are read as it asks for. A model on the meta
             device needs none.
+        unquantised: what the weights were before they were quantised, for a start that reads them:
+            a checkpoint's folder or hub id, or {module path: weight}. Default: the checkpoint that
+            the model was loaded from.
         ranks: {module path: (rank, alpha)} that every target is built with, instead of the recipe's
             choice of ranks; for a load, where the file decides.
         recorded: paths of layers that are adapted even where `all-linear` would leave them out; for
@@ -155,6 +166,8 @@ def attach(
     if initialise:
         refuse_not_finite(model, targets.layers)
         seen = observe(model, recipe, targets, sites, data)
+        if isinstance(recipe.init, StartsFromUnquantised) or unquantised is not None:
+            seen = before_quantisation(model, recipe, targets, unquantised)
         if isinstance(recipe.rank, RanksFromData) and ranks is None and seen:
             found = recipe.rank.assign_from(seen, sites, recipe)
             sites = sites_of(model, recipe, targets, dtype, any_rank=False, ranks=found)
@@ -336,13 +349,51 @@ def observe(
             p.grad = grad
 
 
+def before_quantisation(
+    model: nn.Module, recipe: Recipe, targets: Targets, source: Source | None
+) -> Mapping[str, Tensor]:
+    """What the targets' weights were before they were quantised, {module path: (out, in)}; nothing
+    for a model on the meta device.
+
+    Raises:
+        ValueError: nothing was quantised, the start reads no such values, or it is not known where
+            they are.
+    """
+    name = recipe.text()
+    if not isinstance(recipe.init, StartsFromUnquantised):
+        raise ValueError(
+            f"`unquantised` has no effect with `{name}`, whose start does not read it; leave it out"
+        )
+    layers = {n: base(model.get_submodule(n)) for n, base in targets.layers.items()}
+    if any(store.parameter.is_meta for store in layers.values()):
+        return {}
+    named = not isinstance(source, Mapping)
+    if named and all(store.dense for store in layers.values()):
+        raise ValueError(
+            f"`{name}` starts from what quantisation took away, and none of the weights to adapt is"
+            " quantised; load the model quantised (`--load-in-4bit`), or start with `lora` or"
+            " `pissa`"
+        )
+    if source is None:
+        config: Any = vars(model).get("config")  # Any: each model's own class
+        source = getattr(config, "name_or_path", None)
+    if source is None or source == "":
+        raise ValueError(
+            f"`{name}` reads the weights before they were quantised, and this model does not say"
+            " which checkpoint it came from; give them as `unquantised='folder'` or"
+            " `unquantised={module path: weight}`"
+        )
+    return Unquantised(model, layers, source)
+
+
 def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -> None:
     """Fill a new layer's pair, freeze the negative of a start that is not zero beside it, and let
     the combine begin.
 
     Args:
         key: of the random draws.
-        seen: what a `StartsFromData` init observed of this layer, as that init made it.
+        seen: what a `StartsFromData` init observed of this layer, as that init made it; or what
+            the weight was before it was quantised.
     """
     store, update, init = layer.store, layer.update, recipe.init
     pair, on_meta = update.delta.pair(), store.parameter.is_meta
@@ -353,7 +404,10 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -
             weight = weight if init.reads_weight else weight.to("meta")
             if not on_meta:
                 weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                if isinstance(init, StartsFromData):
+                if isinstance(init, StartsFromUnquantised):
+                    assert isinstance(seen, Tensor)  # one for each layer
+                    init.fill_from(seen.to(weight), weight, pair, seeded(key))
+                elif isinstance(init, StartsFromData):
                     init.fill_from(seen, weight, pair, seeded(key))
                 else:
                     init.fill(weight, pair, seeded(key))

@@ -25,7 +25,7 @@ from lorica.run.effects import refuse_unread
 from lorica.run.options import TrainOptions, UsageError, masking
 from lorica.run.options.checks import refuse
 from lorica.run.plan import RunData, RunPlan
-from lorica.run.quantization import refuse_writing
+from lorica.run.quantization import check_method
 from lorica.run.recipe import check_optim, recipe_of
 from lorica.run.start import started
 from lorica.text import nearest
@@ -137,7 +137,7 @@ def read_data(plan: FineTuning) -> None:
     config = read_config(base, attn_implementation=options.attn_implementation, **trust)
     quantization = options.quantization_config()
     if plan.recipe is not None:
-        refuse_writing(plan.recipe, quantization, config, base)
+        check_method(plan.recipe, quantization, config, base)
     source, train_rows, held_rows = _rows(options)
     shape = detect(
         train_rows.column_names,

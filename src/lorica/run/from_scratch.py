@@ -29,6 +29,8 @@ def scratch_recipe(options: PretrainOptions) -> Recipe:
     Raises:
         UsageError: there is none.
     """
+    from lorica.methods.optional import StartsFromUnquantised
+
     options = replace(options, method=options.method or METHOD)
     recipe = recipe_of(options)
     fixed = any(choice.only_r is not None for choice in recipe.choices)
@@ -37,6 +39,11 @@ def scratch_recipe(options: PretrainOptions) -> Recipe:
         width: Any = getattr(config, "hidden_size", None)
         options = options if width is None else replace(options, r=max(1, width // 4))
         recipe = recipe_of(options)
+    if isinstance(recipe.init, StartsFromUnquantised):
+        raise UsageError(
+            f"`{recipe.text()}` starts from what quantisation takes away, and pre-training starts"
+            " from random weights, which nothing quantises; leave it out"
+        )
     return recipe if recipe.whole else recipe_of(options, train_rest=True)
 
 

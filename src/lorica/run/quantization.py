@@ -103,14 +103,19 @@ def check_installed(method: str, what: str) -> None:
         )
 
 
-def refuse_writing(recipe: Recipe, wanted: Any, config: PretrainedConfig, name: str) -> None:
-    """Refuse a method that writes to the base where the base is quantised, or is about to be.
+def check_method(recipe: Recipe, wanted: Any, config: PretrainedConfig, name: str) -> None:
+    """The method goes with how the base is stored: a quantised one is not written to, and a start
+    that reads what quantisation took away has something to read.
 
     Args:
         wanted: what `asked` returned.
         config: the checkpoint's.
         name: the checkpoint's, for the message.
+
+    Raises:
+        UsageError, ValueError: it doesn't; or a quantised checkpoint is to be quantised.
     """
+    from lorica.methods.optional import StartsFromUnquantised
     from lorica.model.bases._quantised import Quantised
     from lorica.recipe.compatibility import check_quantised
 
@@ -126,3 +131,9 @@ def refuse_writing(recipe: Recipe, wanted: Any, config: PretrainedConfig, name: 
         method = stored.get("quant_method") if isinstance(stored, dict) else None
         check_installed(str(method), f"`{name}` is quantised, and")
         check_quantised(recipe, Quantised.gives, f"`{name}` is quantised")
+    if wanted is None and isinstance(recipe.init, StartsFromUnquantised):
+        why = "is not quantised" if stored is None else "holds packed weights alone"
+        raise UsageError(
+            f"`{recipe.text()}` starts from what quantisation takes away, and `{name}` {why}; name"
+            " an unquantised model and quantise it here, with `--load-in-4bit`"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorica.formats.adapter_file import AdapterFile
-from lorica.methods.optional import StartsFromData
+from lorica.methods.optional import StartsFromData, StartsFromUnquantised
 from lorica.run.plan import RunPlan
 from lorica.tensors.dtensor_ops import seeded
 
@@ -33,11 +33,13 @@ def attach_options(
     """
     assert plan.recipe is not None  # an adapter that is given brings its start
     init = plan.recipe.init
-    if not isinstance(init, StartsFromData):
+    if not isinstance(init, (StartsFromData, StartsFromUnquantised)):
         return {}
     if plan.checkpoint is not None:
         ranks = AdapterFile.read(plan.checkpoint).attach_as(plan.model).ranks
         return {"initialise": False, "ranks": ranks}
+    if isinstance(init, StartsFromUnquantised):
+        return {}  # `attach` finds the checkpoint
     training = plan.arguments.training
     size = training.per_device_train_batch_size
     rows = pool(size * init.batches)
