@@ -124,7 +124,7 @@ EXEMPT = {
     "lora_alpha", "lora_dropout", "lora_dropout_on", "lora_only", "lora_A", "lora_B", "use_rslora",
     "use_dora", "init_lora_weights", "default_lora_alpha", "lora_embedding_A", "lora_embedding_B",
     "lora_magnitude_vector", "lora_bias", "LORA", "peft_rslora", "lora_ga", "lora_ga_config",
-    "pissa_niter_", "eva", "eva_config",
+    "pissa_niter_", "eva", "eva_config", "loftq", "loftq_config",
 }  # fmt: skip
 
 
