@@ -68,17 +68,18 @@ def folder(tmp_path_factory):
     return path
 
 
+def loaded(folder, stored, dtype=torch.float32):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=FORMATS[stored](), dtype=dtype
+        )
+    return model.train()  # in evaluation int8 of bitsandbytes rounds activations as well
+
+
 @pytest.fixture
 def load(folder):
-    def load(stored, dtype=torch.float32):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, quantization_config=FORMATS[stored](), dtype=dtype
-            )
-        return model.train()  # in evaluation int8 of bitsandbytes rounds activations as well
-
-    return load
+    return lambda stored, dtype=torch.float32: loaded(folder, stored, dtype)
 
 
 def plain(model):
@@ -419,3 +420,111 @@ def test_a_start_from_what_quantisation_took_needs_a_quantised_base(folder):
     config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(UsageError, match="`m` holds packed weights alone"):
         check_method(recipe, None, config, "m")
+
+
+# -- the command line merges
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+    """A dense model on disk all of whose layers have inputs in whole blocks."""
+    path = tmp_path_factory.mktemp("even")
+    models.llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(even, tmp_path_factory):
+    """{format: folder of an adapter that was trained on it}."""
+    made = {}
+    for stored in ("nf4 with double quantisation", "int8 (bitsandbytes)"):
+        adapters = lorica.attach(loaded(even, stored), "dora", r=4, verbose=False)
+        perturb(adapters, 0.02)
+        made[stored] = tmp_path_factory.mktemp("adapter") / "a"
+        lorica.save(adapters, made[stored])
+    return made
+
+
+def merged_by(adapter, out, **given):
+    from lorica.cli.merge import Options, run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = run(Options(adapter=str(adapter), output_dir=str(out), **given))
+    return outcome.data, AutoModelForCausalLM.from_pretrained(out).train(), outcome.shown[0]
+
+
+def test_merging_takes_the_published_weights_where_they_are(trained, even, tmp_path):
+    adapter = trained["nf4 with double quantisation"]
+    data, model, said = merged_by(adapter, tmp_path / "m", load_in_4bit=True)
+    assert data["way"] == "published" and not data["suspicious"]
+    assert 0 < data["others"]["dequantised"]["mean_change"] < 1e-4 < data["mean_change"]
+    assert "quantisation explains it; merged with the values" in said
+    on_dense = dense(even)
+    lorica.load(on_dense, adapter, check_base=False)
+    lorica.merge(on_dense)
+    batch = models.batch(model, 3)
+    torch.testing.assert_close(model(**batch)["logits"], on_dense(**batch)["logits"])
+    assert "quantization_config" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("stored", ["nf4 with double quantisation", "int8 (bitsandbytes)"])
+def test_merging_into_a_dequantised_copy_is_exact(trained, tmp_path, even, stored):
+    how = {"load_in_8bit": True} if "int8" in stored else {"load_in_4bit": True}
+    data, model, _ = merged_by(trained[stored], tmp_path / "m", into="dequantised", **how)
+    assert data["way"] == "dequantised" and not data["suspicious"] and not data["others"]
+    live = loaded(even, stored)
+    lorica.load(live, trained[stored])
+    batch = models.batch(model, 3)
+    torch.testing.assert_close(
+        model(**batch)["logits"], live(**batch)["logits"], rtol=1e-4, atol=1e-4
+    )
+    assert not quantised(model)
+
+
+def test_quantising_what_was_merged_is_refused_unless_its_change_is_accepted(
+    trained, even, tmp_path
+):
+    adapter = trained["nf4 with double quantisation"]
+    with pytest.raises(ValueError, match="quantised again changed the logits .*--accept-change"):
+        merged_by(adapter, tmp_path / "m", into="quantised", load_in_4bit=True)
+    assert not any(tmp_path.iterdir())
+    data, model, said = merged_by(
+        adapter, tmp_path / "m", into="quantised", load_in_4bit=True, accept_change=True
+    )
+    assert data["way"] == "quantised" and {*data["others"]} == {"published", "dequantised"}
+    assert len(quantised(model)) == 14 and "MORE than rounding explains" in said
+
+
+def test_a_base_that_is_stored_quantised_is_merged_into_its_values(trained, even, tmp_path):
+    packed = tmp_path / "packed"
+    loaded(even, "nf4 with double quantisation").save_pretrained(packed)
+    adapter = trained["nf4 with double quantisation"]
+    data, model, _ = merged_by(adapter, tmp_path / "m", model=str(packed))
+    assert data["way"] == "dequantised" and not quantised(model)
+    data, _, _ = merged_by(adapter, tmp_path / "p", model=str(packed), published=str(even))
+    assert data["way"] == "published"
+    for given, says in (
+        ({"into": "published"}, "holds packed weights alone; name the unquantised"),
+        ({"published": str(packed)}, "is quantised itself"),
+        ({"load_in_4bit": True}, "is quantised already"),
+        ({"into": "dequantised", "published": str(even)}, "has no effect with"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            merged_by(adapter, tmp_path / "n", model=str(packed), **given)
+
+
+def test_a_merge_says_what_it_has_to_know(trained, even, tmp_path):
+    adapter = trained["nf4 with double quantisation"]
+    with pytest.raises(UsageError, match="say how it was.*--load-in-4bit"):
+        merged_by(adapter, tmp_path / "m")
+    with pytest.raises(UsageError, match="`--published` names the original"):
+        merged_by(adapter, tmp_path / "m", load_in_4bit=True, published=str(even))
+    on_dense = dense(even)
+    adapters = lorica.attach(on_dense, "lora", r=2, verbose=False)
+    perturb(adapters)
+    lorica.save(adapters, tmp_path / "plain")
+    with pytest.raises(UsageError, match="`--into` is about a quantised base"):
+        merged_by(tmp_path / "plain", tmp_path / "m", into="dequantised")
+    with pytest.raises(ValueError, match="`quantization` has no effect"):
+        lorica.formats.merge_to(adapters, tmp_path / "m", quantization=FORMATS["nf4"]())

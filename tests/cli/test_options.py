@@ -29,8 +29,8 @@ OPTIONS = {
     ),
     "inspect": ("adapter json"),
     "merge": (
-        "adapter approximate ignore_base_hash json max_shard_size model output_dir overwrite "
-        "trust_remote_code"
+        "accept_change adapter approximate ignore_base_hash into json load_in_4bit load_in_8bit "
+        "max_shard_size model output_dir overwrite published quantization trust_remote_code"
     ),
     "methods": ("json words"),
     "pretrain": (

@@ -8,22 +8,30 @@ from pathlib import Path
 from typing import Annotated
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.run.options import HINT, PATH, TEXT, UsageError
+from lorica.run.options import HINT, PATH, TEXT, QuantizationOptions, UsageError, choice
 
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", re.IGNORECASE)  # of transformers' shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(VerbOptions):
+class Options(QuantizationOptions, VerbOptions):
     """Merge an adapter into its base and write a plain transformers model.
 
     The weights are computed in float32 and rounded once to the base's dtype. The command measures
-    and prints how much that rounding changes the model's output.
+    and prints how much that changes the model's output. An adapter that was trained on a quantised
+    base is merged into the unquantised weights where they can be had, otherwise into the values of
+    the quantised ones.
 
     Args:
         adapter: adapter folder written by `lorica train`, `lorica.save` or PEFT.
         output_dir: folder to write the model to.
         model: the base. Default: the one that the adapter names.
+        into: of an adapter on a quantised base: `published` (the unquantised weights),
+            `dequantised` (the values of the quantised weights, with which it was trained) or
+            `quantised` (the merged model, quantised again). Default: `published`, or `dequantised`
+            where the base is stored quantised and `--published` isn't given.
+        published: the unquantised model of a base that is stored quantised.
+        accept_change: write the model also where its output changes by more than rounding explains.
         max_shard_size: maximum size of one file, e.g. `5GB`.
         approximate: for updates that depend on the input of other layers: fit one matrix per
             layer on a sample of token ids, and print the error of each layer.
@@ -36,6 +44,9 @@ class Options(VerbOptions):
     adapter: Annotated[str, PATH, HINT]
     output_dir: Annotated[str, PATH, HINT]
     model: Annotated[str | None, PATH, HINT] = None
+    into: Annotated[str | None, choice("published", "dequantised", "quantised"), HINT] = None
+    published: Annotated[str | None, PATH, HINT] = None
+    accept_change: bool = False
     max_shard_size: Annotated[str, TEXT, HINT] = "5GB"
     approximate: bool = False
     ignore_base_hash: bool = False
@@ -49,6 +60,7 @@ def run(options: Options) -> Outcome:
     from lorica.formats.atomic_folder import check_free, home
     from lorica.formats.merge import MARKS
     from lorica.run.load_model import load_base
+    from lorica.run.merging import Plan
 
     if not _SIZE.fullmatch(options.max_shard_size):
         raise UsageError(
@@ -58,15 +70,30 @@ def run(options: Options) -> Outcome:
     adapter, out = home(options.adapter), Path(home(options.output_dir))
     check_free(out, overwrite=options.overwrite, marks=MARKS)
     quieten()
-    model, tokenizer = load_base(
-        adapter, home(options.model), trust_remote_code=options.trust_remote_code
+    trust = {"trust_remote_code": options.trust_remote_code}
+    plan = Plan.of(
+        adapter,
+        home(options.model),
+        into=options.into,
+        published=home(options.published),
+        wanted=options.quantization_config(),
+        check_base=not options.ignore_base_hash,
+        **trust,
     )
+    model, tokenizer = load_base(adapter, plan.base, quantization=plan.load_as, **trust)
     adapters = formats.load(
         model, adapter, check_base=not options.ignore_base_hash, trainable=False
     )
+    published = None
+    if plan.published is not None:
+        other, _ = load_base(adapter, plan.published, **trust)
+        published = formats.load(other, adapter, check_base=False, trainable=False)
     merged = formats.merge_to(
         adapters,
         out,
+        published=published,
+        quantization=plan.quantise_again,
+        accept_change=options.accept_change,
         tokenizer=tokenizer,
         max_shard_size=options.max_shard_size,
         approximate=options.approximate,

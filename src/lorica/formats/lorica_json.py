@@ -310,6 +310,11 @@ def frozen_ranks(adapters: Adapters) -> dict[str, int]:
     }
 
 
+def is_packed(dtypes: str) -> bool:
+    """Whether what `base_dtypes` said names a quantised format."""
+    return any(name.strip() not in _DTYPES for name in dtypes.split(","))
+
+
 def base_dtypes(adapters: Adapters) -> str:
     """The base's dtype, or the format it is quantised in; several are separated by commas."""
     packed = {id(store.parameter): store.format for store in quantised(adapters.model).values()}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorica.formats.atomic_folder import check_free, first, together, writing
 from lorica.methods.optional import ApproximatesWeight
 from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
+from lorica.model.quantised import floating_dtype, quantised
 from lorica.tensors.modules import evaluating
 from lorica.training.checks import check_effect
 
@@ -28,6 +30,14 @@ MARKS = ("config.json",)
 # top. Measured over five families, three dtypes and three methods the mean change is at most 2.8 of
 # u·√(layers + 4)·rms, u the unit of rounding.
 _SLACK, _BETWEEN = 5.0, 4
+
+
+_WAYS = {
+    "merged": "",
+    "published": " with the unquantised weights",
+    "dequantised": " with the values of the quantised weights",
+    "quantised": " and quantised again",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +67,21 @@ class Change:
 class Merged(Change):
     """What merging did; `as_dict` is JSON-ready.
 
-    `explained` is the mean change that rounding to `dtype` explains at most. `approximated` is not
-    empty where an update was merged that no matrix is: {module path: what is lost of its output}.
+    `way` says what was written: `merged`, or of a quantised base `published` (the update in the
+    unquantised weights), `dequantised` (in the quantised weights' values) or `quantised` (packed
+    again). `explained` is the mean change that rounding to `dtype` explains at most, and for
+    `published` what the quantisation did to the base alone, twice. `others` are the ways that were
+    measured and not written. `approximated` is not empty where an update was merged that no matrix
+    is: {module path: what is lost of its output}.
     """
 
     path: Path
+    way: str
     dtype: str
     layers: int
     untied: bool
     explained: float
+    others: Mapping[str, Change] = field(default_factory=dict)
     approximated: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -75,17 +91,23 @@ class Merged(Change):
 
     def as_dict(self) -> dict[str, Any]:
         data = {**vars(self), "path": str(self.path), "approximated": dict(self.approximated)}
-        return {**data, "suspicious": self.suspicious}
+        others = {way: vars(change) for way, change in self.others.items()}
+        return {**data, "others": others, "suspicious": self.suspicious}
 
     def __str__(self) -> str:
-        verdict = "MORE than rounding explains" if self.suspicious else "rounding explains it"
+        what = "quantisation" if self.way == "published" else "rounding"
+        verdict = f"MORE than {what} explains" if self.suspicious else f"{what} explains it"
         if self.approximated:
             worst = max(self.approximated.values())
             verdict = f"an approximation, which loses up to {worst:.2e} of a layer's update"
         return (
-            f"merged {self.layers} layers into {self.path} ({self.dtype}); logits changed by"
-            f" {self.mean_change:.2e} on average, {self.max_change:.2e} at most, of a size of"
-            f" {self.rms:.2e}: {verdict}"
+            f"merged {self.layers} layers{_WAYS[self.way]} into {self.path} ({self.dtype}); logits"
+            f" changed by {self.mean_change:.2e} on average, {self.max_change:.2e} at most, of a"
+            f" size of {self.rms:.2e}: {verdict}"
+            + "".join(
+                f"; merged{_WAYS[way]} they would change by {c.mean_change:.2e} on average"
+                for way, c in self.others.items()
+            )
         )
 
 
@@ -93,10 +115,13 @@ def merge_to(
     model: nn.Module | Adapters,
     out: str | Path,
     *,
+    published: Adapters | None = None,
+    quantization: Any = None,  # Any: transformers has a class for each method
     tokenizer: Any = None,
     max_shard_size: str = "5GB",
     sample: Mapping[str, Tensor] | None = None,
     approximate: bool = False,
+    accept_change: bool = False,
     overwrite: bool = False,
 ) -> Merged:
     """Merge the adapters into the model and write it as an ordinary transformers model.
@@ -108,17 +133,23 @@ def merge_to(
     Args:
         model: an adapted transformers model, or its handle.
         out: the folder.
+        published: the same adapters on the unquantised model, where this one is quantised: they are
+            merged there, and that is written. Default: the quantised weights' values are.
+        quantization: transformers' configuration of how to quantise the merged model again.
+            Default: what is written is not quantised.
         tokenizer: anything with `save_pretrained`, written beside the model.
         max_shard_size: of one file, as transformers writes it.
         sample: keyword arguments of a forward pass on which the change is measured. Default: 32
             tokens drawn from the vocabulary, always the same.
         approximate: merge updates that are no matrix (a layer's depends on what others see) into
             one that nearly computes them on the sample; see `ApproximatesWeight`.
+        accept_change: write the model also where the logits change by more than is explained.
         overwrite: replace a model that is there.
 
     Raises:
         ValueError: nothing is attached, not a transformers model, the folder is taken, no sample
-            can be made up for this model, or `approximate` where merging is exact.
+            can be made up for this model, `approximate` where merging is exact, `published` or
+            `quantization` where the base is not quantised, or a larger change than is explained.
 
     Example:
         >>> import tempfile, lorica
@@ -150,42 +181,103 @@ def merge_to(
     count = len(adapters.layers)
     tied = [n for n in [*adapters.layers, *adapters.saved] if n in adapters.summary.tied]
     tied += [n for n, table in adapters.tables.items() if table.alone]
+    packed = bool(quantised(model))
+    if not packed and (published is not None or quantization is not None):
+        name = "quantization" if published is None else "published"
+        raise ValueError(f"`{name}` has no effect: this base is not quantised; leave it out")
     dtype = next((layer.store.dtype for _, layer in adapters), model.dtype)
+    dtype = floating_dtype(model) if packed else dtype
     check_effect(adapters, "the merged model")
-    before = outputs(model, sample)
+    before, moved = outputs(model, sample), 0.0
+    if published is not None:
+        with adapters.disabled(), published.disabled():
+            bare = Change.of(outputs(model, sample), outputs(published.model, sample))
+        moved = 2 * bare.mean_change
+    ways: dict[str, Change] = {}
     with stand_in(adapters, sample) if approximate else contextlib.nullcontext({}) as lost:
         merge(model)
-    after = outputs(model, sample)
-    change = Change.of(before, after)
+    ways[way := "dequantised" if packed else "merged"] = Change.of(before, outputs(model, sample))
+    if published is not None:
+        assert isinstance(published.model, PreTrainedModel)
+        model, dtype = published.model, floating_dtype(published.model)
+        with stand_in(published, sample) if approximate else contextlib.nullcontext({}) as lost:
+            merge(model)
+        ways[way := "published"] = Change.of(before, outputs(model, sample))
+    if quantization is not None:
+        model = _quantised_again(model, quantization, out.parent, keep=bool(tied))
+        ways[way := "quantised"] = Change.of(before, outputs(model, sample))
+    change = ways.pop(way)
     unit = torch.finfo(dtype).eps / 2
+    explained = _SLACK * unit * math.sqrt(count + _BETWEEN) * change.rms
     merged = Merged(
         **vars(change),
         path=out,
+        way=way,
         dtype=str(dtype).removeprefix("torch."),
         layers=count,
         untied=bool(tied),
-        explained=_SLACK * unit * math.sqrt(count + _BETWEEN) * change.rms,
+        explained=explained + moved * (way == "published"),
+        others=ways,
         approximated=lost,
     )
-    if merged.suspicious and not approximate:
-        raise ValueError(
-            f"merging changed the logits by {merged.mean_change:.2e} on average, and rounding to"
-            f" {merged.dtype} explains {merged.explained:.2e} at most (their size is"
-            f" {merged.rms:.2e}), so the merged model would not be the trained one. {out} was not"
-            " written, and the model in memory is spoiled. Use the adapter as it is, or load the"
-            " base in float32 and merge again"
-        )
+    if merged.suspicious and not (approximate or accept_change):
+        raise ValueError(_refusal(merged, packed))
     if first():
         needs = sum(p.nbytes for p in model.parameters())
         with writing(out, overwrite=overwrite, marks=MARKS, needs=needs) as folder:
             # A tie that was broken must not be mended on loading, so every weight has its entry.
-            state = {n: t.clone() for n, t in model.state_dict().items()} if tied else None
+            state = _every_entry(model) if tied and way != "quantised" else None
             model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _check_untied(folder, tied, model)
+            if way != "quantised":
+                _check_untied(folder, tied, model)
     together()
     return merged
+
+
+def _refusal(merged: Merged, packed: bool) -> str:
+    """Why a merged model is not written."""
+    what = f"rounding to {merged.dtype}"
+    remedy = "load the base in float32 and merge again"
+    if packed:
+        remedy = "write the quantised weights' values (`--into dequantised`), which are exact"
+    if merged.way == "published":
+        what = "quantising the base, twice, and rounding"
+    if merged.way == "dequantised":
+        remedy = "merge into the unquantised weights (`--into published`)"
+    return (
+        f"merging{_WAYS[merged.way]} changed the logits by {merged.mean_change:.2e} on average,"
+        f" {merged.max_change:.2e} at most, and {what} explains {merged.explained:.2e} on average"
+        f" (their size is {merged.rms:.2e}), so the merged model would not be the trained one."
+        f" {merged.path} was not written, and the model in memory is spoiled. Use the adapter as it"
+        f" is, {remedy}, or accept this change (`--accept-change`, in Python `accept_change=True`)"
+        + "".join(
+            f"; merged{_WAYS[way]} they change by {c.mean_change:.2e} on average"
+            for way, c in merged.others.items()
+        )
+    )
+
+
+def _every_entry(model: nn.Module) -> dict[str, Tensor]:
+    """A state in which weights that were shared have an entry each."""
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def _quantised_again(
+    model: PreTrainedModel, quantization: Any, where: Path, *, keep: bool
+) -> PreTrainedModel:
+    """The model as transformers quantises it while loading, by way of a folder that is removed.
+
+    Args:
+        keep: weights that were shared stay apart.
+    """
+    where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        model.save_pretrained(folder, state_dict=_every_entry(model) if keep else None)
+        return type(model).from_pretrained(
+            folder, quantization_config=quantization, dtype=floating_dtype(model)
+        )
 
 
 def _check_untied(folder: Path, tied: list[str], model: PreTrainedModel) -> None:
@@ -230,8 +322,14 @@ def stand_in(
 
 @torch.no_grad()
 def outputs(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
-    """The model's first output (logits) in float64, dropout off."""
+    """The model's first output (logits) in float64, dropout off.
+
+    What is measured are weights: packed modules that round activations, too, in evaluation (int8 of
+    bitsandbytes) compute as in training.
+    """
     with evaluating(model):
+        for store in quantised(model).values():
+            store.module.training = True
         first = model(**sample)
     first = first if isinstance(first, Tensor) else first[0]
     return first.detach().double().cpu()

@@ -3,9 +3,12 @@ of its values."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lorica.model.bases._quantised import Quantised
 from lorica.model.bases.base import FLOATING, base_for
@@ -75,3 +78,12 @@ def _forget(model: PreTrainedModel) -> None:
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if name in vars(model):
             setattr(model, name, False)
+    used: list[Any] | None = vars(model).get("_weight_conversions")
+    if used is not None:  # how names and forms were changed in loading: saving reverts that
+        done = {_patterns(c) for c in used}
+        every: list[Any] = get_model_conversion_mapping(model)
+        vars(model)["_weight_conversions"] = [c for c in every if _patterns(c) in done]
+
+
+def _patterns(conversion: Any) -> tuple[tuple[str, ...], ...]:  # Any: transformers' own class
+    return tuple(map(tuple, (conversion.source_patterns, conversion.target_patterns)))

@@ -336,7 +336,7 @@ def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None
 
 
 def load_base(
-    adapter: str, name: str | None, *, trust_remote_code: bool = False
+    adapter: str, name: str | None, *, trust_remote_code: bool = False, quantization: Any = None
 ) -> tuple[PreTrainedModel, Any]:
     """The model that an adapter's folder belongs on, in its checkpoint's dtype, and a tokenizer, or
     the processor of a model that reads more than text (None where neither folder has one).
@@ -346,14 +346,50 @@ def load_base(
     Args:
         name: the base; None: the one that the adapter names.
         trust_remote_code: run code that the base brings, or names.
+        quantization: transformers' configuration of how to quantise it; None: it stays as it is.
+    """
+    from lorica.formats.safe_files import locate
+
+    own = locate(adapter)
+    name, told, config = find_base(adapter, name, trust_remote_code=trust_remote_code)
+    task = _task(told, config)
+    if task is None:
+        return _by_class(own, name, _class_of(told, config), quantization)
+    classes = _head_size(own, task)
+    labels = own_labels(config, task)
+    if labels is None and classes is not None:
+        labels = _labels(own, classes)
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    model = load_model(
+        name, task, labels=labels, dtype="auto", widen=False, quantization=quantization, **how
+    ).model
+    fit_adapter(model, own)
+    tokenizer = None
+    for folder in (own, Path(name)):
+        if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(name if folder is not own else str(own), **how)
+            break
+    set_padding(model, task, tokenizer)
+    return model, tokenizer
+
+
+def find_base(
+    adapter: str, name: str | None, *, trust_remote_code: bool = False
+) -> tuple[str, dict[str, Any], PretrainedConfig]:
+    """(name of the base, what `formats.inspect` says of the adapter, the base's configuration); no
+    weights are read.
+
+    Args:
+        name: the base; None: the one that the adapter names.
+
+    Raises:
+        UsageError: no base is named, or the folder is a whole model.
     """
     from lorica import formats
     from lorica.embedded import located
-    from lorica.formats.safe_files import locate
     from lorica.run.options import UsageError
 
-    own = locate(adapter)
-    told = formats.inspect(own)
+    told = formats.inspect(adapter)
     name = name or told["base"].get("name")
     if not name:
         raise UsageError(f"`{adapter}` does not name its base; give it with `--model`")
@@ -363,24 +399,7 @@ def load_base(
             " it as it is"
         )
     name = located(name)
-    config = read_config(name, trust_remote_code=trust_remote_code)
-    task = _task(told, config)
-    if task is None:
-        return _by_class(own, name, _class_of(told, config))
-    classes = _head_size(own, task)
-    labels = own_labels(config, task)
-    if labels is None and classes is not None:
-        labels = _labels(own, classes)
-    how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    model = load_model(name, task, labels=labels, dtype="auto", widen=False, **how).model
-    fit_adapter(model, own)
-    tokenizer = None
-    for folder in (own, Path(name)):
-        if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(name if folder is not own else str(own), **how)
-            break
-    set_padding(model, task, tokenizer)
-    return model, tokenizer
+    return name, told, read_config(name, trust_remote_code=trust_remote_code)
 
 
 _PEFT_TASKS = {
@@ -432,12 +451,16 @@ def _class_of(told: dict[str, Any], config: PretrainedConfig) -> Any:
     )
 
 
-def _by_class(adapter: Path, name: str, kind: Any) -> tuple[PreTrainedModel, Any]:
+def _by_class(
+    adapter: Path, name: str, kind: Any, quantization: Any
+) -> tuple[PreTrainedModel, Any]:
     """`load_base` for a class of transformers."""
     from transformers import AutoProcessor
 
     classes = _classifier(adapter) if kind.__name__.endswith("Classification") else None
-    more = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
+    more: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    if classes is not None:
+        more |= {"num_labels": classes, "ignore_mismatched_sizes": True}
     check_parts(name)
     model = _from_checkpoint(kind, f"a {kind.__name__}", name, dtype="auto", **more).model
     fit_adapter(model, adapter)

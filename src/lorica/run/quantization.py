@@ -51,7 +51,7 @@ def asked(
         fields |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
     elif quantization is not None:
         fields = _fields(quantization)
-    return _config(names[0], fields)
+    return config_from(names[0], fields)
 
 
 def _fields(text: str) -> dict[str, Any]:
@@ -77,7 +77,15 @@ def _fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def _config(option: str, fields: dict[str, Any]) -> Any:
+def config_from(option: str, fields: dict[str, Any]) -> Any:
+    """transformers' configuration of a method that quantises while it loads.
+
+    Args:
+        option: what asks for it, for the message.
+
+    Raises:
+        UsageError: see `asked`.
+    """
     method = fields["quant_method"]
     if method not in METHODS:
         raise UsageError(
@@ -103,6 +111,23 @@ def check_installed(method: str, what: str) -> None:
         )
 
 
+def stored_in(config: PretrainedConfig) -> dict[str, Any] | None:
+    """transformers' fields of how a checkpoint's weights are quantised; None: they aren't."""
+    stored: Any = vars(config).get("quantization_config")
+    return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+
+
+def refuse_twice(wanted: Any, config: PretrainedConfig, name: str) -> None:
+    """Raises:
+    UsageError: a checkpoint that is quantised is to be quantised.
+    """
+    if wanted is not None and stored_in(config) is not None:
+        raise UsageError(
+            f"`{name}` is quantised already; leave `--load-in-4bit`, `--load-in-8bit` and"
+            " `--quantization` out"
+        )
+
+
 def check_method(recipe: Recipe, wanted: Any, config: PretrainedConfig, name: str) -> None:
     """The method goes with how the base is stored: a quantised one is not written to, and a start
     that reads what quantisation took away has something to read.
@@ -119,17 +144,12 @@ def check_method(recipe: Recipe, wanted: Any, config: PretrainedConfig, name: st
     from lorica.model.bases._quantised import Quantised
     from lorica.recipe.compatibility import check_quantised
 
-    stored: Any = vars(config).get("quantization_config")
-    if wanted is not None and stored is not None:
-        raise UsageError(
-            f"`{name}` is quantised already; leave `--load-in-4bit`, `--load-in-8bit` and"
-            " `--quantization` out"
-        )
+    stored = stored_in(config)
+    refuse_twice(wanted, config, name)
     if wanted is not None:
         check_quantised(recipe, Quantised.gives, "the base is to be loaded quantised")
     elif stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else None
-        check_installed(str(method), f"`{name}` is quantised, and")
+        check_installed(str(stored.get("quant_method")), f"`{name}` is quantised, and")
         check_quantised(recipe, Quantised.gives, f"`{name}` is quantised")
     if wanted is None and isinstance(recipe.init, StartsFromUnquantised):
         why = "is not quantised" if stored is None else "holds packed weights alone"
