@@ -122,7 +122,29 @@ class Outer(nn.Module):
         return self.inner.up(x) @ self.inner.out.weight.T
 
 
-@pytest.mark.parametrize(("make", "name"), [(PastIt, "out"), (Outer, "inner.out")])
+class ByName(Outer):
+    """Other names for modules: a method's own first argument, a local one."""
+
+    def forward(s, x):  # noqa: N805
+        block = s.inner
+        return F.linear(block.up(x), block.out.weight)
+
+
+class InALoop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([PastIt()])
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = F.linear(self.blocks[i].up(x), block.out.weight)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(PastIt, "out"), (Outer, "inner.out"), (ByName, "inner.out"), (InALoop, "blocks.0.out")],
+)
 def test_a_weight_that_is_read_past_its_layer_is_left_out_or_refused(make, name):
     adapters = lorica.attach(make(), "lora", r=2, verbose=False)
     assert list(adapters.layers) == [name.replace("out", "up")]

@@ -415,14 +415,17 @@ def unheard(model, x):
     return model.a(x) + y
 
 
-SECOND = {  # how the second layer is used -> what a run is told, and whether that stops it
-    "unused": (unused, "no gradient for the output of 1 adapted layer", False),
-    "detached": (lambda m, x: m.a(x) + m.b(x).detach(), "leaves the output unused, or det", False),
-    "without a graph": (unheard, "Does the loss depend on these layers", True),
-    "times nothing": (lambda m, x: m.a(x) + 0 * m.b(x), "Does the loss depend on these", True),
-    "read past": (lambda m, x: F.linear(m.a(x), m.b.weight), "reads the weight past the", True),
-    "alias": (lambda m, x: m.a(x) + m.alias[0](x), "calls the layer that the adapter", True),
-    "not called": (lambda m, x: m.a(x), "1 adapted layer(s) were not called", False),
+SECOND = {  # how the second layer is used -> what a run is told, and the step that stops it
+    "unused": (unused, "no gradient for the output of 1 adapted layer", None),
+    "detached": (lambda m, x: m.a(x) + m.b(x).detach(), "leaves the output unused, or det", None),
+    "without a graph": (unheard, "Does the loss depend on these layers", 10),
+    "times nothing": (lambda m, x: m.a(x) + 0 * m.b(x), "Does the loss depend on these", 10),
+    "read past": (lambda m, x: F.linear(m.a(x), m.b.weight), "reads the weight past the", 2),
+    "turned": (lambda m, x: m.a(x) @ m.b.weight.T, "reads the weight past the", 2),
+    "stacked": (lambda m, x: m.a(x) + torch.stack([m.b.weight] * 2).sum(), "the weight past", 2),
+    "alias": (lambda m, x: m.a(x) + m.alias[0](x), "calls the layer that the adapter", 2),
+    "not called": (lambda m, x: m.a(x), "1 adapted layer(s) were not called", None),
+    "asked": (lambda m, x: m.a(x.to(m.b.weight.dtype)), "1 adapted layer(s) were not", None),
 }
 
 
@@ -431,15 +434,16 @@ def test_why_a_layer_has_no_gradient_is_told_apart(how, said, stops, caplog):
     adapters = attached(model=Two(how))
     assert [*adapters.layers] == ["a", "b"]
     with caplog.at_level(logging.WARNING, logger="lorica"):
-        if not stops:
+        if stops is None:
             ten_steps(adapters)
             assert caplog.text.count(said) == 1 and ": b." in caplog.text
+            assert not adapters.model._forward_pre_hooks and not adapters.model._forward_hooks
             return
         with pytest.raises(ValueError) as caught:
             ten_steps(adapters)
     text = str(caught.value)
-    assert "1 adapter(s) had no gradient in 10 steps" in text and ": b." in text and said in text
-    assert not caplog.text
+    assert f"1 adapter(s) had no gradient in {stops} steps" in text and ": b." in text
+    assert said in text and not caplog.text
 
 
 def test_an_unused_layer_is_an_error_where_its_name_has_no_other_effect():

@@ -7,7 +7,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,8 @@ from lorica.tensors.modules import named_modules
 TOWERS = (
     "outside the language model; `adapt_towers=True` (`--adapt-towers`) adapts what is there, too"
 )
+
+ANY = "*"  # any of the modules of a list
 
 
 def language_model(model: nn.Module) -> str | None:
@@ -69,9 +71,17 @@ def read_past(model: nn.Module, layers: Iterable[str]) -> dict[str, bool]:
         for i in range(len(parts)):  # any ancestor may reach down to it
             owner, path = ".".join(parts[:i]), tuple(parts[i:])
             read, called = _uses(type(modules[owner]))
-            if path in read:
-                found[name] = found.get(name, True) and path not in called
+            if _among(path, read):
+                found[name] = found.get(name, True) and not _among(path, called)
     return found
+
+
+def _among(path: tuple[str, ...], patterns: set[tuple[str, ...]]) -> bool:
+    """Whether a path fits one of those that `_uses` finds."""
+    return any(
+        len(p) == len(path) and all(a in (b, ANY) for a, b in zip(p, path, strict=True))
+        for p in patterns
+    )
 
 
 @functools.cache
@@ -88,8 +98,9 @@ def _uses(kind: type[nn.Module]) -> tuple[set[tuple[str, ...]], set[tuple[str, .
     for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]:
         if "init" in function.name or "reset" in function.name:  # these fill weights
             continue
+        names = _names(function)
         for node in ast.walk(function):
-            path = _below_self(node)
+            path = _below_self(node, names)
             parent = parents.get(node)
             if path and isinstance(parent, ast.Call) and parent.func is node:
                 called.add(path)
@@ -99,13 +110,41 @@ def _uses(kind: type[nn.Module]) -> tuple[set[tuple[str, ...]], set[tuple[str, .
     return read, called
 
 
-def _below_self(node: ast.AST) -> tuple[str, ...]:
-    """("mlp", "out", "weight") of `self.mlp.out.weight`; () of anything else."""
+def _names(function: ast.FunctionDef) -> dict[str, tuple[str, ...]]:
+    """{local name: path below `self`} of what a method calls modules: its own first argument,
+    `layer = self.out`, `for block in self.blocks`, whose modules are any (`ANY`)."""
+    first = [*function.args.posonlyargs, *function.args.args][:1]
+    names: dict[str, tuple[str, ...]] = {a.arg: () for a in first}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            target, value, more = node.targets[0], node.value, ()
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            target, value, more = node.target, node.iter, (ANY,)
+            if isinstance(value, ast.Call) and _is_name(value.func, "enumerate") and value.args:
+                value = value.args[0]
+                target = target.elts[-1] if isinstance(target, ast.Tuple) else target
+        else:
+            continue
+        path = _below_self(value, names)
+        if path and isinstance(target, ast.Name):
+            names[target.id] = (*path, *more)
+    return names
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _below_self(node: ast.AST, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """("mlp", "out", "weight") of `self.mlp.out.weight`, ("blocks", ANY) of `self.blocks[i]`; () of
+    anything else. `names`: see `_names`."""
     path: list[str] = []
-    while isinstance(node, ast.Attribute):
-        path.append(node.attr)
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        path.append(node.attr if isinstance(node, ast.Attribute) else ANY)
         node = node.value
-    return tuple(reversed(path)) if isinstance(node, ast.Name) and node.id == "self" else ()
+    if isinstance(node, ast.Name) and node.id in names:
+        return (*names[node.id], *reversed(path))
+    return ()
 
 
 def _is_only_asked(parent: ast.AST | None) -> bool:

@@ -2,19 +2,21 @@
 
 Within ten steps (or in all of a shorter run) every adapter must have had a gradient, unless the
 model did not call its layer, no token came by, or the loss does not use the output; such layers are
-named. An adapter that is loaded for use must change something.
+named. A layer that is computed past its adapter stops the second step. An adapter that is loaded
+for use must change something.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lorica.model import unbound
@@ -131,6 +133,60 @@ _CAUSES: Mapping[Use, str] = {
 }
 
 
+class _Reads(TorchFunctionMode):
+    """Notes which of some weights functions compute with during a model's forwards. (To be asked
+    for its dtype alone proves nothing.)
+
+    Attributes:
+        watched: ids of the weights.
+        seen: those of them that were computed with.
+        ran: whether any forward was looked at; those of a compiled model are not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: set[int] = set()
+        self.seen: set[int] = set()
+        self.ran = False
+
+    def watch(self, model: nn.Module, layer: AdaptedLinear) -> list[RemovableHandle]:
+        """The hooks on the model, of the first layer alone."""
+        first = not self.watched
+        self.watched.add(id(layer.store.parameter))
+        if not first:
+            return []
+        after = model.register_forward_hook(self._end, always_call=True)
+        return [model.register_forward_pre_hook(self._begin), after]
+
+    def _begin(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            self.ran = True
+            self.__enter__()
+
+    def _end(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            leave: Callable[..., object] = cast(Any, self).__exit__
+            leave(None, None, None)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # Any: of whatever function
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not torch.compiler.is_compiling():
+            for x in _each([*args, *cast("dict[str, Any]", kwargs or {}).values()]):
+                if id(x) in self.watched:
+                    self.seen.add(id(x))
+        return result
+
+
+def _each(given: Iterable[Any]) -> Iterator[Any]:  # Any: arguments of whatever function
+    """Arguments, and what is in those that are lists (of tensors to stack)."""
+    for x in given:
+        yield x
+        if isinstance(x, (list, tuple)):
+            yield from cast("Iterable[Any]", x)
+
+
 class GradientCheck:
     """Looks at gradients before each of the first steps; costs nothing once all were seen."""
 
@@ -144,6 +200,7 @@ class GradientCheck:
         self.skipped = 0  # steps that counted as none: at rate 0, without any gradient
         self.empty = 0  # steps in a row for which nothing had a gradient
         self.told: set[str] = set()  # frozen by the caller
+        self.reads = _Reads()
 
     def check_held(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
         """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
@@ -191,6 +248,8 @@ class GradientCheck:
         missing = [sites[i] for i in waiting if not bool(seen[i]) and sites[i] not in resting]
         for site in missing:
             self._look(site)
+        if past := {site: Use.READ_PAST for site in missing if self._is_read_past(site)}:
+            self._refuse(past, step + 1)
         if missing and step == self.watched - 1:
             self._report(missing, [site for i, site in enumerate(sites) if bool(seen[i])])
 
@@ -239,6 +298,7 @@ class GradientCheck:
         table = self.adapters.tables.get(site)
         if isinstance(module, AdaptedLinear):
             module.weight_read = False
+            self.hooks += self.reads.watch(self.adapters.model, module)
 
         def note(called: nn.Module, args: tuple[Any, ...], y: Any) -> None:  # Any: of any module
             if not (called.training or torch.is_grad_enabled()):
@@ -258,15 +318,26 @@ class GradientCheck:
     def _stop_looking(self) -> None:
         while self.hooks:
             self.hooks.pop().remove()
+        self.reads = _Reads()
         for site in self.uses:
             if (layer := self.adapters.layers.get(site)) is not None:
                 layer.weight_read = None
+
+    def _is_read_past(self, site: str) -> bool:
+        """Whether forwards since the first step have shown it: the layer was not called, and its
+        weight was taken from it and computed with, or what it replaced was called."""
+        layer = self.adapters.layers.get(site)
+        if layer is None or self.uses[site] > Use.READ_PAST:
+            return False
+        taken = bool(layer.weight_read) and id(layer.store.parameter) in self.reads.seen
+        return taken or self.uses[site] is Use.READ_PAST
 
     def _found(self, missing: list[str]) -> dict[str, Use]:
         """What became of these layers, on any process."""
         for site in missing:
             layer = self.adapters.layers.get(site)
-            if layer is not None and layer.weight_read:
+            taken = layer is not None and bool(layer.weight_read)
+            if self._is_read_past(site) or taken and not self.reads.ran:
                 self.uses[site] = max(self.uses[site], Use.READ_PAST)
         found = torch.tensor([self.uses[s] for s in missing], dtype=torch.int32)
         if dist.is_initialized():  # an expert may have had its tokens on another process
@@ -287,7 +358,7 @@ class GradientCheck:
             logger.warning(_NAMED[use], len(sites), self.watched, ", ".join(sites))
         named = {site for sites in groups.values() for site in sites}
         if silent := {site: use for site, use in found.items() if site not in named}:
-            self._refuse(silent)
+            self._refuse(silent, self.watched)
 
     def _of_idle_names(self, missing: list[str], learning: Collection[str]) -> list[str]:
         """Layers that a name in `target_modules` means of which none learns."""
@@ -299,7 +370,7 @@ class GradientCheck:
         ]
         return [site for site in missing if any(matches(name, site) for name in idle)]
 
-    def _refuse(self, silent: Mapping[str, Use]) -> None:
+    def _refuse(self, silent: Mapping[str, Use], steps: int) -> None:
         told = ""
         for use, cause in _CAUSES.items():
             if sites := [site for site, u in silent.items() if u is use]:
@@ -310,6 +381,6 @@ class GradientCheck:
                 " gradients (use_reentrant=False, or model.enable_input_require_grads())?"
             )
         raise ValueError(
-            f"{len(silent)} adapter(s) had no gradient in {self.watched} steps, so nothing there is"
+            f"{len(silent)} adapter(s) had no gradient in {steps} steps, so nothing there is"
             f" being trained: {', '.join(silent)}.{told}"
         )
