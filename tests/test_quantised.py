@@ -528,3 +528,39 @@ def test_a_merge_says_what_it_has_to_know(trained, even, tmp_path):
         merged_by(tmp_path / "plain", tmp_path / "m", into="dequantised")
     with pytest.raises(ValueError, match="`quantization` has no effect"):
         lorica.formats.merge_to(adapters, tmp_path / "m", quantization=FORMATS["nf4"]())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"load_in_4bit": True},
+        {"load_in_8bit": True},
+        {"quantization": "int8 (torchao)"},
+        None,
+    ],
+    ids=["4 bits", "8 bits", "torchao", "stored quantised"],
+)
+def test_targets_count_values_and_show_what_is_packed(even, tmp_path, given):
+    from lorica.cli.targets import Options, run
+
+    if given and "quantization" in given:
+        fields = FORMATS[given["quantization"]]().to_json_string(use_diff=False)
+        given = {"quantization": fields}
+    bare = run(Options(model=str(even), r=4)).data
+    folder = even
+    if given is None:
+        loaded(even, "nf4").save_pretrained(folder := tmp_path / "packed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = run(Options(model=str(folder), r=4, **(given or {})))
+    told = outcome.data
+    assert bare["quantization"] is None
+    assert told["quantization"].startswith(("bitsandbytes (", "torchao ("))
+    assert told["quantization"] in "\n".join(outcome.shown[1:])
+    assert [told["parameters"], told["trainable"]] == [bare["parameters"], bare["trainable"]]
+    for group, plain in zip(told["layers"], bare["layers"], strict=True):
+        linear = group["role"] == "linear"
+        assert group.pop("packed") == (group["count"] if linear else 0) and plain.pop("packed") == 0
+        assert group == plain
+    with pytest.raises(ValueError, match="`switchlora` writes to the base"):
+        run(Options(model=str(folder), method="switchlora", **(given or {})))

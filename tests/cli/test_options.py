@@ -43,8 +43,8 @@ OPTIONS = {
         "seed split streaming target_modules tokenizer vocab_size warmup_ratio"
     ),
     "targets": (
-        "adapt_towers exclude_modules json layers_to_transform lora_alpha method model r "
-        "target_modules trust_remote_code"
+        "adapt_towers exclude_modules json layers_to_transform load_in_4bit load_in_8bit "
+        "lora_alpha method model quantization r target_modules trust_remote_code"
     ),
     "train": (
         "adapt_towers adapter add_tokens alpha_pattern attn_implementation bf16 bias "

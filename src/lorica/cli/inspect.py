@@ -54,6 +54,7 @@ def _head(data: dict[str, Any]) -> list[str]:  # Any: what `formats.inspect` ret
         f"  parameters  {data['parameters']:,} in {human(data['bytes'])}"
         f" ({', '.join(data['dtypes'])})",
         f"  base        {base.get('name') or 'not named'}"
+        + (f", in {base['dtype']}" if base.get("dtype") else "")
         + (f", sha256 {base['sha256'][:16]}..." if base.get("sha256") else ", no hash"),
         "  written by  " + (", ".join(f"{k} {v}" for k, v in versions.items()) or "not said"),
     ]

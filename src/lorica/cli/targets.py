@@ -9,14 +9,27 @@ from typing import Annotated, Any
 import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions, cell
-from lorica.run.options import HINT, METHOD, MODULES, NUMBER, PATH, WHOLE, WHOLES, UsageError
+from lorica.run.options import (
+    HINT,
+    METHOD,
+    MODULES,
+    NUMBER,
+    PATH,
+    WHOLE,
+    WHOLES,
+    QuantizationOptions,
+    UsageError,
+)
 
 RANKS = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(VerbOptions):
+class Options(QuantizationOptions, VerbOptions):
     """List the layers that a method can adapt, and what that costs. Reads no weights.
+
+    Parameters are counted as values, however they are stored: with `--load-in-4bit` or of a
+    quantised checkpoint, the table shows which weights are packed.
 
     Args:
         model: folder or hub id of a transformers model; only its configuration is read.
@@ -48,6 +61,7 @@ def run(options: Options) -> Outcome:
     import lorica
     from lorica.recipe.recipe import Recipe
     from lorica.run.load_model import base_name, empty_model
+    from lorica.run.quantization import check_method, packed_layers
 
     name = base_name(options.model)
     model = empty_model(name, trust_remote_code=options.trust_remote_code)
@@ -65,11 +79,17 @@ def run(options: Options) -> Outcome:
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+    wanted = options.quantization_config()
+    check_method(recipe, wanted, model.config, name)
+    stored, packed = packed_layers(
+        name, model.config, wanted, trust_remote_code=options.trust_remote_code
+    )
     adapters = lorica.attach(model, recipe, verbose=False)
     contract = adapters.summary
     adapted = set(adapters.layers) or {name.rsplit(".", 1)[0] for name in adapters.direct}
     for group in groups:
         group["adapted"] = sum(path in adapted for path in group["paths"])
+        group["packed"] = sum(path in packed for path in group["paths"])
     per_rank = sum(g["parameters_per_rank"] * g["adapted"] for g in groups)
     data = {
         "model": name,
@@ -80,6 +100,7 @@ def run(options: Options) -> Outcome:
         "trainable": contract.trainable,
         "parameters_per_rank": per_rank,
         "layers": groups,
+        "quantization": stored or None,
         "tied": contract.tied,
         "left_out": contract.left_out,
     }
@@ -129,7 +150,8 @@ def _table(data: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("adapted", "layers", "out x in", "role", "parameters", "per rank, each"):
+    shown = ("packed",) if data["quantization"] else ()
+    for column in ("adapted", "layers", "out x in", "role", "parameters", "per rank, each", *shown):
         right = column in ("adapted", "out x in", "parameters", "per rank, each")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for g in data["layers"]:
@@ -140,8 +162,13 @@ def _table(data: dict[str, Any]) -> Any:
             g["role"],
             f"{g['parameters']:,}",
             f"{g['parameters_per_rank']:,}",
+            *(_part(g["packed"], g["count"]) for _ in shown),
         )
     return table
+
+
+def _part(some: int, every: int) -> str:
+    return {0: "no", every: "yes"}.get(some, f"{some} of {every}")
 
 
 def _words(data: dict[str, Any]) -> list[str]:
@@ -152,6 +179,8 @@ def _words(data: dict[str, Any]) -> list[str]:
         f"{data['class']}: {data['parameters']:,} parameters",
         f"{data['method']}{rank}: {data['trainable']:,} train ({share:.2%})",
     ]
+    if data["quantization"]:
+        lines.append(f"packed by {data['quantization']}; the numbers count values")
     if data["r"] is not None:
         costs = ", ".join(f"r={r}: {data['parameters_per_rank'] * r:,}" for r in RANKS)
         lines.append(f"two factors a layer, by rank: {costs}")

@@ -111,6 +111,48 @@ def check_installed(method: str, what: str) -> None:
         )
 
 
+def packed_layers(
+    name: str, config: PretrainedConfig, wanted: Any, *, trust_remote_code: bool = False
+) -> tuple[str, frozenset[str]]:
+    """(transformers' fields of the quantisation, as text; paths of the modules that it packs), from
+    the configuration alone; an empty text where nothing is quantised.
+
+    Args:
+        wanted: what `asked` returned.
+    """
+    import torch
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    from lorica.run.load_model import empty_model
+
+    stored = stored_in(config)
+    if wanted is None and stored is None:
+        return "", frozenset()
+    if stored is not None:
+        check_installed(str(stored.get("quant_method")), f"`{name}` is quantised, and")
+    how = config_from(f"`{name}`'s quantization_config", stored) if wanted is None else wanted
+    plain = empty_model(name, trust_remote_code=trust_remote_code)
+    packed = empty_model(name, trust_remote_code=trust_remote_code)
+    quantizer: Any = AutoHfQuantizer.from_config(how, pre_quantized=wanted is None)
+    with torch.device("meta"):
+        quantizer.preprocess_model(packed, device_map=None)
+    kinds = {n: type(m) for n, m in packed.named_modules()}
+    paths = {
+        n
+        for n, m in plain.named_modules()
+        if kinds.get(n) is not type(m)
+        or ("weight" in m._parameters and quantizer.param_needs_quantization(packed, f"{n}.weight"))
+    }
+    fields: dict[str, Any] = how.to_diff_dict()
+    method = str(how.to_dict()["quant_method"].value)
+    said = [
+        k if v is True else f"{k}={shorten(v, 60)}"
+        for k, v in fields.items()
+        if k != "quant_method" and not k.startswith("_")
+    ]
+    return f"{method} ({', '.join(said)})" if said else method, frozenset(paths)
+
+
 def stored_in(config: PretrainedConfig) -> dict[str, Any] | None:
     """transformers' fields of how a checkpoint's weights are quantised; None: they aren't."""
     stored: Any = vars(config).get("quantization_config")
