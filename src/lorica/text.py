@@ -1,14 +1,17 @@
 """Text of error messages: what they quote, cut to what a person reads, and what they suggest;
-whether a text can name a file at all; and JSON as everything here reads it."""
+whether a text can name a file at all, and what the system refuses of one; and JSON as everything
+here reads it."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +178,63 @@ def to_path(name: str | Path) -> Path:
         except RuntimeError:
             fault = "`~` names no user here"
     raise ValueError(f"{shorten(text)}: {fault}. Check the name")
+
+
+_WAYS_OUT = {
+    errno.EACCES: "Give this user the right to it (`ls -ld` shows who has it), or name another",
+    errno.EROFS: "Nothing can be written on that disk; name a place elsewhere",
+    errno.ENOSPC: "Make room there, or name a place elsewhere",
+    errno.ENOENT: "Check the path; it may have been moved or removed while this ran",
+    errno.ENOTDIR: "A part of the path is a file, not a folder; check the path",
+    errno.EISDIR: "Name a file, not a folder",
+    errno.EEXIST: "Remove it, or name another",
+    errno.ELOOP: "Its symbolic links lead in a circle; name the file itself",
+    errno.EMFILE: "Close some, or allow more with `ulimit -n`",
+}
+_WAYS_OUT[errno.EPERM] = _WAYS_OUT[errno.EACCES]
+_WAYS_OUT[errno.EDQUOT] = _WAYS_OUT[errno.ENOSPC]
+_WAYS_OUT[errno.ENFILE] = _WAYS_OUT[errno.EMFILE]
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the operating system refused, of which path, and the way out; None: this error is about
+    no path.
+
+    Example:
+        >>> refusal(PermissionError(13, "Permission denied", "/data/a.csv"))[:36]
+        '`/data/a.csv`: Permission denied. Gi'
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if not isinstance(error.filename, (str, bytes)):
+        return None
+    path = one_line(os.fsdecode(error.filename))
+    way_out = _WAYS_OUT.get(error.errno, "Check that disk, or name another path")
+    return f"`{path}`: {os.strerror(error.errno)}. {way_out}"
+
+
+@contextlib.contextmanager
+def file_errors() -> Iterator[None]:
+    """What the operating system refuses within is told with the path and a way out. It decorates
+    the functions that read or write for a caller.
+
+    Raises:
+        ValueError: for an OSError about a path. Those that have words of ours are left alone: they
+            name no path of their own.
+
+    Example:
+        >>> with file_errors():
+        ...     os.listdir("no/folder")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: `no/folder`: No such file or directory. Check the path; it may have been ...
+    """
+    try:
+        yield
+    except OSError as error:
+        if (why := refusal(error)) is None:
+            raise
+        raise ValueError(why) from error
 
 
 def no_memory(error: BaseException) -> bool:

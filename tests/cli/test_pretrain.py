@@ -554,7 +554,7 @@ def test_data_that_is_wrong_is_named(pretrain, tmp_path):
     ran = pretrain("--documents", "line", data=rows)
     refused(ran, tmp_path, 2, "`--documents line`", "leave it out")
     ran = pretrain("--streaming", data="no-one/nothing")
-    refused(ran, tmp_path, 1, "could not be opened as a data set to stream")
+    refused(ran, tmp_path, 1, "could not be found here, nor loaded")
 
 
 # -- what it would cost ----------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_missing_paths(tmp_path, monkeypatch):
 def test_hub_without_a_network(monkeypatch, tmp_path):
     import datasets
 
-    def refuse(path, config, split):
+    def refuse(path, config, split, streaming):
         raise ConnectionError("offline mode is on")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
@@ -236,7 +236,7 @@ def test_hub_id_with_configuration_and_splits(monkeypatch):
 
     asked = []
 
-    def load(path, config, split):
+    def load(path, config, split, streaming):
         asked.append((path, config, split))
         train = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]})
         if split == "odd":

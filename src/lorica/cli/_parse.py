@@ -158,6 +158,8 @@ def read_mapping(file: Path) -> dict[str, tuple[Any, str]]:
             )
     except UsageError:
         raise
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).split(". ")[0]
         if isinstance(error, UnicodeDecodeError):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.words import INDEX, WHERE, excerpt, keep_as_json, keep_as_text, kind_of, listing
-from lorica.text import check_depth, parse_json
+from lorica.text import check_depth, file_errors, parse_json, refusal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,8 +102,10 @@ def _bytes_of(path: Path, data: bytes | None = None) -> bytes:
             f"{path} is no ordinary file (a folder, a pipe, a device, or a link that leads "
             "nowhere): data is read from files. Name a file, or a folder of files."
         )
+    if data is None:
+        with file_errors():
+            data = path.read_bytes()
     try:
-        data = path.read_bytes() if data is None else data
         most = max(PLAIN, RATIO * len(data))
         plain = OPENERS[packed](data, most + 1) if packed else data
     except (OSError, EOFError, ValueError, MemoryError, lzma.LZMAError, zlib.error) as error:
@@ -136,7 +138,7 @@ def unzipped(path: Path) -> dict[Path, bytes]:
                 if most < 0:
                     break
     except (OSError, RuntimeError, ValueError, NotImplementedError, EOFError) as error:
-        raise ValueError(_no_zip(path, error)) from error
+        raise ValueError(refusal(error) or _no_zip(path, error)) from error
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise ValueError(_no_zip(path, error)) from error
     if most < 0:

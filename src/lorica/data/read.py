@@ -26,10 +26,11 @@ from lorica.data.formats import (
     suffix_of,
     unzipped,
 )
+from lorica.data.loaded import load
 from lorica.data.words import INDEX, listing, visible
 from lorica.embedded.source import dataset as embedded
 from lorica.embedded.source import is_embedded
-from lorica.text import nearest, to_path
+from lorica.text import file_errors, nearest, refusal, to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,6 +44,7 @@ _SPLIT_WORDS = {
 }
 
 
+@file_errors()
 def read(
     source: str | Path,
     *,
@@ -319,7 +321,8 @@ def data_files(folder: Path) -> list[Path]:
         ValueError: it is no folder of data, by the number of files in it.
     """
     every: list[Path] = []
-    for place, folders, names in os.walk(folder):  # passes over what it may not read
+    denied: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=denied.append):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         every += [Path(place, name) for name in names]
         if len(every) > MOST_FILES:
@@ -327,7 +330,10 @@ def data_files(folder: Path) -> list[Path]:
                 f"The folder {folder} holds more than {MOST_FILES:,} files: that is no folder of "
                 "data. Name the one that holds the data files."
             )
-    return [file for file in _data_files(folder, every) if os.path.isfile(file)]
+    files = [file for file in _data_files(folder, every) if os.path.isfile(file)]
+    if denied and (not files or files[0].parent != folder):  # else it holds all of the data itself
+        raise ValueError(refusal(denied[0])) from denied[0]
+    return files
 
 
 def _data_files(folder: Path, every: list[Path]) -> list[Path]:
@@ -415,17 +421,7 @@ def _check_options(files: list[Path], options: Options, *, tables: bool = True) 
 def _hub(name: str, split: str | None) -> Dataset:
     import datasets
 
-    path, _, config = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(path, config or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"`{name}` is no file or folder here, and as a data set of the Hugging Face hub it "
-            f"could not be loaded: {reason}. Check the path (it is taken from "
-            f"{Path.cwd()}), the id (`org/name`, or `org/name:config`), the split "
-            f"({split or 'not given'}), and the network (`HF_HUB_OFFLINE=1` forbids it)."
-        ) from error
+    loaded = load(name, split)
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded and len(loaded) > 1:
             raise ValueError(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from lorica.data.loaded import examples, load
 from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import detect
 from lorica.data.stream import BATCH, TASK, Ids, running_ids
@@ -46,12 +47,13 @@ class Streamed(IterableDataset):
     def __init__(
         self, source: str, *, split: str | None = None, columns: Mapping[str, str] | None = None
     ) -> None:
-        self.source, self.data = source, _open(source, split or "train")
+        self.source, self.split = source, split or "train"
+        self.data = load(source, self.split, streaming=True)
         self.live: list[Any] = []  # an iterator, after where it stands: epoch, source
         weakref.finalize(self, self.live.clear)  # closed before the modules go that it closes with
-        first = next(iter(self.data), None)
+        first = next(examples(source, self.split, self.data), None)
         if first is None:
-            raise ValueError(f"`{source}` (split {split or 'train'}) holds no rows: name another")
+            raise ValueError(f"`{source}` (split {self.split}) holds no rows: name another")
         self.columns = {name: target for target, name in (columns or {}).items()}
         if lost := [name for name in self.columns if name not in first]:
             raise ValueError(
@@ -111,16 +113,16 @@ class Streamed(IterableDataset):
     def _block(self, place: dict[str, Any]) -> tuple[Ids, dict[str, Any]]:
         """The rows of one block, in order, and the place after it."""
         source = self._source(place)
-        examples: list[dict[str, Any]] = []
+        block: list[dict[str, Any]] = []
         size, ended = 0, True
         for example in source:
-            examples.append(example)
+            block.append(example)
             size += sum(map(len, strings(example)))
             if size >= BATCH:
                 ended = False
                 break
         carry = np.array(place["carry"], dtype=np.int32)
-        ids = np.concatenate([carry, *running_ids(self._samples(examples), self.tokenizer)])
+        ids = np.concatenate([carry, *running_ids(self._samples(block), self.tokenizer)])
         count = len(ids) // self.length
         if ended and not count and not place["source"]:
             raise ValueError(
@@ -152,7 +154,7 @@ class Streamed(IterableDataset):
             return live[2]
         self.data.set_epoch(place["epoch"])
         self.data.load_state_dict(place["source"])  # None: the start of the pass
-        return iter(self.data)
+        return examples(self.source, self.split, self.data)
 
     def _samples(
         self, examples: list[dict[str, Any]]
@@ -169,18 +171,3 @@ class Streamed(IterableDataset):
         targets = set(self.columns.values())
         kept = {k: v for k, v in example.items() if k not in targets or k in self.columns}
         return {self.columns.get(name, name): value for name, value in kept.items()}
-
-
-def _open(source: str, split: str) -> Any:
-    import datasets
-
-    path, _, config = source.partition(":")
-    try:
-        return datasets.load_dataset(path, config or None, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"`{source}` could not be opened as a data set to stream: {reason}. Check the folder or"
-            f" the id (`org/name`, or `org/name:config`), the split ({split}), and the network"
-            " (`HF_HUB_OFFLINE=1` forbids it)"
-        ) from error

@@ -26,7 +26,7 @@ from lorica.model.adapters import Adapters
 from lorica.model.attach import detach
 from lorica.model.layer import AdaptedLinear
 from lorica.tensors.dtensor_ops import read_full
-from lorica.text import shorten
+from lorica.text import file_errors, shorten
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # to -> what writes a whole model, and what tells such a folder
@@ -75,6 +75,7 @@ class Exported:
         }
 
 
+@file_errors()
 def export(
     source: Adapters | nn.Module | str | Path,
     out: str | Path,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.text import CONTROL, parse_json, shorten, to_path
+from lorica.text import CONTROL, file_errors, parse_json, shorten, to_path
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -62,6 +62,7 @@ def check_name(name: str, path: Path) -> None:
         )
 
 
+@file_errors()
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; not-a-number, a key given twice and control characters are refused too.
 
@@ -81,10 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; the file is not JSON."
             " Save the adapter again, or copy the file again from where it came"
         ) from None
-    except (ValueError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+    except ValueError as error:
         raise ValueError(
-            f"{path}: {why}; the file is not what an adapter's"
+            f"{path}: {error}; the file is not what an adapter's"
             " configuration looks like. Copy it again from where it came"
         ) from None
     if not isinstance(value, dict):

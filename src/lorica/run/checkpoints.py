@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorica.text import parse_json
+from lorica.text import file_errors, parse_json
 
 LIST = "checkpoint.json"
 _SEAL = "seal"  # of the list itself
@@ -26,6 +26,7 @@ ASIDE = ".unfinished"  # where a checkpoint is written before it is named, or un
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+@file_errors()
 def found(folder: Path) -> list[Path]:
     """Every checkpoint of a run's folder, whole or not, in the order of their steps."""
     if not folder.is_dir():
@@ -74,6 +75,7 @@ def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+@file_errors()
 def flaw(folder: Path) -> str | None:
     """Why a run cannot go on from this folder; None: it can."""
     if (why := damage(folder)) is not None:
@@ -83,6 +85,7 @@ def flaw(folder: Path) -> str | None:
     return None
 
 
+@file_errors()
 def damage(folder: Path) -> str | None:
     """What is amiss with what was written; None: nothing.
 
@@ -96,7 +99,7 @@ def damage(folder: Path) -> str | None:
 
     try:
         told = read(folder)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return str(error)
     for name, entry in told["files"].items():
         path, size, digest = folder / name, entry["bytes"], entry["sha256"]

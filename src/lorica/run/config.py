@@ -100,7 +100,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, OSError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise UsageError(
@@ -122,7 +122,7 @@ def read_defaults(folder: Path) -> Defaults:
     try:
         defaults = parse_json(file.read_text(encoding="utf-8"))["defaults"]
         return {name: {"value": d["value"], "from": str(d["from"])} for name, d in defaults.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(
             f"`--resume`: {file} was changed: a mapping `defaults` of options to their `value` and"
             " `from` is wanted. Put the old one back, or remove it: every option of config.yaml"

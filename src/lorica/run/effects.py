@@ -13,12 +13,10 @@ import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.run.options.checks import UsageError, flag
+from lorica.run.options.checks import UsageError, flag, json_option
 from lorica.run.plan import RunPlan
-from lorica.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -76,11 +74,7 @@ def _accelerates(plan: RunPlan[Any, Any], values: Values) -> bool:
     """Whether a key of `accelerator_config` acts: most are about several processes."""
     config: Any = values["accelerator_config"]
     if isinstance(config, str):
-        text = config if config.lstrip().startswith("{") else Path(config).read_text("utf-8")
-        try:
-            config = parse_json(text)
-        except ValueError:
-            return True  # transformers says what is wrong with it
+        config = json_option("accelerator_config", config)
     keys = set(config) & {"use_seedable_sampler", "mixed_precision"}
     return plan.processes > 1 or bool(keys) or plan.device.type != "cpu"
 

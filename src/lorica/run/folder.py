@@ -27,7 +27,7 @@ from typing import Any
 
 from lorica.run import checkpoints, lock
 from lorica.run.options import UsageError, checkpoint_path
-from lorica.text import parse_json, to_path
+from lorica.text import file_errors, parse_json, to_path
 
 logger = logging.getLogger("lorica")
 
@@ -60,6 +60,7 @@ class RunFolder:
         """Every checkpoint, the latest last; `lorica.run.checkpoints.flaw` tells a whole one."""
         return checkpoints.found(self.path)
 
+    @file_errors()
     def check(
         self,
         *,
@@ -105,6 +106,7 @@ class RunFolder:
         self._refuse_foreign(ours, writes)
         return checkpoint
 
+    @file_errors()
     def ours(self) -> list[str]:
         """The names of what a run has written here; what carries no mark of a run is not among
         them."""
@@ -145,6 +147,7 @@ class RunFolder:
                 f" {'it' if len(foreign) == 1 else 'them'} away"
             )
 
+    @file_errors()
     def refuse_inputs(self, inputs: Iterable[tuple[str, str]]) -> None:
         """What is read does not lie where the run writes, or removes what an earlier one wrote.
 
@@ -209,6 +212,7 @@ class RunFolder:
         _refuse_bare(f"--resume {resume}", path)
         return path
 
+    @file_errors()
     def clear(self) -> None:
         """Remove a run, and nothing else that lies here."""
         for name in self.ours():
@@ -287,6 +291,7 @@ class RunFolder:
             Path(aside).unlink(missing_ok=True)
             raise
 
+    @file_errors()
     def lines(self) -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl."""
         log = self / "metrics.jsonl"
@@ -306,10 +311,11 @@ _OWN = "lorica.json"  # beside every adapter and every model whose weights train
 
 
 def _head_and_values(config: Path) -> dict[str, Any] | None:
-    """What a config.yaml that a run wrote says; None: no run did."""
+    """What a config.yaml that a run wrote says; None: no run did. One that can't be read is an
+    error: whose it is can't be told."""
     import yaml
 
-    with contextlib.suppress(OSError, UnicodeDecodeError):
+    with contextlib.suppress(UnicodeDecodeError):
         text = config.read_text(encoding="utf-8") if config.is_file() else ""
         if not text.startswith(HEAD):
             return None
@@ -322,7 +328,7 @@ def _head_and_values(config: Path) -> dict[str, Any] | None:
 
 def _mapping(file: Path) -> dict[str, Any]:
     """A JSON mapping, or an empty one where the file holds none."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(ValueError):
         told = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return told if isinstance(told, dict) else {}
     return {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorica.run.new_tokens import fit_adapter
-from lorica.text import parse_json, to_path
+from lorica.text import file_errors, parse_json, refusal, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,7 @@ class FromCheckpoint(NamedTuple):
         return [*dict.fromkeys(owners)]
 
 
+@file_errors()
 def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     """The base that is meant: the one named, else the adapter's own, else the embedded one.
 
@@ -70,6 +71,7 @@ def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     return located(name)
 
 
+@file_errors()
 def read_config(
     name: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
@@ -114,6 +116,7 @@ def check_code(name: str, attn_implementation: str | None, trusted: bool) -> Non
     refuse_code(config, f"the config.json of `{name}`", attn_implementation=attn_implementation)
 
 
+@file_errors()
 def check_source(name: str) -> None:
     """A name that can only mean a folder has to be one."""
     path = to_path(name)
@@ -124,13 +127,19 @@ def check_source(name: str) -> None:
             f"the model `{name}` {what}: a model is a folder with a config.json, or a hub id such"
             " as `org/name`. Check the path (it is taken from the current folder)"
         )
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        return
+    if not (path / "config.json").is_file():
         raise ValueError(
             f"the folder `{name}` holds no model: it has no config.json. Name the folder that"
             " `save_pretrained` wrote"
         )
+    for file in path.iterdir():  # transformers passes over some of those that it may not read
+        if file.suffix in (".json", ".safetensors", ".jinja") and file.is_file():
+            file.open("rb").close()
 
 
+@file_errors()
 def check_parts(name: str) -> None:
     """The index of a model in several files names files beside it, and nothing else.
 
@@ -157,6 +166,8 @@ def _beside(part: Any) -> bool:
 
 
 def _cannot(what: str, name: str, error: Exception) -> str:
+    if (refused := refusal(error)) is not None:
+        return f"cannot load {what} from `{name}`: {refused}"
     reason = " ".join(re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", str(error)).split())
     if not isinstance(error, (OSError, ValueError)) or not reason:
         reason = f"{type(error).__name__}: {reason}"
@@ -193,6 +204,7 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
             raise ValueError(_cannot("the layers", name, error)) from error
 
 
+@file_errors()
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; where it has no padding token, EOS pads (nothing looks at padding)."""
     from transformers import AutoTokenizer
@@ -223,6 +235,7 @@ def own_labels(config: PretrainedConfig, task: str) -> Labels | None:
     return Labels.from_label2id(named)
 
 
+@file_errors()
 def load_model(
     name: str,
     task: str,
@@ -335,6 +348,7 @@ def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None
         config.pad_token_id = pad_of(tokenizer)
 
 
+@file_errors()
 def load_base(
     adapter: str, name: str | None, *, trust_remote_code: bool = False, quantization: Any = None
 ) -> tuple[PreTrainedModel, Any]:

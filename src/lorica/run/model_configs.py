@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorica.run.options import UsageError
-from lorica.text import nearest, parse_json, to_path
+from lorica.text import file_errors, nearest, parse_json, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -82,6 +82,7 @@ class Plan:
         return min((n for n in said if isinstance(n, int) and n > 0), default=None)
 
 
+@file_errors()
 def find(name: str) -> Plan:
     """The configuration that `name` means: a word of the table, a config.json, a folder or hub id.
 
@@ -136,7 +137,7 @@ def _read(name: str) -> PretrainedConfig:
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
         kind = found.pop("model_type")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"cannot read a model's configuration from `{name}` ({type(error).__name__}:"
             f" {one_line(error)}). A config.json of transformers is wanted, with its `model_type`"

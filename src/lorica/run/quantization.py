@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from lorica.run.options.checks import UsageError
-from lorica.text import parse_json, shorten, to_path
+from lorica.run.options.checks import UsageError, json_option
+from lorica.text import shorten
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,21 +55,8 @@ def asked(
 
 
 def _fields(text: str) -> dict[str, Any]:
-    path = None
-    if not text.lstrip().startswith("{"):
-        path = to_path(text)
-        if not path.is_file():
-            raise UsageError(
-                f"`--quantization {shorten(text)}` is neither JSON nor a file; type transformers'"
-                ' fields, e.g. `--quantization \'{"quant_method": "bitsandbytes", "load_in_4bit":'
-                " true}'`, or `--load-in-4bit`"
-            )
-    try:
-        source = text if path is None else path.read_text(encoding="utf-8")
-        fields: Any = parse_json(source)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"`--quantization {shorten(text)}` is no JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("quant_method"), str):
+    fields = json_option("quantization", text)
+    if not isinstance(fields.get("quant_method"), str):
         raise UsageError(
             f"`--quantization {shorten(text)}` has to hold `quant_method`, one of"
             f" {', '.join(METHODS)}, and that method's fields as transformers names them"

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from lorica.methods.kernels._orders import WIDE, Call, Order, sums_kept
-from lorica.text import parse_json
+from lorica.text import parse_json, refusal
 
 VARIABLE = "LORICA_ORDERS"
 _SIZES = ("tokens", "in_features", "out_features", "r")
@@ -66,8 +66,9 @@ class Table:
             data = parse_json(Path(path).read_text(encoding="utf-8"))
             return cls(tuple((_call(e["call"]), _order(e["order"])) for e in data["orders"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
+            why = refusal(error) or repr(error)
             raise ValueError(
-                f"`{path}` is no table of orders ({error!r}); one is written by `python -m"
+                f"`{path}` is no table of orders ({why}); one is written by `python -m"
                 " lorica.methods.kernels FILE`"
             ) from None
 

@@ -6,10 +6,11 @@ that is not the same, what to type instead.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from lorica.text import cut, to_path
+from lorica.text import cut, file_errors, parse_json, shorten, to_path
 
 MOST = 10**9  # steps, epochs, rows: a larger number is a slip of the finger
 MOST_TOKENS = 10**15
@@ -91,6 +92,41 @@ def path_option(name: str, value: str) -> Path:
         return to_path(value)
     except ValueError as error:
         raise UsageError(f"`{flag(name)}`: {error}") from None
+
+
+def json_option(name: str, value: str) -> dict[str, Any]:
+    """The JSON mapping that an option holds, or that lies in the file it names.
+
+    Raises:
+        UsageError: there is no such file, it can't be read, or holds something else.
+    """
+    given = f"`{flag(name)} {shorten(value)[1:-1]}`"
+    wanted = """JSON itself is wanted, e.g. '{"key": true}', or a file of it"""
+    text, where = value, given
+    if not value.lstrip().startswith("{"):
+        path = path_option(name, value)
+        try:
+            with file_errors():
+                refuse(not path.is_file(), f"{given}: there is no such file; {wanted}")
+                text, where = path.read_text(encoding="utf-8"), f"{given}: {path}"
+        except UnicodeDecodeError:
+            raise UsageError(f"{given}: the file is no UTF-8 text; {wanted}") from None
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(f"`{flag(name)}`: {error}") from error
+    try:
+        found: Any = parse_json(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UsageError(f"{where}, {place}: {error.msg}, so it is no JSON; {wanted}") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}; {wanted}") from None
+    refuse(
+        not isinstance(found, dict),
+        f"{where}: it holds a {type(found).__name__}, not a mapping; {wanted}",
+    )
+    return found
 
 
 def check_not_both(one: str, a: Any, other: str, b: Any, why: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from lorica.text import nearest, parse_json, shorten, to_path
+from lorica.text import file_errors, nearest, parse_json, shorten, to_path
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
@@ -203,9 +203,11 @@ def _path(words: Sequence[str]) -> str:
 
 def _tokens(words: Sequence[str]) -> tuple[str, ...]:
     one = words[0] if len(words) == 1 else None
-    if one is not None and (file := Path(one)).is_file():
+    if one is not None and (file := _file(one)) is not None:
         try:
-            found = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+            with file_errors():
+                text = file.read_text(encoding="utf-8")
+            found = [line for line in text.split("\n") if line]
         except UnicodeDecodeError:
             raise ValueError(f"{shorten(one)} is no UTF-8 text with one token a line") from None
     else:
@@ -213,6 +215,16 @@ def _tokens(words: Sequence[str]) -> tuple[str, ...]:
     if not found or "" in found:
         raise ValueError("tokens are wanted, or a file with one token a line, e.g. `<user> <bot>`")
     return (*found,)
+
+
+@file_errors()
+def _file(word: str) -> Path | None:
+    """The file that a word names, which may be a token of any characters instead."""
+    try:
+        path = to_path(word)
+    except ValueError:
+        return None
+    return path if path.is_file() else None
 
 
 TEXT = Kind("TEXT", _first)

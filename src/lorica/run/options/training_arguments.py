@@ -18,7 +18,7 @@ from lorica.run.options.checks import (
     check_whole,
     flag,
     is_number,
-    path_option,
+    json_option,
     refuse,
 )
 
@@ -69,6 +69,5 @@ def _check(name: str, value: Any) -> None:
             f"{given}: it is a number of steps above 0, or a fraction of them; to have none type"
             f" `{flag(name.replace('steps', 'strategy'))} no`",
         )
-    if name in _FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
-        exists = path_option(name, value).is_file()
-        refuse(not exists, f"{given}: there is no such file; name one of JSON")
+    if name in _FILES and isinstance(value, str):
+        json_option(name, value)
