@@ -394,7 +394,7 @@ class AdapterFile:
 
     def _named_as(self, model: nn.Module) -> tuple[Config, Mapping[str, Tensor]]:
         """PEFT's configuration and tensors, under the names that this model's modules have."""
-        return on_model(model, *self.plain) if self.has_pairs else self.plain
+        return on_model(model, *self.plain)
 
     def state_for(self, adapters: Adapters) -> dict[str, Tensor]:
         """The state of adapters that were attached as `attach_as` says.

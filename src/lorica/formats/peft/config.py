@@ -336,6 +336,12 @@ def left_out(data: Config) -> frozenset[str]:
     return frozenset(form.shared.values())
 
 
+def suffixes(data: Config) -> tuple[str, ...]:
+    """How the keys of an adapter's tensors go on after the module's path."""
+    form = _forms().get(str(data.get("peft_type")))
+    return (".lora_",) if form is None else tuple(f".{end}" for end in form.tensors.values())
+
+
 def own_choice(data: Config) -> DeltaChoice | None:
     """The delta that computes what PEFT does under this configuration, where that is not LORA."""
     found = (c.from_peft(data) for c in _deltas())
