@@ -39,14 +39,19 @@ class Site:
     dtype: torch.dtype  # of what trains
     device: torch.device
     biased: bool  # the layer has a bias
+    experts: int = 0  # matrices in a stack (E, out, in) that is adapted as one; 0: a single matrix
+
+    def shape(self, *one: int) -> tuple[int, ...]:
+        """Of a tensor that holds `one` for each expert, or just that of a single matrix."""
+        return (self.experts, *one) if self.experts else one
 
 
 @dataclass(frozen=True)
 class Factors:
-    """An exact low-rank view ΔW = scale · B @ A; read only."""
+    """An exact low-rank view ΔW = scale · B @ A, of a stack of experts one for each; read only."""
 
-    A: Tensor  # (k, in)
-    B: Tensor  # (out, k)
+    A: Tensor  # ([E,] k, in)
+    B: Tensor  # ([E,] out, k)
     scale: float = 1.0
 
     def weight(self) -> Tensor:
@@ -58,7 +63,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Pair:
-    """The trained factors themselves: inits fill them, rules update them, schedules slice them."""
+    """The trained factors themselves: inits fill them, rules update them, schedules slice them.
+
+    With a leading dimension of E, of a stack of experts, where the recipe serves those.
+    """
 
     A: nn.Parameter  # (r, in)
     B: nn.Parameter  # (out, r)

@@ -36,7 +36,7 @@ from lorica.formats.peft.config import (
     left_out,
     recipe_of,
 )
-from lorica.formats.peft.places import LORA, PREFIX
+from lorica.formats.peft.places import LORA, PREFIX, Place
 from lorica.formats.peft.read import recipe_for
 from lorica.formats.peft.renamed import on_model
 from lorica.formats.peft.tables import tables_of, with_rows
@@ -246,9 +246,16 @@ class AdapterFile:
                 continue
             (key, A), (_, B) = pair["A"], pair["B"]
             r, scale = scales[path]
-            if A.shape[0] != r:
+            if A.shape[0] == r:
+                pairs[path] = Factors(A, B, scale)
+                continue
+            experts, rest = divmod(A.shape[0], r)
+            if not config.get("target_parameters") or rest:
                 problems.append(f"{key} is {tuple(A.shape)}, of rank {r} expected")
-            pairs[path] = Factors(A, B, scale)
+                pairs[path] = Factors(A, B, scale)
+                continue
+            a, b = Place(key, -2, experts=experts), Place(key, -1, experts=experts)
+            pairs[path] = Factors(a.unfolded(A), b.unfolded(B), scale)
         return pairs, problems
 
     @property
@@ -263,11 +270,12 @@ class AdapterFile:
             return self.own.layers
         return {
             path: LayerInfo(
-                in_features=f.A.shape[1],
-                out_features=f.B.shape[0],
-                r=f.A.shape[0],
+                in_features=f.A.shape[-1],
+                out_features=f.B.shape[-2],
+                r=f.A.shape[-2],
                 frozen_rank=0,
                 scale=f.scale,
+                experts=f.A.shape[0] if f.A.ndim == 3 else 0,
             )
             for path, f in self.factors.items()
         }

@@ -87,8 +87,8 @@ def _layers(file: AdapterFile) -> Mapping[str, dict[str, Any]]:  # Any: JSON val
     if file.has_pairs:
         return {
             path: {
-                "shape": [f.B.shape[0], f.A.shape[1]],
-                "r": f.A.shape[0],
+                "shape": [*f.B.shape[:-1], f.A.shape[-1]],
+                "r": f.A.shape[-2],
                 "scale": f.scale,
                 "norm": norm(f),
             }
@@ -96,7 +96,11 @@ def _layers(file: AdapterFile) -> Mapping[str, dict[str, Any]]:  # Any: JSON val
         }
     return {
         path: {
-            "shape": [layer.out_features, layer.in_features],
+            "shape": [
+                *([layer.experts] if layer.experts else []),
+                layer.out_features,
+                layer.in_features,
+            ],
             "r": layer.r + layer.frozen_rank,
             "scale": layer.scale,
             "norm": None,
@@ -108,5 +112,5 @@ def _layers(file: AdapterFile) -> Mapping[str, dict[str, Any]]:  # Any: JSON val
 def norm(factors: Factors) -> float:
     """‖s·BA‖_F from two (r, r) products: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)."""
     A, B = factors.A.double(), factors.B.double()
-    square = ((B.T @ B) * (A @ A.T)).sum()
+    square = ((B.mT @ B) * (A @ A.mT)).sum()
     return abs(factors.scale) * float(square.clamp_min(0).sqrt())

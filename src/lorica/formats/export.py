@@ -16,15 +16,17 @@ from lorica.formats.atomic_folder import ADAPTER_MARKS, check_free, first, toget
 from lorica.formats.compressed import PACKED_MARKS, Packed, pack
 from lorica.formats.load import load
 from lorica.formats.merge import MARKS, Change, Merged, make_sample, merge_to, outputs, stand_in
-from lorica.formats.peft.places import PREFIX, combine_of, factor_keys, written
+from lorica.formats.peft.places import combine_of, factors_of, written
 from lorica.formats.peft.write import config as peft_config
 from lorica.formats.peft.write import file_tensors, obstacle, refused_layer, write_config
 from lorica.formats.safe_files import PEFT_TENSORS, write_tensors
 from lorica.formats.save import check_state
 from lorica.formats.stored_state import full_state
+from lorica.interfaces import Factors
 from lorica.model.adapters import Adapters
 from lorica.model.attach import detach
-from lorica.model.layer import AdaptedLinear
+from lorica.model.experts import AdaptedTensor
+from lorica.model.layer import AdaptedLayer, AdaptedLinear
 from lorica.tensors.dtensor_ops import read_full
 from lorica.text import file_errors, shorten
 
@@ -246,15 +248,20 @@ def _change(
     kept = {name: layer.disabled for name, layer in adapters}
     hooks = []
     try:
-        for name, layer in adapters:
-            keys = factor_keys(f"{PREFIX}{name}", layer.site.lookup)
-            A, B = (tensors[key].to(layer.store.device) for key in keys)
+        for _, layer in adapters:
+            held = [p.unfolded(tensors[p.key]) for p in factors_of(adapters, layer)]
+            A, B = (t.to(layer.store.device) for t in held)
+            if isinstance(layer, AdaptedTensor):
+                layer.instead = Factors(A, B)
+                continue
             hooks.append(layer.register_forward_hook(partial(_beside, A, B)))
             layer.disabled = True
         after = outputs(adapters.model, sample)
     finally:
         for name, layer in adapters:
             layer.disabled = kept[name]
+            if isinstance(layer, AdaptedTensor):
+                layer.instead = None
         for hook in hooks:
             hook.remove()
     return Change.of(before, after)
@@ -292,20 +299,23 @@ def _portable(
         )
     assert flags is not None
     pairs = {name: _pair(layer, r, plain=not flags) for name, layer in adapters}
-    rank = r if r is not None else max(a.shape[0] for a, _, _ in pairs.values())
+    rank = r if r is not None else max(a.shape[-2] for a, _, _ in pairs.values())
     tensors = {}
     for name, layer in adapters:
         a, b, _ = pairs[name]
-        spare = rank - a.shape[0]
-        key_a, key_b = factor_keys(f"{PREFIX}{name}", layer.site.lookup)
-        tensors[key_a] = F.pad(a, (0, 0, 0, spare)).contiguous()
-        tensors[key_b] = F.pad(b, (0, spare)).contiguous()
+        spare = rank - a.shape[-2]
+        for place, whole in zip(
+            factors_of(adapters, layer),
+            (F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare))),
+            strict=True,
+        ):
+            tensors[place.key] = place.folded(whole).contiguous()
     config = peft_config(adapters, {n: rank for n in pairs}, {n: 1.0 for n in pairs})
     config |= dict.fromkeys(flags, False)  # what they say of W is in the factors
     return config, tensors, {name: error for name, (_, _, error) in pairs.items()}
 
 
-def _pair(layer: AdaptedLinear, r: int | None, *, plain: bool) -> tuple[Tensor, Tensor, float]:
+def _pair(layer: AdaptedLayer, r: int | None, *, plain: bool) -> tuple[Tensor, Tensor, float]:
     """A (k, in), B (out, k) with s in B, and the relative error of cutting to rank r.
 
     Args:
@@ -314,12 +324,12 @@ def _pair(layer: AdaptedLinear, r: int | None, *, plain: bool) -> tuple[Tensor, 
     factors = written(layer) if plain else None
     if factors is not None:
         a, b = read_full(factors.A).cpu(), read_full(factors.B).cpu() * factors.scale
-        if r is None or a.shape[0] <= r:
+        if r is None or a.shape[-2] <= r:
             return a, b, 0.0
-        qa, ra = torch.linalg.qr(a.double().T)  # (in, k), (k, k)
+        qa, ra = torch.linalg.qr(a.double().mT)  # (in, k), (k, k)
         qb, rb = torch.linalg.qr(b.double())
-        u, s, vh = torch.linalg.svd(rb @ ra.T)
-        u, vh = qb @ u, vh @ qa.T
+        u, s, vh = torch.linalg.svd(rb @ ra.mT)
+        u, vh = qb @ u, vh @ qa.mT
     elif r is None:
         raise ValueError(
             f"{layer.site.name!r} has no low-rank form; give a rank, `r=...`, for the best"
@@ -328,14 +338,15 @@ def _pair(layer: AdaptedLinear, r: int | None, *, plain: bool) -> tuple[Tensor, 
     else:
         whole = layer.update.weight(layer.store) if plain else _difference(layer)
         u, s, vh = torch.linalg.svd(whole.cpu(), full_matrices=False)
-    root = s[:r].sqrt()
+    root = s[..., :r].sqrt()
     total = float(s.norm())
-    error = float(s[r:].norm()) / total if total else 0.0
+    error = float(s[..., r:].norm()) / total if total else 0.0
     dtype = layer.site.dtype
-    return (root[:, None] * vh[:r]).to(dtype), (u[:, :r] * root).to(dtype), error
+    a, b = root[..., None] * vh[..., :r, :], u[..., :r] * root[..., None, :]
+    return a.to(dtype), b.to(dtype), error
 
 
-def _difference(layer: AdaptedLinear) -> Tensor:
+def _difference(layer: AdaptedLayer) -> Tensor:
     """W' − W (out, in), in at least float32."""
     weight, _ = layer.effective()
     return read_full(weight) - read_full(layer.store.weight()).to(weight.dtype)

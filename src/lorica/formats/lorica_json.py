@@ -59,7 +59,8 @@ _NAMES = Field(types=(str, list), items=(str,))
 _RECIPE_FIELDS = {
     "method": _TEXT, "r": Field(types=(int,)), "lora_alpha": Field(types=NUMBER),
     "lora_dropout": Field(types=NUMBER), "lora_dropout_on": _TEXT, "target_modules": _NAMES,
-    "exclude_modules": _NAMES, "layers_to_transform": Field(types=(list,), items=(int,)),
+    "target_parameters": _TEXTS, "exclude_modules": _NAMES,
+    "layers_to_transform": Field(types=(list,), items=(int,)),
     "modules_to_save": _TEXTS, "trainable_token_indices": Field(types=(list, dict)),
     "adapt_towers": Field(types=(bool,)), "bias": _TEXT, "train_rest": Field(types=(bool,)),
     "rank_pattern": Field(types=(dict,), items=(int,)),
@@ -96,6 +97,7 @@ class LayerInfo:
     r: int
     frozen_rank: int
     scale: float
+    experts: int = 0  # matrices in a stack, each of these sizes; 0: a single matrix
 
     def as_dict(self) -> dict[str, float]:
         return {
@@ -104,6 +106,7 @@ class LayerInfo:
             "r": self.r,
             "scale": self.scale,
             "frozen_rank": self.frozen_rank,
+            **({"experts": self.experts} if self.experts else {}),
         }
 
 
@@ -174,6 +177,7 @@ class LoricaJson:
                     r=layer.site.r,
                     frozen_rank=ranks[name],
                     scale=layer.site.scale,
+                    experts=layer.site.experts,
                 )
                 for name, layer in adapters
             },
@@ -207,7 +211,7 @@ class LoricaJson:
         check_fields(data["base"], _BASE_FIELDS, file)
         for name, layer in data["layers"].items():
             where = f"{file}, layer {shorten(name)}"
-            check_fields(layer, _LAYER_FIELDS, where)
+            check_fields(layer, {**_LAYER_FIELDS, "experts": _SIZE}, where)
             check_given(layer, _LAYER_FIELDS, where, _CUT)
         base = data["base"]
         return cls(
@@ -231,6 +235,7 @@ class LoricaJson:
                     r=layer["r"],
                     frozen_rank=layer["frozen_rank"],
                     scale=layer["scale"],
+                    experts=layer.get("experts", 0),
                 )
                 for name, layer in data["layers"].items()
             },
@@ -305,7 +310,7 @@ class LoricaJson:
 def frozen_ranks(adapters: Adapters) -> dict[str, int]:
     """{module path: rank of the frozen factors beside what trains}."""
     return {
-        name: 0 if layer.update.frozen_A is None else layer.update.frozen_A.shape[0]
+        name: 0 if layer.update.frozen_A is None else layer.update.frozen_A.shape[-2]
         for name, layer in adapters
     }
 

@@ -96,8 +96,12 @@ def check_state(adapters: Adapters, state: Mapping[str, Tensor]) -> None:
     empty = {name: str(tuple(value.shape)) for name, value in state.items() if not value.numel()}
     for name, layer in adapters:
         if (pair := layer.update.delta.pair()) is not None:
-            ends = (pair.A.shape[1:], pair.B.shape[:1], pair.B.ndim)
-            if ends != ((layer.in_features,), (layer.out_features,), 2):
+            r = pair.A.shape[-2] if pair.A.ndim > 1 else 0
+            whole = (
+                layer.site.shape(r, layer.in_features),
+                layer.site.shape(layer.out_features, r),
+            )
+            if (tuple(pair.A.shape), tuple(pair.B.shape)) != whole:
                 empty[name] = f"{tuple(pair.A.shape)}, {tuple(pair.B.shape)}"
     if empty:
         name, shape = next(iter(empty.items()))

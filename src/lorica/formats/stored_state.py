@@ -141,14 +141,17 @@ def _misfit(
 ) -> str | None:
     """Why a file's tensor can't be what the state has under this name; None: it can."""
     shape = tuple(found.shape)
-    if place.axis is not None and (found.ndim != 2 or found.shape[place.axis] != rank):
-        return f"is {shape}, of rank {rank} expected"
+    if place.axis is not None:
+        ranks = rank * max(place.experts, 1)
+        if found.ndim != 2 or found.shape[place.rank_axis] != ranks:
+            of = f"{rank} for each of {place.experts} experts" if place.experts else f"{rank}"
+            return f"is {shape}, of rank {of} expected"
     part = place.cut({place.key: found})
     if ".update.frozen_" in name:
         site, _, side = name.rpartition(".update.frozen_")
         layer = adapters.layers[site]
-        axis, size = {"A": (1, layer.in_features), "B": (0, layer.out_features)}[side]
-        if part.ndim != 2 or part.shape[axis] != size:
+        axis, size = {"A": (-1, layer.in_features), "B": (-2, layer.out_features)}[side]
+        if part.ndim != len(layer.site.shape(1, 1)) or part.shape[axis] != size:
             return f"is {shape}, two dimensions, one of {size} expected"
     elif live is not None and part.shape != live.shape:
         return f"is {shape} instead of {tuple(live.shape)}"

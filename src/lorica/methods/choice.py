@@ -109,10 +109,15 @@ class Choice:
     hooks: ClassVar[frozenset[str]] = frozenset()  # what it wants to see of a forward
     only_r: ClassVar[int | None] = None  # the one rank that the method is defined for
     below_full: ClassVar[bool] = False  # r has to be below min(in, out) of every target
+    experts: ClassVar[bool] = False  # see `serves_experts`
 
     # The method's own defaults, asked only where the user left them out; None: nothing to say.
     default_r: ClassVar[int | None] = None
     default_learning_rate: ClassVar[float | None] = None
+
+    def serves_experts(self) -> bool:
+        """Whether it works on each matrix of a stack (E, out, in), an expert tensor, by itself."""
+        return self.experts
 
     def default_lora_alpha(self, recipe: RecipeLike) -> float | None:
         """Asked once `recipe.r` is known."""

@@ -21,7 +21,7 @@ from lorica.methods.optional import Reweights, TrainsBase
 from lorica.model import state
 from lorica.model.bases.base import base_for
 from lorica.model.forward_hooks import ForwardHooks
-from lorica.model.layer import AdaptedLinear
+from lorica.model.layer import AdaptedLayer
 from lorica.model.modules_to_save import TrainedModule, swapped
 from lorica.model.token_rows import TokenRows
 from lorica.model.wrappers import refuse_wrapped
@@ -43,7 +43,7 @@ class Adapters:
     Attributes:
         model: the adapted model.
         recipe: the recipe it was adapted with.
-        layers: {module path: AdaptedLinear}, in model order.
+        layers: {path of a module, or of an expert tensor: AdaptedLayer}, in model order.
         saved: {module path: TrainedModule}, what trains in full beside its frozen original.
         tables: {module path: TokenRows}, embeddings and heads of which rows train.
         direct: {name: role} of parameters that train in place.
@@ -61,7 +61,7 @@ class Adapters:
         self.recipe = recipe
         self.dtype = dtype
         self.released: Released | None = None
-        self._layers: dict[str, AdaptedLinear] = {}
+        self._layers: dict[str, AdaptedLayer] = {}
         self._saved: dict[str, TrainedModule] = {}
         self._tables: dict[str, TokenRows] = {}
         self.direct: dict[str, str] = {}
@@ -112,7 +112,7 @@ class Adapters:
         )
 
     @property
-    def layers(self) -> dict[str, AdaptedLinear]:
+    def layers(self) -> dict[str, AdaptedLayer]:
         self.check_attached()
         return self._layers
 
@@ -126,7 +126,7 @@ class Adapters:
         self.check_attached()
         return self._tables
 
-    def __iter__(self) -> Iterator[tuple[str, AdaptedLinear]]:
+    def __iter__(self) -> Iterator[tuple[str, AdaptedLayer]]:
         return iter(self.layers.items())
 
     def __len__(self) -> int:

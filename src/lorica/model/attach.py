@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lorica.interfaces import Batch, Site
+from lorica.interfaces import Batch, Pair, Site
 from lorica.methods.optional import (
     LinksDeltas,
     RanksFromData,
@@ -24,9 +25,10 @@ from lorica.model import save_pretrained
 from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
 from lorica.model.checkpointed import let_gradients_in
+from lorica.model.experts import AdaptedExperts, AdaptedTensor
 from lorica.model.forward_hooks import ForwardHooks
 from lorica.model.heads import in_full, refuse_missing
-from lorica.model.layer import AdaptedLinear
+from lorica.model.layer import AdaptedLayer, AdaptedLinear
 from lorica.model.modules_to_save import (
     TrainedModule,
     bias_modules,
@@ -142,8 +144,10 @@ def attach(
         exclude_modules=recipe.exclude_modules,
         layers_to_transform=recipe.layers_to_transform,
         modules_to_save=recipe.modules_to_save,
+        target_parameters=recipe.target_parameters,
         heads=untold,
         wraps=wraps,
+        no_experts=recipe.no_experts(),
         adapt_towers=recipe.adapt_towers,
         recorded=recorded,
     )
@@ -164,7 +168,7 @@ def attach(
         )
     seen: Mapping[str, Any] = {}  # Any: what the init observed of each layer
     if initialise:
-        refuse_not_finite(model, targets.layers)
+        refuse_not_finite(model, targets.places)
         seen = observe(model, recipe, targets, sites, data)
         if isinstance(recipe.init, StartsFromUnquantised) or unquantised is not None:
             seen = before_quantisation(model, recipe, targets, unquantised)
@@ -178,10 +182,7 @@ def attach(
         method=recipe.text(), heads=targets.heads, left_out=targets.left_out, tied=targets.tied
     )
     if wraps:
-        layers = {
-            n: _build(model.get_submodule(n), b, recipe, sites[n])
-            for n, b in targets.layers.items()
-        }
+        layers = {n: _build(b.at(model, n), recipe, sites[n]) for n, b in targets.layers.items()}
         if isinstance(recipe.delta, LinksDeltas):
             recipe.delta.link({n: layer.update.delta for n, layer in layers.items()})
         if isinstance(recipe.delta, SharesTensors):
@@ -202,7 +203,7 @@ def attach(
         if keep_base and not adapters.base_unchanged and not in_place:
             keep(adapters, layers)
         rows = build_tables(model, tables, dtype)
-        replace(model, {**wrapped, **rows, **layers})  # a parent before its child
+        replace(model, {**wrapped, **rows, **_standing(layers)})  # a parent before its child
         adapters.layers.update(layers)
         adapters.saved.update(wrapped)
         adapters.tables.update(rows)
@@ -243,8 +244,9 @@ def detach(model: nn.Module) -> nn.Module:
             f"`{adapters.recipe.text()}` trained the base itself, so its published bytes are"
             " gone; attach with `keep_base=True` to be able to detach, or load the base again"
         )
-    modules = {**adapters.layers, **adapters.saved, **adapters.tables}
-    replace(plain, {n: m.base for n, m in modules.items()})
+    modules = {**adapters.saved, **adapters.tables}
+    bases = {layer.place: layer.store.module for _, layer in adapters}
+    replace(plain, {n: m.base for n, m in modules.items()} | bases)
     restore(adapters)
     _release(adapters, by="detach")
     return model
@@ -281,8 +283,8 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in adapters.layers.items():
         weight, bias = layer.effective()
         untied |= name in adapters.summary.tied
-        own = bias is not None and bias is not layer.base.bias  # trained, or the combine's
-        plain[name] = layer.store.replaced(weight, bias if own else None, dtype)
+        own = bias is not None and bias is not layer.store.published_bias()
+        plain[layer.place] = layer.store.replaced(weight, bias if own else None, dtype)
     for name, module in adapters.saved.items():
         untied |= name in adapters.summary.tied
         plain[name] = module.merged()
@@ -335,7 +337,7 @@ def observe(
             f"`{name}` starts from {wanted} batches, and `data` holds {len(batches)}; give more, or"
             " ask for fewer in the method's text"
         )
-    layers = {n: base(model.get_submodule(n)) for n, base in targets.layers.items()}
+    layers = {n: base.at(model, n) for n, base in targets.layers.items()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for p, *_ in before:
@@ -364,7 +366,7 @@ def before_quantisation(
         raise ValueError(
             f"`unquantised` has no effect with `{name}`, whose start does not read it; leave it out"
         )
-    layers = {n: base(model.get_submodule(n)) for n, base in targets.layers.items()}
+    layers = {n: base.at(model, n) for n, base in targets.layers.items()}
     if any(store.parameter.is_meta for store in layers.values()):
         return {}
     named = not isinstance(source, Mapping)
@@ -386,7 +388,7 @@ def before_quantisation(
     return Unquantised(model, layers, source)
 
 
-def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -> None:
+def start(layer: AdaptedLayer, recipe: Recipe, key: str, seen: object = None) -> None:
     """Fill a new layer's pair, freeze the negative of a start that is not zero beside it, and let
     the combine begin.
 
@@ -403,14 +405,17 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -
             weight = store.weight().detach()
             weight = weight if init.reads_weight else weight.to("meta")
             if not on_meta:
-                weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                wide = torch.promote_types(weight.dtype, torch.float32)
                 if isinstance(init, StartsFromUnquantised):
                     assert isinstance(seen, Tensor)  # one for each layer
-                    init.fill_from(seen.to(weight), weight, pair, seeded(key))
+                    whole = weight.to(wide)
+                    init.fill_from(seen.to(whole), whole, pair, seeded(key))
                 elif isinstance(init, StartsFromData):
-                    init.fill_from(seen, weight, pair, seeded(key))
+                    init.fill_from(seen, weight.to(wide), pair, seeded(key))
                 else:
-                    init.fill(weight, pair, seeded(key))
+                    generator = seeded(key)
+                    for one, own in _singles(weight, pair):
+                        init.fill(one.to(wide), own, generator)
             if store.padding is not None and not on_meta:
                 pair.A[:, store.padding] = 0  # it has no part in the update, and is saved as it is
             if "zero_start" not in init.gives:
@@ -421,7 +426,17 @@ def start(layer: AdaptedLinear, recipe: Recipe, key: str, seen: object = None) -
             layer.combine.start(store, update)
 
 
-def reserve(layer: AdaptedLinear, recipe: Recipe) -> None:
+def _singles(weight: Tensor, pair: Pair) -> Iterator[tuple[Tensor, Pair]]:
+    """Weight (out, in) and pair of each matrix of a stack, or of the one that it is."""
+    if weight.ndim == 2:
+        yield weight, pair
+        return
+    for e, one in enumerate(weight):
+        A, B = (nn.Parameter(t.detach()[e], requires_grad=False) for t in (pair.A, pair.B))
+        yield one, dataclasses.replace(pair, A=A, B=B)
+
+
+def reserve(layer: AdaptedLayer, recipe: Recipe) -> None:
     """Make room for a start that is not zero, whose state a caller will write: a sharded model
     cannot grow any more, and the summary counts what is there."""
     pair, init = layer.update.delta.pair(), recipe.init
@@ -432,23 +447,33 @@ def reserve(layer: AdaptedLinear, recipe: Recipe) -> None:
 # -- steps of attach
 
 
-def _build(
-    module: nn.Module, base: type[AbstractBase], recipe: Recipe, site: Site
-) -> AdaptedLinear:
+def _standing(layers: Mapping[str, AdaptedLayer]) -> dict[str, nn.Module]:
+    """{path: module that takes the place of the model's own}."""
+    out: dict[str, nn.Module] = {}
+    stacks: dict[str, dict[str, AdaptedTensor]] = {}
+    for layer in layers.values():
+        if isinstance(layer, AdaptedTensor):
+            stacks.setdefault(layer.place, {})[layer.leaf] = layer
+        else:
+            out[layer.place] = layer
+    for place, held in stacks.items():
+        out[place] = AdaptedExperts(next(iter(held.values())).base, held)
+    return out
+
+
+def _build(store: AbstractBase, recipe: Recipe, site: Site) -> AdaptedLayer:
     init, combine, kernel = recipe.init, recipe.combine, recipe.kernel
     assert combine is not None and kernel is not None  # a delta that wraps meets their needs
     # A frozen start is dropped with the start that it takes out; finished links are not dropped.
     starts_elsewhere = init is not None and "zero_start" not in init.gives
     drop_frozen = starts_elsewhere and recipe.lora_dropout_on == "update"
-    store = base(module)
     update = Update(
         recipe.delta.build(site), site, dropout=recipe.lora_dropout, drop_frozen=drop_frozen,
         padding=store.padding,
     )  # fmt: skip
-    layer = AdaptedLinear(
-        store, update, combine.build(site), kernel, site, train_bias=recipe.bias != "none"
-    )
-    return layer.train(module.training)
+    kind = AdaptedTensor if store.experts else AdaptedLinear
+    layer = kind(store, update, combine.build(site), kernel, site, train_bias=recipe.bias != "none")
+    return layer.train(store.module.training)
 
 
 def _say_untied(model: nn.Module) -> None:

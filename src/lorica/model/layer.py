@@ -1,4 +1,5 @@
-"""AdaptedLinear: a frozen base, an update, and a combine. Knows no method by name.
+"""AdaptedLayer: a frozen base, an update, and a combine. Knows no method by name. AdaptedLinear is
+that of a single matrix; `lorica.model.experts` has that of a stack.
 
 y = combine(x; W, update),    update = delta + frozen factors     (lorica.model.update)
 """
@@ -17,11 +18,8 @@ from lorica.model.update import Update
 from lorica.tensors.matmul import no_autocast
 
 
-class AdaptedLinear(nn.Module):
-    """Takes the place of `base` in the model.
-
-    `base` is the untouched module; `store` presents its weight as (out, in). Attributes that models
-    read of a linear layer (`weight`, `bias`, `in_features`, `out_features`) are the base's.
+class AdaptedLayer(nn.Module):
+    """One adapted weight, which `store` presents as (out, in).
 
     Attributes:
         disabled: compute what the base alone does.
@@ -36,8 +34,6 @@ class AdaptedLinear(nn.Module):
         kernel: AbstractKernel, site: Site, *, train_bias: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.base = store.module
-        share_hooks(self.base, self)
         self.update = update
         self.combine = combine
         self.own = nn.Module()  # a bias that trains beside the frozen one
@@ -51,34 +47,10 @@ class AdaptedLinear(nn.Module):
         self.frozen_for_now: tuple[str, ...] = ()
         self.weight_read: bool | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.disabled:
-            return self.base.forward(x)
-        if self.frozen_for_now:
-            return self._forward_partly_frozen(x)
-        y = self.store.finish(self.combine(x, self.store, self.update, self.kernel))
-        if self.store.lookup or torch.is_autocast_enabled(x.device.type):
-            return y
-        return y.to(x.dtype)
-
-    def _forward_partly_frozen(self, x: Tensor) -> Tensor:
-        """The forward with the parameters of `frozen_for_now` as constants."""
-        names, self.frozen_for_now = self.frozen_for_now, ()
-        if torch.compiler.is_compiling():  # where `requires_grad` cannot be switched
-            constants = {name: self.get_parameter(name).detach() for name in names}
-            try:
-                return torch.func.functional_call(self, constants, (x,))
-            finally:
-                self.frozen_for_now = names
-        held = [p for name in names if (p := self.get_parameter(name)).requires_grad]
-        try:
-            for p in held:
-                p.requires_grad_(False)
-            return self.forward(x)
-        finally:
-            for p in held:
-                p.requires_grad_(True)
-            self.frozen_for_now = names
+    @property
+    def place(self) -> str:
+        """Path of the module in the model that holds the weight, in whose place one of ours is."""
+        return self.site.name
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) that this layer computes with, in at least float32."""
@@ -132,3 +104,48 @@ class AdaptedLinear(nn.Module):
             f"in={self.in_features}, out={self.out_features}, r={self.site.r},"
             f" s={self.site.scale:g}"
         )
+
+
+class AdaptedLinear(AdaptedLayer):
+    """Takes the place of `base`, the untouched module, in the model.
+
+    Attributes that models read of a linear layer (`weight`, `bias`, `in_features`, `out_features`)
+    are the base's.
+    """
+
+    def __init__(
+        self, store: AbstractBase, update: Update, combine: AbstractCombine,
+        kernel: AbstractKernel, site: Site, *, train_bias: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(store, update, combine, kernel, site, train_bias=train_bias)
+        self.base = store.module
+        share_hooks(self.base, self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled:
+            return self.base.forward(x)
+        if self.frozen_for_now:
+            return self._forward_partly_frozen(x)
+        y = self.store.finish(self.combine(x, self.store, self.update, self.kernel))
+        if self.store.lookup or torch.is_autocast_enabled(x.device.type):
+            return y
+        return y.to(x.dtype)
+
+    def _forward_partly_frozen(self, x: Tensor) -> Tensor:
+        """The forward with the parameters of `frozen_for_now` as constants."""
+        names, self.frozen_for_now = self.frozen_for_now, ()
+        if torch.compiler.is_compiling():  # where `requires_grad` cannot be switched
+            constants = {name: self.get_parameter(name).detach() for name in names}
+            try:
+                return torch.func.functional_call(self, constants, (x,))
+            finally:
+                self.frozen_for_now = names
+        held = [p for name in names if (p := self.get_parameter(name)).requires_grad]
+        try:
+            for p in held:
+                p.requires_grad_(False)
+            return self.forward(x)
+        finally:
+            for p in held:
+                p.requires_grad_(True)
+            self.frozen_for_now = names

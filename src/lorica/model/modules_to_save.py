@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from lorica.model import state
-from lorica.model.layer import AdaptedLinear
+from lorica.model.layer import AdaptedLayer
 from lorica.model.module_hooks import share_hooks
 from lorica.model.targets import Targets
 from lorica.recipe.recipe import Recipe
@@ -154,7 +154,7 @@ def train_in_place(
     roles: dict[int, str] = {}
     for name in targets.layers:
         layer = adapters.layers.get(name)
-        owner = model.get_submodule(name) if layer is None else layer.base
+        owner = model.get_submodule(name) if layer is None else layer.store.module
         for leaf, p in owner.named_parameters(recurse=False):
             roles[id(p)] = leaf if leaf in ("weight", "bias") else "module"
     adapters.direct = {n: roles.get(id(model.get_parameter(n)), "module") for n in names}
@@ -172,12 +172,12 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             setattr(parent.copy if isinstance(parent, TrainedModule) else parent, leaf, module)
 
 
-def keep(adapters: Adapters, layers: Mapping[str, AdaptedLinear]) -> None:
+def keep(adapters: Adapters, layers: Mapping[str, AdaptedLayer]) -> None:
     """Copies of the weights that training will write to, by their names in the plain model."""
     adapters.originals = {
         f"{name}.{leaf}": p.detach().clone()
         for name, layer in layers.items()
-        for leaf, p in layer.base.named_parameters()
+        for leaf, p in layer.store.module.named_parameters()
     }
 
 

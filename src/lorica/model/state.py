@@ -137,7 +137,9 @@ _CHUNK = 1 << 24  # elements: bounded memory for large tables
 
 def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     """See `Adapters.base_parameters`."""
-    inner = {id(p) for layer in adapters.layers.values() for p in layer.base.parameters()}
+    stores = [layer.store for layer in adapters.layers.values()]
+    inner = {id(p) for store in stores for p in store.module.parameters()}
+    places = {layer.place for layer in adapters.layers.values()}
     own = {id(p) for p in tensors(adapters).values()} - inner
     saved = {id(p) for m in adapters.saved.values() for p in m.parameters()}
     out: dict[str, nn.Parameter] = {}
@@ -145,7 +147,7 @@ def base_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
         if (id(p) in own and name not in adapters.direct) or id(p) in saved:
             continue
         owner, _, leaf = name.rpartition(".base.")
-        inside = owner in adapters.layers or owner in adapters.tables
+        inside = owner in places or owner in adapters.tables
         out[f"{owner}.{leaf}" if inside else name] = p
     return out
 

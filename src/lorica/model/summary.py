@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorica.model.adapters import Adapters
-from lorica.model.layer import AdaptedLinear
+from lorica.model.layer import AdaptedLayer
 from lorica.model.quantised import quantised, sizes
 from lorica.model.targets import Targets
 from lorica.model.token_rows import shown
@@ -168,6 +168,7 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     for layer in adapters.layers.values():
         site = layer.site
         shape = f"{site.out_features} x {site.in_features}"
+        shape = f"{site.experts} experts x {shape}" if site.experts else shape
         start_at = _merged_from(layer, recipe)
         # Layers of one shape share an entry, until they differ in rank or scale.
         same = {"r": site.r, "scale": site.scale}
@@ -199,13 +200,13 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     return summary
 
 
-def _merged_from(layer: AdaptedLinear, recipe: Recipe) -> int | None:
+def _merged_from(layer: AdaptedLayer, recipe: Recipe) -> int | None:
     """Tokens in a batch from which this layer multiplies with W + ΔW; None: never."""
     site, kernel = layer.site, recipe.kernel
     wide = layer.store.dense and layer.store.dtype in (torch.float32, torch.float64)
     if kernel is None or not wide or site.lookup or recipe.lora_dropout:
         return None
-    if layer.update.delta.pair() is None:
+    if layer.update.delta.pair() is None or site.experts:
         return None
     return kernel.threshold(site.in_features, site.out_features)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,9 @@ from lorica.methods.optional import BuildsOtherRank
 from lorica.methods.ranks.base import first_matches
 from lorica.model.bases._quantised import Quantised
 from lorica.model.bases.base import AbstractBase, base_for
+from lorica.model.bases.experts import ExpertTensor, expert_tensors
 from lorica.model.heads import head_names, topmost, within
-from lorica.model.layer import AdaptedLinear
+from lorica.model.layer import AdaptedLayer
 from lorica.model.left_out import outside_language_model, read_past
 from lorica.model.module_hooks import computed_weight
 from lorica.model.quantised import quantised, sizes, unreadable
@@ -33,7 +34,7 @@ from lorica.text import shorten
 class Targets:
     """What was matched, and what stays as it is."""
 
-    # path -> how its weight is stored
+    # path of a module, or of an expert tensor -> how its weight is stored
     layers: dict[str, type[AbstractBase]] = field(default_factory=dict[str, type[AbstractBase]])
     saved: list[str] = field(default_factory=list[str])  # modules that train in full
     # those of them that no option names -> why
@@ -44,6 +45,15 @@ class Targets:
     unadapted: dict[str, int] = field(default_factory=dict[str, int])
     # adapted path -> another path of its weight
     tied: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def places(self) -> list[str]:
+        """Paths of the modules that hold the weights of `layers`."""
+        found = {n: n for n in self.layers}
+        for n, kind in self.layers.items():
+            if issubclass(kind, ExpertTensor):
+                found[n] = n.rpartition(".")[0]
+        return [*dict.fromkeys(found.values())]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -95,10 +105,12 @@ def find(
     exclude_modules: str | tuple[str, ...] | None,
     layers_to_transform: tuple[int, ...] | None,
     modules_to_save: tuple[str, ...],
+    target_parameters: tuple[str, ...] | None = None,
     heads: Mapping[str, str] | None = None,
     wraps: bool = True,
+    no_experts: str | None = None,
     adapt_towers: bool = False,
-    recorded: Container[str] = (),
+    recorded: Collection[str] = (),
 ) -> Targets:
     """Resolve the target options against a model.
 
@@ -106,8 +118,10 @@ def find(
         heads: {path: why} of modules that train in full unless an option means them, see
             `lorica.model.heads`: a target is adapted instead, what is excluded stays as it is.
         wraps: the targets get adapters, rather than training themselves.
+        no_experts: why the method can't adapt expert tensors; None: it can.
         adapt_towers: `all-linear` takes in what is outside of the language model.
-        recorded: layers that a file has; `all-linear` leaves out none of them.
+        recorded: layers that a file has; `all-linear` leaves out none of them, and takes in no
+            other expert tensors.
 
     Raises:
         ValueError: a name that matches nothing or that another option takes all effect from; a
@@ -120,16 +134,18 @@ def find(
         n: b for n, m in modules.items() if (b := base_for(m)) is not None and n not in inside
     }
     saved = _to_save(modules, modules_to_save)
+    stacks = _expert_tensors(modules) if wraps else []
     heads = {n: why for n, why in (heads or {}).items() if not within(n, saved)}
-    exclusions = _exclusions(exclude_modules, list(modules))
+    exclusions = _exclusions(exclude_modules, [*modules, *stacks])
     excluded = set[str]().union(*exclusions.values())
     kept = {n: why for n, why in heads.items() if n not in excluded}
     left_out: dict[str, str] = {}
-    if target_modules == "all-linear":
+    every = target_modules == "all-linear"
+    if every:
         outer = head_names(model)
         chosen = [n for n, b in served.items() if not b.lookup and n not in outer]
         chosen = [n for n in chosen if not within(n, [*saved, *heads])]
-        if not chosen and wraps:
+        if not chosen and wraps and not stacks:
             raise ValueError(
                 "`target_modules='all-linear'` finds no linear layer in this model; "
                 f"its modules: {sorted({type(m).__name__ for m in modules.values()})}"
@@ -138,12 +154,25 @@ def find(
             left_out = _left_out(model, chosen, adapt_towers=adapt_towers)
             left_out = {n: why for n, why in left_out.items() if n not in recorded}
             chosen = [n for n in chosen if n not in left_out]
+    elif target_parameters and not target_modules:
+        chosen = []
     else:
         chosen = _select(target_modules, modules, "target_modules")
         if wraps:
             chosen = _only_served(chosen, modules, served, inside, by_name=target_modules)
         kept = {n: why for n, why in kept.items() if not _means(target_modules, n, chosen, kept)}
         chosen = [n for n in chosen if not within(n, kept)]
+    experts = _chosen_experts(model, target_parameters, stacks, no_experts, every=every)
+    if recorded and target_parameters is None:
+        experts = [n for n in experts if n in recorded]
+    if no_experts is not None:
+        left_out |= dict.fromkeys(experts, no_experts)
+        experts = []
+    if adapt_towers is False and every:
+        outside = outside_language_model(model, experts)
+        left_out |= {n: why for n, why in outside.items() if n not in recorded}
+        experts = [n for n in experts if n not in left_out]
+    chosen += [n for n in experts if not within(n, [*saved, *kept])]
     blocks = {n: _block(n) for n in chosen}
     in_blocks = [
         n for n in chosen if layers_to_transform is None or blocks[n] in layers_to_transform
@@ -163,16 +192,18 @@ def find(
             "no module is left to adapt after `exclude_modules`; widen `target_modules` or leave"
             " fewer modules out"
         )
-    for pattern in target_modules if isinstance(target_modules, tuple) else ():
-        if not any(matches(pattern, n) for n in left):
-            before = [n for n in chosen if matches(pattern, n)]
-            raise ValueError(
-                _idle_target(pattern, before, [n for n in before if n in excluded], modules)
-            )
+    named = {"target_modules": target_modules, "target_parameters": target_parameters or ()}
+    for option, patterns in named.items():
+        for pattern in patterns if isinstance(patterns, tuple) else ():
+            if not any(matches(pattern, n) for n in left):
+                before = [n for n in chosen if matches(pattern, n)]
+                inside_out = [n for n in before if n in excluded]
+                raise ValueError(_idle_target(option, pattern, before, inside_out, modules))
     in_full = set(topmost([*saved, *kept]))
     left_out = {n: why for n, why in left_out.items() if n not in excluded}
     out = Targets(saved=[n for n in modules if n in in_full], heads=kept, left_out=left_out)
-    for n in [n for n, always in read_past(model, left).items() if always and wraps]:
+    layers = [n for n in left if n not in stacks]
+    for n in [n for n, always in read_past(model, layers).items() if always and wraps]:
         owner = type(model.get_submodule(n.rpartition(".")[0])).__name__
         raise ValueError(
             f"{n!r} cannot be adapted: {owner} multiplies with its weight itself and never calls"
@@ -184,7 +215,9 @@ def find(
                 f"{n!r} is both a target and within `modules_to_save`: it would train twice. "
                 "Leave it out of one of the two"
             )
-        if n in served:
+        if n in stacks:
+            out.layers[n] = ExpertTensor
+        elif n in served:
             if wraps and (reason := served[n].refuses(modules[n])) is not None:
                 raise ValueError(
                     f"{n!r} cannot be adapted: {reason}; leave it out with `exclude_modules`"
@@ -196,9 +229,72 @@ def find(
     return out
 
 
+def _routers(model: nn.Module, layers: list[str]) -> list[str]:
+    """Linear layers with an output for each expert of the stacks beside them."""
+    counts: dict[str, set[int]] = {}
+    for name, module in named_modules(model):
+        for leaf in expert_tensors(module):
+            counts.setdefault(name.rpartition(".")[0], set()).add(
+                module.get_parameter(leaf).shape[0]
+            )
+    found: list[str] = []
+    for name in layers:
+        outputs: object = vars(model.get_submodule(name)).get("out_features")
+        if any(within(name, [block]) and outputs in sizes for block, sizes in counts.items()):
+            found.append(name)
+    return found
+
+
+def _expert_tensors(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of all expert tensors."""
+    return [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
+
+
+def _chosen_experts(
+    model: nn.Module, names: tuple[str, ...] | None, stacks: list[str], why: str | None, *,
+    every: bool,
+) -> list[str]:  # fmt: skip
+    """The expert tensors that are meant: all of them beside `all-linear`, unless they are named.
+
+    Raises:
+        ValueError: a name that is that of no expert tensor; names, where none can be adapted.
+    """
+    if names is None:
+        return stacks if every else []
+    for pattern in names:
+        if any(matches(pattern, n) for n in stacks):
+            continue
+        found = [n for n, p in named_parameters(model) if matches(pattern, n) and p.ndim < 3]
+        if found:
+            raise ValueError(
+                f"`target_parameters`: {shorten(pattern)} is {found[0]!r}, which is no stack of"
+                " experts' weights (experts, out, in); a layer is named in `target_modules`"
+            )
+        raise ValueError(_nothing_there(pattern, stacks))
+    if names and why is not None:
+        raise ValueError(f"`target_parameters={list(names)}`: {why}; leave it out")
+    return [n for n in stacks if any(matches(pattern, n) for pattern in names)]
+
+
+def _nothing_there(pattern: str, stacks: list[str]) -> str:
+    endings = sorted({".".join(n.split(".")[-2:]) for n in stacks})
+    there = (
+        f"the expert tensors there end in: {', '.join(endings[:20])}"
+        if stacks
+        else "this model has no expert tensors, parameters (experts, out, in); leave it out"
+    )
+    near = difflib.get_close_matches(pattern[-200:], endings, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"`target_parameters`: {shorten(pattern)} matches no expert tensor of the model (a name"
+        f" ends the path of a parameter). {hint}{there[0].upper()}{there[1:]}"
+    )
+
+
 def _left_out(model: nn.Module, layers: list[str], *, adapt_towers: bool) -> dict[str, str]:
     """{layer that `all-linear` leaves out: why}, but for those that are too thin."""
     out = dict.fromkeys(read_past(model, layers), "its weight is read past the layer")
+    out |= dict.fromkeys(_routers(model, layers), "a router, which chooses the experts")
     outside = outside_language_model(model, layers)
     if adapt_towers and not outside:
         raise ValueError(
@@ -300,21 +396,22 @@ def _means(
 
 
 def _idle_target(
-    pattern: str, found: list[str], excluded: list[str], modules: Mapping[str, nn.Module]
-) -> str:
-    """What a name in `target_modules` that adapts nothing is told."""
+    option: str, pattern: str, found: list[str], excluded: list[str],
+    modules: Mapping[str, nn.Module],
+) -> str:  # fmt: skip
+    """What a name in this option that adapts nothing is told."""
     if not found:
         name = next(n for n in modules if matches(pattern, n))
         below = {n.rpartition(".")[2] for n in modules if n != name and within(n, [name])}
         return (
-            f"`target_modules`: {pattern!r} matches {name!r}, which is no layer but holds some;"
+            f"`{option}`: {pattern!r} matches {name!r}, which is no layer but holds some;"
             f" name those: {', '.join(sorted(below))}"
         )
     blame = ["`layers_to_transform`"] * (len(excluded) < len(found))
     blame += ["`exclude_modules`"] * bool(excluded)
     some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
     return (
-        f"`target_modules`: {pattern!r} has no effect, since {' and '.join(blame)} leave out all"
+        f"`{option}`: {pattern!r} has no effect, since {' and '.join(blame)} leave out all"
         f" that it matches ({some}). Leave the name out, or write one regular expression that says"
         " which layers of which blocks are meant"
     )
@@ -357,11 +454,12 @@ def _fill_rest(model: nn.Module, out: Targets) -> None:
     for names in places.values():
         owners = [n.rpartition(".")[0] for n in names]
         adapted = [o for o in owners if o in out.layers or within(o, out.saved)]
+        adapted += [n for n in names if n in out.layers]
         if not adapted and parameters[names[0]].ndim >= 2:
             p = parameters[names[0]]
             out.unadapted[" = ".join(names)] = packed.get(id(p), (p.numel(), 0))[0]
         for owner in adapted if len(owners) > 1 else []:
-            out.tied[owner] = next(o for o in owners if o != owner)
+            out.tied[owner] = next(o for o in (*owners, *names) if o != owner)
 
 
 def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
@@ -387,7 +485,7 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
         if kind is AbstractBase:
             continue
         if issubclass(kind, Quantised):
-            stored = kind(model.get_submodule(name)).format
+            stored = kind.at(model, name).format
             check_quantised(recipe, kind.gives, f"{name!r} is {stored}")
         recipe.check(kind.gives)
         if delta.wraps and kind.lookup and "lookup" not in recipe.given():
@@ -406,11 +504,11 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
     if not delta.wraps and "r" in recipe.takes:
         assert recipe.r is not None  # filled where it is taken
         kinds = {n: k for n, k in targets.layers.items() if k is not AbstractBase}
-        stores = {n: kind(model.get_submodule(n)) for n, kind in kinds.items()}
+        stores = {n: kind.at(model, n) for n, kind in kinds.items()}
         check_ranks(
             recipe, {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
         )
-    for name in [*targets.layers, *targets.saved]:
+    for name in [*targets.places, *targets.saved]:
         if unwrapped(module := model.get_submodule(name)) is not module:
             raise ValueError(
                 f"{name!r} is wrapped by itself (a {type(module).__name__} around one layer), and"
@@ -421,7 +519,7 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
             raise ValueError(
                 f"{name!r} cannot be adapted: {why}, or leave it out with `exclude_modules`"
             )
-    layers = {name: model.get_submodule(name) for name in targets.layers}
+    layers = {name: model.get_submodule(name) for name in targets.places}
     for name, layer in layers.items():
         if _offloaded(layer):
             raise ValueError(
@@ -469,7 +567,7 @@ def _offloaded(module: nn.Module) -> bool:
     return any(vars(h).get("offload") for h in hooks)
 
 
-def refuse_idle(layer: AdaptedLinear, recipe: Recipe) -> None:
+def refuse_idle(layer: AdaptedLayer, recipe: Recipe) -> None:
     """A layer whose frozen factor starts at zero would never learn.
 
     Raises:
@@ -500,7 +598,7 @@ def drop_thin(
         sizes = {n: (s.out_features, s.in_features, s.r) for n, s in sites.items()}
     else:
         assert recipe.r is not None  # filled where it is taken
-        stores = {n: kind(model.get_submodule(n)) for n, kind in targets.layers.items()}
+        stores = {n: kind.at(model, n) for n, kind in targets.layers.items()}
         sizes = {n: (s.out_features, s.in_features, recipe.r) for n, s in stores.items()}
     thin = _too_thin(recipe, sizes)
     named = first_matches(recipe.rank_pattern, list(thin))
@@ -575,13 +673,13 @@ def sites_of(
     built_already = as_built and ranks is not None
     sites: dict[str, Site] = {}
     for name in names:
-        store = targets.layers[name](model.get_submodule(name))
+        store = targets.layers[name].at(model, name)
         r, alpha = given[name]
         wide = torch.promote_types(store.dtype, dtype)
         site = Site(
             name, store.in_features, store.out_features, r, scale.factor(alpha, r),
             store.lookup, wide if wide is torch.float64 else dtype, store.device,
-            store.bias() is not None,
+            store.bias() is not None, store.experts,
         )  # fmt: skip
         built = r
         if isinstance(delta, BuildsOtherRank) and not built_already:

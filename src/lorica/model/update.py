@@ -65,8 +65,8 @@ class Update(nn.Module):
         right, left = A.to(device, dtype), B.to(device, dtype)
         right = right if self.padding is None else self._unpadded(right)
         if self.frozen_A is not None and self.frozen_B is not None:
-            right = torch.cat([self.frozen_A, right])
-            left = torch.cat([self.frozen_B, left], dim=1)
+            right = torch.cat([self.frozen_A, right], dim=-2)
+            left = torch.cat([self.frozen_B, left], dim=-1)
         self.frozen_A = nn.Parameter(right.clone(), requires_grad=False)
         self.frozen_B = nn.Parameter(left.clone(), requires_grad=False)
 
@@ -74,8 +74,8 @@ class Update(nn.Module):
     def fit_frozen_(self, A: Tensor | None, B: Tensor | None) -> None:
         """Make room for what was frozen elsewhere, A (k, in) and B (out, k), before it is written;
         None: nothing was. It grows and shrinks with training."""
-        rank = -1 if A is None or B is None else A.shape[0]
-        if rank == (-1 if self.frozen_A is None else self.frozen_A.shape[0]):
+        rank = -1 if A is None or B is None else A.shape[-2]
+        if rank == (-1 if self.frozen_A is None else self.frozen_A.shape[-2]):
             return
         self.clear_frozen_()
         if A is not None and B is not None:
@@ -146,7 +146,8 @@ class Update(nn.Module):
             return own
         if own.scale != frozen.scale:
             own = Factors(own.A, own.B * (own.scale / frozen.scale), frozen.scale)
-        return Factors(torch.cat([own.A, frozen.A]), torch.cat([own.B, frozen.B], 1), own.scale)
+        A, B = torch.cat([own.A, frozen.A], dim=-2), torch.cat([own.B, frozen.B], dim=-1)
+        return Factors(A, B, own.scale)
 
     def _own_factors(self) -> Factors | None:
         """The delta's, without the padding's column."""
@@ -176,7 +177,8 @@ class Update(nn.Module):
 
     @torch.no_grad()
     def formed_norms(self, base: BaseLike, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Row norms of V = W + ΔW (out,), and V (out, in) itself, new, where it is to be kept.
+        """Row norms of V = W + ΔW (out,), and V (out, in) itself, new, where it is to be kept; of a
+        stack of experts the norms (E, out) alone.
 
         In at least float32, without gradients. A V that nobody keeps is formed some rows at a time.
         """
@@ -185,9 +187,15 @@ class Update(nn.Module):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
                 v = w.to(delta.dtype) + delta
-                return vector_norm(v, dim=1), v if keep else None
+                return vector_norm(v, dim=-1), v if keep else None
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             A, B = factors.A.to(wide), factors.B.to(wide)
+            if w.ndim == 3:  # one expert at a time
+                norms = [
+                    vector_norm(added(one.to(wide), b, a, factors.scale), dim=1)
+                    for one, a, b in zip(w, A, B, strict=True)
+                ]
+                return torch.stack(norms), None
 
             def form(w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
                 v = added(w.to(wide), B, A, factors.scale)
@@ -209,13 +217,13 @@ class Update(nn.Module):
         with no_autocast(base.device.type):
             if (factors := self.factors()) is None:
                 delta = self.weight(base)
-                return vector_norm(base.weight().to(delta.dtype) + delta, dim=1)
+                return vector_norm(base.weight().to(delta.dtype) + delta, dim=-1)
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             w, A = base.weight().to(wide), factors.A.to(wide)
             B = factors.B.to(wide) * factors.scale
-            cross = F.linear(w, A)  # (out, k)
-            own = vector_norm(w, dim=1).square()  # without a copy of W
-            square = own + ((2 * cross + B @ (A @ A.T)) * B).sum(1)
+            cross = w @ A.mT  # (out, k)
+            own = vector_norm(w, dim=-1).square()  # without a copy of W
+            square = own + ((2 * cross + B @ (A @ A.mT)) * B).sum(-1)
             # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
             return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 

@@ -65,6 +65,7 @@ def check_effects(recipe: Recipe) -> None:
             "lora_dropout_on": "update",
             "trainable_token_indices": None,
             "adapt_towers": False,
+            "target_parameters": None,
         }
         if recipe.whole:
             useless |= {"modules_to_save": (), "train_rest": False}

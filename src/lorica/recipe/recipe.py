@@ -61,7 +61,10 @@ class Recipe:
         target_modules: names (suffixes of module paths), one regular expression (full match), or
             `all-linear`: every linear layer but the head, what is too thin for the rank and, where
             a language model has towers of other modalities beside it, all that is outside of it.
-        exclude_modules: the same forms; what they match is left out.
+        target_parameters: names (suffixes of parameter paths) of expert tensors, parameters that
+            hold a weight for each expert (E, out, in). None: beside `all-linear` all of them, where
+            the method serves them, else none.
+        exclude_modules: the same forms as `target_modules`; what they match is left out.
         adapt_towers: `all-linear` takes in vision and audio towers, and what connects them to the
             language model.
         layers_to_transform: indices of the blocks to adapt; None means all.
@@ -86,6 +89,7 @@ class Recipe:
     lora_dropout: float = 0.0
     lora_dropout_on: str = "update"
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     adapt_towers: bool = False
     layers_to_transform: tuple[int, ...] | None = None
@@ -157,7 +161,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        for name in (
+            "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+            "modules_to_save",
+        ):  # fmt: skip
             put(self, name, listed(name, getattr(self, name)))
         put(self, "modules_to_save", self.modules_to_save or ())
         for name in ("rank_pattern", "alpha_pattern"):
@@ -194,6 +201,15 @@ class Recipe:
         """Every weight of the model trains in place."""
         narrowed = self.exclude_modules or self.layers_to_transform is not None
         return not self.delta.wraps and self.target_modules == "all-linear" and not narrowed
+
+    def no_experts(self) -> str | None:
+        """Why expert tensors can't be adapted with this recipe; None: they can."""
+        if self.train_rest:
+            return "`train_rest` trains the experts themselves"
+        single = [c.name for c in self.choices if not c.serves_experts()]
+        if not single:
+            return None
+        return f"`{single[0]}` works on single matrices, not on stacks of experts' weights"
 
     def _implied(self, axis: str) -> str | None:
         """The method that this recipe's patterns ask for on this axis."""

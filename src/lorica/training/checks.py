@@ -26,6 +26,7 @@ from lorica.model.layer import AdaptedLinear
 from lorica.model.targets import matches
 from lorica.tensors.dtensor_ops import all_reduce_, read_full, reduce_scalar
 from lorica.tensors.linalg import floats
+from lorica.training.idle_experts import IdleExperts
 
 WATCHED_STEPS = 10
 logger = logging.getLogger("lorica")
@@ -201,6 +202,7 @@ class GradientCheck:
         self.empty = 0  # steps in a row for which nothing had a gradient
         self.told: set[str] = set()  # frozen by the caller
         self.reads = _Reads()
+        self.idle_experts = IdleExperts(adapters)
 
     def check_held(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> None:
         """The groups' parameters are the layers' own: after a `fully_shard` by hand, or under an
@@ -229,6 +231,7 @@ class GradientCheck:
         Raises:
             ValueError: at the last watched step, some had none and should have one.
         """
+        self.idle_experts.check(step, self.watched)
         if step >= self.watched or bool(seen.all()):
             self._stop_looking()
             return
@@ -294,11 +297,13 @@ class GradientCheck:
         if site in self.uses:
             return
         self.uses[site] = Use.NOT_CALLED
-        module = self.adapters.model.get_submodule(site)
+        layer = self.adapters.layers.get(site)
+        module = self.adapters.model.get_submodule(site if layer is None else layer.place)
         table = self.adapters.tables.get(site)
-        if isinstance(module, AdaptedLinear):
-            module.weight_read = False
-            self.hooks += self.reads.watch(self.adapters.model, module)
+        if layer is not None:
+            layer.weight_read = False
+            if isinstance(module, AdaptedLinear):
+                self.hooks += self.reads.watch(self.adapters.model, module)
 
         def note(called: nn.Module, args: tuple[Any, ...], y: Any) -> None:  # Any: of any module
             if not (called.training or torch.is_grad_enabled()):

@@ -42,6 +42,7 @@ _TEXT = Field(types=(str,))
 _NAMES = Field(types=(list, str), items=(str,))
 FIELDS = {  # of every type of PEFT's that is read
     "peft_type": _TEXT, "r": _RANK, "target_modules": _NAMES,
+    "target_parameters": Field(types=(list,), items=(str,)),
     "exclude_modules": _NAMES, "modules_to_save": Field(types=(list,), items=(str,)),
     "layers_to_transform": Field(types=(list, int), items=(int,)), "layers_pattern": _NAMES,
     "bias": _TEXT, "task_type": _TEXT, "peft_version": _TEXT, "base_model_name_or_path": _TEXT,
@@ -217,7 +218,8 @@ def method_of(data: Config, file: Path) -> Method:
             f"{file}: `peft_type` is {shorten(data.get('peft_type'))}; read are LORA files (LoRA,"
             f" DoRA, rsLoRA, OLoRA, PiSSA, ...){others}. {_elsewhere(data)}"
         )
-    _complete(data, {"r", "lora_alpha", "target_modules"}, file)
+    targets = set[str]() if data.get("target_parameters") else {"target_modules"}
+    _complete(data, {"r", "lora_alpha", *targets}, file)
     known = {*FIELDS, *_PAIR_FIELDS, *_IGNORED, *_PAIR_IGNORED, *flags()}
     _refuse_others(data, known, file)
     start = _frozen_start(data, file)
@@ -284,7 +286,11 @@ def recipe_of(data: Config, file: Path) -> Recipe:
         ValueError: a value that no recipe takes.
     """
     method = method_of(data, file)
-    return build_recipe(data, method, file, target_modules=data["target_modules"])
+    names = {
+        "target_modules": data.get("target_modules") or (),
+        "target_parameters": data.get("target_parameters") or None,
+    }
+    return build_recipe(data, method, file, **names)
 
 
 def build_recipe(data: Config, method: Method, file: Path, **names: Any) -> Recipe:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
+from lorica.model.experts import AdaptedExperts
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import TrainedModule
 from lorica.model.token_rows import TokenRows
@@ -22,7 +23,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, (AdaptedLinear, TrainedModule, TokenRows)):
+    if isinstance(module, (AdaptedLinear, AdaptedExperts, TrainedModule, TokenRows)):
         module = module.base
     if path:
         yield path, module

@@ -14,7 +14,7 @@ W + ΔW. Elsewhere the delta's factors make a LORA, if it has any.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from lorica.interfaces import Factors
 from lorica.methods.combine.base import CombineChoice
 from lorica.methods.deltas.base import PeftForm
 from lorica.model.adapters import Adapters
-from lorica.model.layer import AdaptedLinear
+from lorica.model.experts import AdaptedTensor
+from lorica.model.layer import AdaptedLayer
 from lorica.model.state import SHARED
 from lorica.tensors.dtensor_ops import read_full
 
@@ -33,17 +34,55 @@ LORA = "LORA"
 
 @dataclass(frozen=True)
 class Place:
-    """`length` rows (axis 0) or columns (axis 1) of the tensor `key`, from `start` on; axis None is
-    all of it."""
+    """`length` rows (axis -2) or columns (axis -1) of the tensor `key`, from `start` on; axis None
+    is all of it.
+
+    PEFT holds the factors of a stack of experts flat: A as (E·r, in), ordered by expert, B as
+    (out, r·E), ordered by rank.
+
+    Attributes:
+        experts: of the stack; 0: a single matrix.
+        turned: PEFT reads the stack as (E, out, in), and it is (E, in, out), so its A is our Bᵀ.
+    """
 
     key: str
     axis: int | None = None
     start: int = 0
     length: int = 0
+    experts: int = 0
+    turned: bool = False
+
+    @property
+    def ordered_by_expert(self) -> bool:
+        return (self.axis == -2) is not self.turned
+
+    @property
+    def rank_axis(self) -> int:
+        """Of the tensor in the file, along which its ranks lie."""
+        return 0 if self.ordered_by_expert else 1
 
     def cut(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        whole = tensors[self.key]
+        whole = self.unfolded(tensors[self.key])
         return whole if self.axis is None else whole.narrow(self.axis, self.start, self.length)
+
+    def unfolded(self, flat: Tensor) -> Tensor:
+        """The file's tensor as it is here: with a leading dimension of E for a stack."""
+        if not self.experts:
+            return flat
+        if self.ordered_by_expert:
+            t = flat.reshape(self.experts, -1, flat.shape[-1])
+        else:
+            t = flat.reshape(flat.shape[0], -1, self.experts).permute(2, 0, 1)
+        return t.mT if self.turned else t
+
+    def folded(self, whole: Tensor) -> Tensor:
+        """The inverse of `unfolded`."""
+        if not self.experts:
+            return whole
+        t = whole.mT if self.turned else whole
+        if self.ordered_by_expert:
+            return t.reshape(-1, t.shape[-1])
+        return t.permute(1, 2, 0).reshape(t.shape[1], -1)
 
 
 def combine_of(adapters: Adapters) -> CombineChoice:
@@ -66,7 +105,10 @@ def own_form(adapters: Adapters, frozen: Mapping[str, int]) -> PeftForm | None:
     if combine_of(adapters).peft_flags != {}:
         return None
     layers = [layer for _, layer in adapters]
-    if any(layer.store.lookup for layer in layers) or len({x.site.r for x in layers}) != 1:
+    if (
+        any(layer.store.lookup or layer.site.experts for layer in layers)
+        or len({x.site.r for x in layers}) != 1
+    ):
         return None
     if form.transposed is None and any(layer.store.transposed for layer in layers):
         return None
@@ -82,19 +124,19 @@ def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
     out: dict[str, Place] = {}
     for site, layer in adapters:
         key = f"{PREFIX}{site}"
-        a, b = factor_keys(key, layer.site.lookup)
+        a, b = factors_of(adapters, layer)
         names = {id(p): n for n, p in layer.named_parameters()}
         pair = layer.update.delta.pair()
         if form is not None:
             for name, suffix in form.tensors.items():
                 out[f"{site}.update.delta.{name}"] = Place(f"{key}.{suffix}")
         elif pair is not None and _is_own(layer):
-            r, k = pair.A.shape[0], frozen[site]
-            out[f"{site}.{names[id(pair.A)]}"] = Place(a, 0, 0, r)
-            out[f"{site}.{names[id(pair.B)]}"] = Place(b, 1, 0, r)
+            r, k = pair.A.shape[-2], frozen[site]
+            out[f"{site}.{names[id(pair.A)]}"] = replace(a, start=0, length=r)
+            out[f"{site}.{names[id(pair.B)]}"] = replace(b, start=0, length=r)
             if k:
-                out[f"{site}.update.frozen_A"] = Place(a, 0, r, k)
-                out[f"{site}.update.frozen_B"] = Place(b, 1, r, k)
+                out[f"{site}.update.frozen_A"] = replace(a, start=r, length=k)
+                out[f"{site}.update.frozen_B"] = replace(b, start=r, length=k)
         for name, suffix in combine_of(adapters).peft_tensors.items():
             out[f"{site}.combine.{name}"] = Place(f"{key}.{suffix}")
         for name, _ in layer.own.named_parameters():
@@ -110,14 +152,32 @@ def places(adapters: Adapters, frozen: Mapping[str, int]) -> dict[str, Place]:
     return out
 
 
-def _is_own(layer: AdaptedLinear) -> bool:
+def factors_of(adapters: Adapters, layer: AdaptedLayer) -> tuple[Place, Place]:
+    """Where A and B of a layer are in a LORA file."""
+    if not isinstance(layer, AdaptedTensor):
+        a, b = factor_keys(f"{PREFIX}{layer.site.name}", layer.site.lookup)
+        return Place(a, -2), Place(b, -1)
+    # PEFT wraps the module once for each of its tensors, the first one innermost.
+    own = [n for n, _ in layer.base.named_parameters(recurse=False)]
+    adapted = [n for n in own if f"{layer.place}.{n}" in adapters.layers]
+    around = len(adapted) - 1 - adapted.index(layer.leaf)
+    a, b = factor_keys(f"{PREFIX}{layer.place}{'.base_layer' * around}", False)
+    turned = layer.store.transposed and not vars(layer.base).get("is_transposed", False)
+    experts = layer.site.experts
+    places = Place(a, -2, experts=experts), Place(b, -1, experts=experts)
+    if not turned:
+        return places
+    return replace(places[0], key=b, turned=True), replace(places[1], key=a, turned=True)
+
+
+def _is_own(layer: AdaptedLayer) -> bool:
     """Whether the delta's factors are the trained pair itself, not computed from it."""
     pair, own = layer.update.delta.pair(), layer.update.delta.factors()
     return pair is not None and own is not None and own.A is pair.A and own.B is pair.B
 
 
 @torch.no_grad()
-def written(layer: AdaptedLinear) -> Factors | None:
+def written(layer: AdaptedLayer) -> Factors | None:
     """The update's factors as a LORA file holds them: of computed ones, ranks that are nothing (a
     row of A or a column of B of zeros) are left out, all but one."""
     factors = layer.update.factors()

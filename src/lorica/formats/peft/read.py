@@ -15,6 +15,7 @@ from lorica.formats.peft.config import (
     CONVERT,
     USED_AS,
     Config,
+    Unsupported,
     build_recipe,
     method_of,
     of_file,
@@ -25,11 +26,13 @@ from lorica.formats.peft.tables import tables_of
 from lorica.methods.ranks.base import ENDS
 from lorica.model.adapters import Adapters
 from lorica.model.bases.base import base_for
+from lorica.model.bases.experts import expert_tensors
 from lorica.model.targets import matches
 from lorica.model.token_rows import embedding_paths
 from lorica.patterns import find, matching
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import read_full
+from lorica.tensors.modules import named_parameters
 from lorica.text import shorten
 
 T = TypeVar("T")
@@ -51,8 +54,9 @@ def recipe_for(
     method = method_of(data, file)
     modules = dict(model.named_modules())
     modules.pop("", None)
+    stacks = _stacks(model, modules, data, file)
     with of_file(file):
-        layers = _targets(model, modules, data, file)
+        layers = _targets(model, modules, data, file) if data.get("target_modules") else []
     if data.get("ensure_weight_tying"):  # what is tied with a target has an adapter, too
         tied = (n for n in embedding_paths(model) if n not in layers)
         layers += [n for n in tied if factor_keys(f"{PREFIX}{n}", False)[0] in tensors]
@@ -66,7 +70,7 @@ def recipe_for(
         )
     with of_file(file):
         patterns = {
-            key: _used(method.fields[key], layers)
+            key: _used(method.fields[key], [*layers, *stacks])
             for key in ("rank_pattern", "alpha_pattern")
             if key in method.fields
         }
@@ -75,12 +79,36 @@ def recipe_for(
         data,
         method,
         file,
-        target_modules=shortest(layers, modules),
+        target_modules=shortest(layers, modules) if layers else (),
+        target_parameters=tuple(stacks) or None,
         modules_to_save=_exact(tables.in_full, modules),
         trainable_token_indices={n: ids for n, (ids, _) in tables.rows.items()} or None,
         **patterns,
     )
     return recipe, method.frozen_start
+
+
+def _stacks(
+    model: nn.Module, modules: Mapping[str, nn.Module], data: Config, file: Path
+) -> list[str]:
+    """The expert tensors that PEFT's `target_parameters` means.
+
+    Raises:
+        Unsupported: it means a parameter that is no stack of experts' weights, or nothing.
+    """
+    names = data.get("target_parameters") or ()
+    every = [n for n, _ in named_parameters(model)]
+    stacks = [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
+    for name in names:
+        found = [n for n in every if matches(name, n)]
+        if not found or any(n not in stacks for n in found):
+            what = f"means {found[0]!r}, which is no" if found else "matches no"
+            raise Unsupported(
+                f"{file}: `target_parameters`: {shorten(name)} {what} stack of experts' weights"
+                f" (experts, out, in) of this {type(model).__name__}; merge the adapter with PEFT,"
+                " or load the model that it was trained on"
+            )
+    return [n for n in stacks if any(matches(name, n) for name in names)]
 
 
 def _lookup(module: nn.Module) -> bool:

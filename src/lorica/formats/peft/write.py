@@ -19,10 +19,9 @@ from lorica.formats.lorica_json import frozen_ranks
 from lorica.formats.peft.names import plain_modules, shadows, shortest, trained_names
 from lorica.formats.peft.places import (
     LORA,
-    PREFIX,
     Place,
     combine_of,
-    factor_keys,
+    factors_of,
     own_form,
     places,
     written,
@@ -58,6 +57,8 @@ def obstacle(adapters: Adapters) -> str | None:
             return f"`{recipe.delta.name}` is no product of two factors ({site!r})"
         if isinstance(layer.store, ScaledEmbedding) and not layer.store.peft_knows:
             return f"PEFT does not know the constant that {site!r} multiplies its output by"
+        if layer.site.experts and combine.peft_flags:
+            return f"PEFT has no form of `{combine.name}` for the expert tensor {site!r}"
         unknown = {n for n, _ in layer.combine.named_parameters()} - set(combine.peft_tensors)
         if unknown:
             return f"PEFT has no place for {sorted(unknown)} of `{combine.name}` ({site!r})"
@@ -103,19 +104,21 @@ def file_tensors(adapters: Adapters, state: Mapping[str, Tensor]) -> dict[str, T
     out: dict[str, Tensor] = {}
     for key, pieces in parts.items():
         pieces.sort(key=lambda piece: piece[0].start)
-        axis = pieces[0][0].axis
+        first = pieces[0][0]
         tensors = [t.cpu() for _, t in pieces]
-        out[key] = tensors[0] if axis is None else torch.cat(tensors, axis)
-    for site, layer in adapters if own_form(adapters, ranks) is None else ():
-        a, b = factor_keys(f"{PREFIX}{site}", layer.site.lookup)
-        if a not in out:
+        whole = tensors[0] if first.axis is None else torch.cat(tensors, first.axis)
+        out[key] = first.folded(whole)
+    for _, layer in adapters if own_form(adapters, ranks) is None else ():
+        a, b = factors_of(adapters, layer)
+        if a.key not in out:
             factors = written(layer)
             assert factors is not None
-            out[a], out[b] = read_full(factors.A).cpu(), read_full(factors.B).cpu()
+            out[a.key] = a.folded(read_full(factors.A).cpu())
+            out[b.key] = b.folded(read_full(factors.B).cpu())
     # A copy each: the format knows no shared memory, and some are views.
     out = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in out.items()}
-    for site, layer in adapters:  # PEFT computes with the padding's column, where it is not zero
-        key, _ = factor_keys(f"{PREFIX}{site}", layer.site.lookup)
+    for _, layer in adapters:  # PEFT computes with the padding's column, where it is not zero
+        key = factors_of(adapters, layer)[0].key
         if layer.store.padding is not None and key in out:
             out[key][:, layer.store.padding] = 0
     return out
@@ -147,7 +150,8 @@ def config(
         **_about(adapters, LORA),
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": recipe.lora_dropout,
+        # PEFT knows no dropout on the input of expert tensors, and refuses it beside them.
+        "lora_dropout": 0.0 if _stacks(adapters) else recipe.lora_dropout,
         "use_rslora": rooted,
         # The start is in the factors; any other value would make PEFT change the base.
         "init_lora_weights": True,
@@ -169,7 +173,8 @@ def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
     """What every type says: of which model the adapter is, and which modules it means."""
     modules = plain_modules(adapters.model)
     base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
-    targets = shortest(adapters.layers, modules)
+    stacks = _stacks(adapters)
+    targets = shortest([n for n in adapters.layers if n not in stacks], modules)
     return {
         "peft_type": peft_type,
         "auto_mapping": None,
@@ -178,10 +183,16 @@ def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
         "task_type": _task(adapters, modules),
         "inference_mode": True,
         "target_modules": targets if isinstance(targets, str) else list(targets),
+        **({"target_parameters": stacks} if stacks else {}),
         "modules_to_save": list(_saved_names(adapters) or ()) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _stacks(adapters: Adapters) -> list[str]:
+    """Paths of the adapted expert tensors."""
+    return [site for site, layer in adapters if layer.site.experts]
 
 
 def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool]:
@@ -190,7 +201,7 @@ def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool
     rank, scale = recipe.rank, recipe.scale
     assert rank is not None and scale is not None, "a LORA has both"
     factors = {name: written(layer) for name, layer in adapters}
-    ranks = {name: f.A.shape[0] for name, f in factors.items() if f is not None}
+    ranks = {name: f.A.shape[-2] for name, f in factors.items() if f is not None}
     scales = {name: f.scale for name, f in factors.items() if f is not None}
     given = rank.assign(list(adapters.layers), recipe)
     alphas = {n: _whole(alpha) for n, (_, alpha) in given.items() if alpha is not None}

@@ -32,6 +32,7 @@ class Add(CombineChoice):
     """
 
     peft_flags: ClassVar[Mapping[str, object] | None] = {}
+    experts: ClassVar[bool] = True
 
     def build(self, site: Site) -> AddCombine:
         return AddCombine()

@@ -32,7 +32,8 @@ class DoraCombine(AbstractCombine):
 
     def __init__(self, site: Site, *, detach: bool, drop_correction: bool) -> None:
         super().__init__()
-        self.m = nn.Parameter(torch.ones(site.out_features, dtype=site.dtype, device=site.device))
+        ones = torch.ones(site.shape(site.out_features), dtype=site.dtype, device=site.device)
+        self.m = nn.Parameter(ones)
         self.detach = detach
         self.drop_correction = drop_correction
 
@@ -87,7 +88,7 @@ class DoraCombine(AbstractCombine):
     def effective(self, base: BaseLike, update: UpdateLike) -> tuple[Tensor, Tensor | None]:
         delta = update.weight(base)
         v = base.weight().to(delta.dtype) + delta
-        return self.gain(base, update).to(v.dtype)[:, None] * v, base.bias()
+        return self.gain(base, update).to(v.dtype)[..., None] * v, base.bias()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +128,14 @@ class Dora(CombineChoice):
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped", "weight"})
     peft_flags: ClassVar[Mapping[str, object] | None] = {"use_dora": True}
     peft_tensors: ClassVar[Mapping[str, str]] = {"m": "lora_magnitude_vector"}
+    experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of(self, "dropout", "update", "authors")
         one_of(self, "detach", True, False)
+
+    def serves_experts(self) -> bool:
+        return self.dropout == "update"  # the authors' form needs a second product with W
 
     # Authors: slightly below LoRA's rate; 1e-4 in their LLaMA3-8B runs.
     default_learning_rate: ClassVar[float | None] = 1e-4

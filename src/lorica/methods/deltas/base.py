@@ -78,13 +78,14 @@ def _loaded(delta: AbstractDelta, _keys: object) -> None:
 
 
 def zeros(site: Site, *shape: int) -> nn.Parameter:
-    """A parameter of zeros, in the dtype and on the device of what trains at `site`."""
-    return nn.Parameter(torch.zeros(shape, dtype=site.dtype, device=site.device))
+    """A parameter of zeros, in the dtype and on the device of what trains at `site`; one for each
+    expert of a stack."""
+    return nn.Parameter(torch.zeros(site.shape(*shape), dtype=site.dtype, device=site.device))
 
 
 def ones(site: Site, *shape: int, trains: bool = True) -> nn.Parameter:
     """A parameter of ones, as `zeros`; frozen where it doesn't train."""
-    value = torch.ones(shape, dtype=site.dtype, device=site.device)
+    value = torch.ones(site.shape(*shape), dtype=site.dtype, device=site.device)
     return nn.Parameter(value, requires_grad=trains)
 
 

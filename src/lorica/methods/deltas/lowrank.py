@@ -44,7 +44,7 @@ class LowRankDelta(AbstractDelta):
         return Pair(self.A, self.B, self.scale, self.lookup)
 
     def restart(self, link: int, generator: torch.Generator) -> None:
-        draw_(self.A, generator, bound=self.A.shape[1] ** -0.5)
+        draw_(self.A, generator, bound=self.A.shape[-1] ** -0.5)
         zero_(self.B)
 
 
@@ -75,6 +75,7 @@ class LowRank(DeltaChoice):
     gives: ClassVar[frozenset[str]] = frozenset(
         {"pair", "factors", "weight", "lookup", "sharded", "wrapped"}
     )
+    experts: ClassVar[bool] = True
 
     def build(self, site: Site) -> LowRankDelta:
         return LowRankDelta(site)

@@ -23,6 +23,7 @@ Options = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class AbstractGroup(Choice, abc.ABC):
     axis: ClassVar[str] = "groups"
+    experts: ClassVar[bool] = True
     freezes: ClassVar[frozenset[str]] = frozenset()  # roles that stay at their start
 
     def adjust(self, trained: Trained, options: Options) -> Options:

@@ -27,6 +27,7 @@ from lorica.tensors.dtensor_ops import copy_
 @dataclass(frozen=True, kw_only=True)
 class AbstractInit(Choice, abc.ABC):
     axis: ClassVar[str] = "inits"
+    experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"pair"})
     reads_weight: ClassVar[bool] = False  # False: `fill` gets a weight on the meta device
     # The value of PEFT's `init_lora_weights` with which it subtracts the same start from the base.

@@ -110,6 +110,7 @@ class Eva(StartsFromData, AbstractInit):
     preset: ClassVar[Mapping[str, str]] = {"ranks": "rank.eva"}
     requires: ClassVar[frozenset[str]] = frozenset({"ranks"})
     gives: ClassVar[frozenset[str]] = frozenset({"zero_start", "input_components"})
+    experts: ClassVar[bool] = False
     withdraws: ClassVar[frozenset[str]] = frozenset({"restarts", "lookup"})
 
     def __post_init__(self) -> None:

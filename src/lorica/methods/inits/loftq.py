@@ -66,6 +66,7 @@ class Loftq(StartsFromUnquantised, AbstractInit):
     """
 
     reads_weight: ClassVar[bool] = True
+    experts: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"zero_start"})  # nothing is frozen beside it
     withdraws: ClassVar[frozenset[str]] = frozenset({"restarts"})
 

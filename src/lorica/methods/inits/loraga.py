@@ -109,6 +109,7 @@ class Loraga(StartsFromData, AbstractInit):
     peft: bool = False
 
     preset: ClassVar[Mapping[str, str]] = {"scales": "rslora"}
+    experts: ClassVar[bool] = False
     withdraws: ClassVar[frozenset[str]] = frozenset({"restarts"})
     default_learning_rate: ClassVar[float | None] = 2e-5  # the authors' example on a 7B model
 

@@ -26,6 +26,7 @@ __all__ = ["AbstractKernel", "Call", "Order", "Table", "choose", "measured", "pl
 @dataclass(frozen=True, kw_only=True)
 class AbstractKernel(Choice, abc.ABC):
     axis: ClassVar[str] = "kernels"
+    experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
 
     @abc.abstractmethod

@@ -67,6 +67,7 @@ class Distillation(AbstractObjective, Reweights):
 
     needs: ClassVar[frozenset[str]] = frozenset({"base_unchanged"})
     gives: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    experts: ClassVar[bool] = True
     reweights: ClassVar[bool] = True
     hooks: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 

@@ -50,6 +50,7 @@ def first_matches(patterns: Iterable[str], names: Iterable[str]) -> dict[str, st
 @dataclass(frozen=True, kw_only=True)
 class AbstractRank(Choice, abc.ABC):
     axis: ClassVar[str] = "ranks"
+    experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
     reads_patterns: ClassVar[bool] = False  # `rank_pattern` and `alpha_pattern` have an effect
     # The default where such patterns are given, so that a method's text need not name it.

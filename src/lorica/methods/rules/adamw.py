@@ -45,6 +45,7 @@ class AdamW(AbstractRule):
     any_optimizer: ClassVar[bool] = True
     state_per_element: ClassVar[int] = 2
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
+    experts: ClassVar[bool] = True
 
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         own = {"betas": (0.9, 0.999), "eps": 1e-8}

@@ -44,6 +44,7 @@ class SGD(EngineRule):
     trainer_names: ClassVar[frozenset[str]] = frozenset({"sgd"})
     state_per_element: ClassVar[int] = 1
     gives: ClassVar[frozenset[str]] = frozenset({"sharded", "row_state", "row_wise"})
+    experts: ClassVar[bool] = True
     # The Riemannian paper's tuned rate of plain SGD on GPT-2 (9e-2), less a tenth for momentum 0.9.
     default_learning_rate: ClassVar[float | None] = 1e-2
 

@@ -15,6 +15,7 @@ from lorica.methods.choice import Choice
 @dataclass(frozen=True, kw_only=True)
 class AbstractScale(Choice, abc.ABC):
     axis: ClassVar[str] = "scales"
+    experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"wrapped"})
     uses_alpha: ClassVar[bool] = True
     # The value of `use_rslora` with which PEFT computes this s from alpha and r; None: it can't.

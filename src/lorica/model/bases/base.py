@@ -14,10 +14,13 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class AbstractBase(abc.ABC):
@@ -27,12 +30,18 @@ class AbstractBase(abc.ABC):
     dense: bool = True  # what is stored are W's values, so `parameter` is W or Wᵀ
     lookup: bool = False
     padding: int | None = None  # the token id whose row does not train
+    experts: int = 0  # matrices in a stack (E, out, in), of which W is one; 0: a single matrix
     in_features: int
     out_features: int
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.trained_bias: nn.Module | None = None  # where the layer trains a bias of its own
+
+    @classmethod
+    def at(cls, model: nn.Module, path: str) -> Self:
+        """The view of what has this path in a model."""
+        return cls(model.get_submodule(path))
 
     @classmethod
     @abc.abstractmethod
@@ -71,6 +80,10 @@ class AbstractBase(abc.ABC):
     @abc.abstractmethod
     def bias(self) -> Tensor | None:
         """b (out,)."""
+
+    def published_bias(self) -> Tensor | None:
+        """The module's own b (out,), whatever trains in its place."""
+        return cast("Tensor | None", self.module.bias)
 
     def prepare(self) -> None:  # noqa: B027
         """Called before the model's first adapted forward, also where no adapter is beside this

@@ -39,8 +39,8 @@ GROUPS: tuple[Group, ...] = (
         "method",
         (
             "method", "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
-            "exclude_modules", "adapt_towers", "layers_to_transform", "rank_pattern",
-            "alpha_pattern", "modules_to_save", "add_tokens", "bias",
+            "target_parameters", "exclude_modules", "adapt_towers", "layers_to_transform",
+            "rank_pattern", "alpha_pattern", "modules_to_save", "add_tokens", "bias",
         ),
     ),
     Group(

@@ -22,7 +22,9 @@ class MethodOptions:
             trained factors only, as in PEFT.
         target_modules: layers to adapt: names (the end of a module path), one regular
             expression, or `all-linear` for every linear layer except the output head.
-        exclude_modules: layers to leave out, in the same forms.
+        target_parameters: expert tensors to adapt, by the end of their path, e.g.
+            `mlp.experts.down_proj`. Default: all of them beside `all-linear`, otherwise none.
+        exclude_modules: layers to leave out, in the same forms as `--target-modules`.
         layers_to_transform: indices of the transformer blocks to adapt. Default: all.
         rank_pattern: {module pattern: r}, overrides `r` for the layers that match.
         alpha_pattern: {module pattern: lora_alpha}, overrides `lora_alpha` for the layers that
@@ -35,6 +37,7 @@ class MethodOptions:
     lora_dropout: Annotated[float | None, NUMBER, HINT] = None
     lora_dropout_on: Annotated[str | None, choice("update", "delta"), HINT] = None
     target_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
+    target_parameters: Annotated[tuple[str, ...] | None, MODULES, HINT] = None
     exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
     layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
     rank_pattern: Annotated[dict[str, int] | None, JSON, HINT] = None
@@ -42,7 +45,8 @@ class MethodOptions:
 
     recipe_names: ClassVar[tuple[str, ...]] = (
         "r", "lora_alpha", "lora_dropout", "lora_dropout_on", "target_modules",
-        "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+        "target_parameters", "exclude_modules", "layers_to_transform", "rank_pattern",
+        "alpha_pattern",
     )  # fmt: skip
 
     def recipe_fields(self) -> dict[str, Any]:
