@@ -40,7 +40,7 @@ OPTIONS = {
         "lora_dropout lora_dropout_on lr_scheduler_type max_eval_tokens max_length max_steps "
         "max_tokens method model_config modules_learning_rate num_train_epochs output_dir "
         "overwrite_output_dir per_device_train_batch_size r rank_pattern report_to resume "
-        "seed split streaming target_modules tokenizer vocab_size warmup_ratio"
+        "seed split streaming target_modules target_parameters tokenizer vocab_size warmup_ratio"
     ),
     "targets": (
         "adapt_towers exclude_modules json layers_to_transform load_in_4bit load_in_8bit "
@@ -55,7 +55,8 @@ OPTIONS = {
         "lora_alpha lora_dropout lora_dropout_on lr_scheduler_type max_length max_lost_text "
         "max_samples max_steps method model modules_learning_rate modules_to_save now "
         "num_train_epochs output_dir overwrite_output_dir packing per_device_train_batch_size "
-        "quantization r rank_pattern report_to resume seed shape split target_modules task "
+        "quantization r rank_pattern report_to resume seed shape split target_modules "
+        "target_parameters task "
         "train_on trust_remote_code warmup_ratio"
     ),
 }

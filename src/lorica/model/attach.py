@@ -246,7 +246,7 @@ def detach(model: nn.Module) -> nn.Module:
         )
     modules = {**adapters.saved, **adapters.tables}
     bases = {layer.place: layer.store.module for _, layer in adapters}
-    replace(plain, {n: m.base for n, m in modules.items()} | bases)
+    replace(plain, {**bases, **{n: m.base for n, m in modules.items()}})
     restore(adapters)
     _release(adapters, by="detach")
     return model
