@@ -40,7 +40,8 @@ OPTIONS = {
         "lora_dropout lora_dropout_on lr_scheduler_type max_eval_tokens max_length max_steps "
         "max_tokens method model_config modules_learning_rate num_train_epochs output_dir "
         "overwrite_output_dir per_device_train_batch_size r rank_pattern report_to resume "
-        "seed split streaming target_modules target_parameters tokenizer vocab_size warmup_ratio"
+        "seed split streaming target_modules target_parameters tokenizer trust_remote_code "
+        "vocab_size warmup_ratio"
     ),
     "targets": (
         "adapt_towers exclude_modules json layers_to_transform load_in_4bit load_in_8bit "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from templates import TEMPLATES
 
 from lorica.data import prepare, read
+from lorica.data.bounded import SECONDS_PER_PART
 from lorica.data.turns import FLAGS
 from lorica.inference.generate import Prompter
 
@@ -571,7 +573,7 @@ HARMFUL = {
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "nested too deeply",
     "{{ messages[0].content.nothing.at.all }}": "has no attribute",
     "{{ '\ud800' }}": "half a surrogate pair",
-    "{{ 'a' * 10**10 }}": "more than 1,024 MiB of memory",
+    "{{ 'a' * 10**10 }}": "more than 192 MiB of memory",
     "{{ 'a' * (2 * 10**7) }}": "its text has 20,000,000 characters",
     "{{ raise_exception('no\x1b[2J\u202e\nway' ~ 'x' * 999) }}": r"no\\u001b\[2J\\u202e\\nwayx+",
     "{{ messages | nothing }}": "No filter named 'nothing'",
@@ -603,6 +605,37 @@ def test_a_template_without_an_end_is_stopped(chatting, text, monkeypatch):
     with pytest.raises(ValueError, match="has not ended after"):
         Prompter(chatting, "causal-lm", text).messages([user("hello")])
     assert Prompter(chatting, "causal-lm", "chatml").messages([user("hello")])  # nothing is left
+
+
+def test_templates_that_stay_below_each_bound_are_ended_by_the_sum(chatting, monkeypatch):
+    """0.9 of a call's time or text, in each of 100,000 rows, would never end."""
+    asked = [user("hello")]
+    monkeypatch.setattr("lorica.data.bounded.PATIENCE", 0.5)
+    slow = "{% for i in range(400) %}{% for j in range(999) %}{% endfor %}{% endfor %}x"
+    prompter = Prompter(chatting, "causal-lm", slow + "{{ messages[0].content }}")
+    with pytest.raises(
+        ValueError, match="takes more than 4 ms a message again and again|not ended"
+    ):
+        for _ in range(1000):
+            prompter.messages(asked)
+    monkeypatch.setattr("lorica.data.bounded.PATIENCE", 5.0)
+    long = Prompter(chatting, "causal-lm", "{{ 'a' * 10**6 }}{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="writes more than 20,000 characters a message"):
+        for _ in range(1000):
+            long.form._text(asked, None, prompt=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_published_templates_use_a_small_part_of_what_they_may(chatting, name):
+    chatting.chat_template = TEMPLATES[name].text
+    form = Prompter(chatting, "causal-lm").form
+    turns = [user("hello"), bot("good day"), user("and so on " * 20)]
+    form._text(turns, None, prompt=True)  # compiles it
+    began = time.thread_time()
+    for _ in range(20):
+        form._text(turns, None, prompt=True)
+    earned = 20 * SECONDS_PER_PART * (1 + len(turns))
+    assert time.thread_time() - began < earned / 3
 
 
 def test_a_template_files_own_faults(chatting, tmp_path):

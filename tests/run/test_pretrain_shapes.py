@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from lorica.run import model_configs, options
-from lorica.run.cost import cost
+from lorica.run.cost import cost, dry_run
 
 # SwitchLoRA's table, in millions: full training, and by rank.
 COUNTS = {
@@ -103,3 +104,26 @@ def test_the_guide_has_the_same_table():
         re.findall(r"^\| llama-\w+ \|.*\|$", text, re.M) for text in (page, model_configs.__doc__)
     ]
     assert rows[0] == rows[1]
+
+
+def test_code_that_a_configuration_brings_is_run_only_where_it_is_trusted(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "own.py").write_text(
+        "import transformers\n\n\nclass OwnConfig(transformers.LlamaConfig):\n"
+        "    model_type = 'own-kind'\n\n\nclass Own(transformers.LlamaForCausalLM):\n"
+        "    config_class = OwnConfig\n"
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 32}
+    brought = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    told = {"model_type": "own-kind", "num_hidden_layers": 1, **sizes, "auto_map": brought}
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="type `--trust-remote-code`"):
+        cost(str(folder))
+    assert not (tmp_path / "modules").exists()
+    assert cost(str(folder), trust_remote_code=True).parameters > 0
+    asked = options.PretrainOptions(model_config=str(folder), trust_remote_code=True)
+    assert dry_run(asked).parameters > 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lorica.cli._outcome import VerbOptions
-from lorica.run.options import DTYPE, HINT, PATH, QuantizationOptions
+from lorica.run.options import DTYPE, HINT, PATH, QuantizationOptions, RemoteCodeOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -33,19 +33,16 @@ class _Named(VerbOptions):
         dtype: dtype of the weights. `auto` keeps the checkpoint's dtype, except that float16
             becomes float32 on a CPU.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
     """
 
     model: Annotated[str | None, PATH, HINT] = None
     adapter: Annotated[str | None, PATH, HINT] = None
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     ignore_base_hash: bool = False
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(QuantizationOptions, _Named):
+class ModelOptions(QuantizationOptions, RemoteCodeOptions, _Named):
     """Which model a command asks, and how it is loaded."""
 
     def source(self) -> Source:

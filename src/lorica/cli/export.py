@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.run.options import HINT, PATH, WHOLE, UsageError, choice
+from lorica.run.options import HINT, PATH, WHOLE, RemoteCodeOptions, UsageError, choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(VerbOptions):
+class Options(RemoteCodeOptions, VerbOptions):
     """Write an adapter for another program.
 
     Args:
@@ -29,8 +29,6 @@ class Options(VerbOptions):
         dtype: dtype of the adapter's tensors. Default: the one it was trained in.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
         overwrite: replace the contents of `output_dir`.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
     """
 
     adapter: Annotated[str, PATH, HINT]
@@ -42,7 +40,6 @@ class Options(VerbOptions):
     dtype: Annotated[str | None, choice("float32", "bfloat16", "float16"), HINT] = None
     ignore_base_hash: bool = False
     overwrite: bool = False
-    trust_remote_code: bool = False
 
 
 def run(options: Options) -> Outcome:

@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Annotated
 
 from lorica.cli._outcome import Outcome, VerbOptions
-from lorica.run.options import HINT, PATH, TEXT, QuantizationOptions, UsageError, choice
+from lorica.run.options import (
+    HINT,
+    PATH,
+    TEXT,
+    QuantizationOptions,
+    RemoteCodeOptions,
+    UsageError,
+    choice,
+)
 
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", re.IGNORECASE)  # of transformers' shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(QuantizationOptions, VerbOptions):
+class Options(QuantizationOptions, RemoteCodeOptions, VerbOptions):
     """Merge an adapter into its base and write a plain transformers model.
 
     The weights are computed in float32 and rounded once to the base's dtype. The command measures
@@ -37,8 +45,6 @@ class Options(QuantizationOptions, VerbOptions):
             layer on a sample of token ids, and print the error of each layer.
         ignore_base_hash: use a base other than the one that the adapter was trained on.
         overwrite: replace the model in `output_dir`.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
     """
 
     adapter: Annotated[str, PATH, HINT]
@@ -51,7 +57,6 @@ class Options(QuantizationOptions, VerbOptions):
     approximate: bool = False
     ignore_base_hash: bool = False
     overwrite: bool = False
-    trust_remote_code: bool = False
 
 
 def run(options: Options) -> Outcome:

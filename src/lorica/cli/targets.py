@@ -18,6 +18,7 @@ from lorica.run.options import (
     WHOLE,
     WHOLES,
     QuantizationOptions,
+    RemoteCodeOptions,
     UsageError,
 )
 
@@ -25,7 +26,7 @@ RANKS = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(QuantizationOptions, VerbOptions):
+class Options(QuantizationOptions, RemoteCodeOptions, VerbOptions):
     """List the layers that a method can adapt, and what that costs. Reads no weights.
 
     Parameters are counted as values, however they are stored: with `--load-in-4bit` or of a
@@ -42,8 +43,6 @@ class Options(QuantizationOptions, VerbOptions):
         adapt_towers: let `all-linear` adapt vision and audio towers too, and what connects them to
             the language model. Default: only the language model.
         layers_to_transform: indices of the transformer blocks.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
     """
 
     model: tyro.conf.Positional[Annotated[str | None, PATH, HINT]] = None
@@ -54,7 +53,6 @@ class Options(QuantizationOptions, VerbOptions):
     exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
     adapt_towers: bool = False
     layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
-    trust_remote_code: bool = False
 
 
 def run(options: Options) -> Outcome:

@@ -25,7 +25,7 @@ from string import ascii_letters
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.bounded import MEMORY, PATIENCE, Exceeded, bounded
+from lorica.data.bounded import MEMORY, PATIENCE, Account, Exceeded, bounded
 from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Flag, Piece, Ranges
 from lorica.data.turns import READ, REASONING, ROLES
 from lorica.data.words import excerpt, listing
@@ -427,7 +427,7 @@ class Format:
                 **marks,
             )
 
-        [texts, spans] = self._guarded(messages, render)
+        [texts, spans] = self._guarded(messages, tools, render)
         return texts[0], spans[0]
 
     def _misfit(self, index: int, before: str, after: str) -> ValueError:
@@ -505,7 +505,7 @@ class Format:
                 add_generation_prompt=prompt,
             )
 
-        return str(self._guarded(messages, lambda: [render()])[0])
+        return str(self._guarded(messages, tools, lambda: [render()])[0])
 
     def _source(self, tools: list[Any] | None) -> str:
         """The template's text, with a clock of its own where the time is fixed."""
@@ -515,14 +515,23 @@ class Format:
         dated = self.now is not None and "strftime_now" in text
         return _clock(self.now) + text if dated and self.now is not None else text
 
-    def _guarded(self, messages: list[dict[str, Any]], render: Callable[[], Any]) -> Any:
+    @cached_property
+    def _account(self) -> Account:
+        """Of the template, over all conversations."""
+        return Account(_MOST)
+
+    def _guarded(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, render: Callable[[], Any]
+    ) -> Any:
         """What `render` returns, the text (or a list with it) in front, within bounds."""
         try:
-            with bounded():
+            with self._account.bounded():
                 made = render()
             text = made[0] if isinstance(made[0], str) else made[0][0]
             text.encode()  # halves of surrogate pairs: no tokenizer takes them
-            why = None if len(text) <= _MOST else f"its text has {len(text):,} characters"
+            given = sum(len(str(message.get("content") or "")) for message in messages)
+            why = self._account.book(len(text), given, len(messages) + len(tools or ()))
+            why = why if len(text) <= _MOST else f"its text has {len(text):,} characters"
         except Exception as error:  # a template can raise whatever Python does
             made, why = None, _reason(error)
         if why is not None:

@@ -66,7 +66,7 @@ def refuse_code(
             continue
         raise ValueError(
             f"{where}: {what}. Nothing that a file names is run: take the key out of the file, or,"
-            " where you trust its authors and the verb has it, type `--trust-remote-code`"
+            " where you trust its authors, type `--trust-remote-code`"
         )
 
 

@@ -61,12 +61,19 @@ class Cost:
         )
 
 
-def cost(config: str | PretrainedConfig, method: str | Recipe = METHOD, **fields: Any) -> Cost:
+def cost(
+    config: str | PretrainedConfig,
+    method: str | Recipe = METHOD,
+    *,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> Cost:
     """What pre-training would train and hold, from shapes alone (on the meta device).
 
     Args:
         config: a word of `lorica.run.model_configs`, a config.json, or a configuration.
         method: text form or recipe.
+        trust_remote_code: run code that the model brings, or names.
         **fields: of `Recipe`, e.g. `r=512`.
 
     Example:
@@ -75,11 +82,12 @@ def cost(config: str | PretrainedConfig, method: str | Recipe = METHOD, **fields
         (1339492352, 609720320)
     """
     name = config if isinstance(config, str) else type(config).__name__
-    plan = model_configs.find(config).config if isinstance(config, str) else config
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    plan = model_configs.find(config, **trust).config if isinstance(config, str) else config
     recipe = Recipe.parse(method, **fields)
     recipe = recipe if recipe.whole else Recipe.parse(recipe, train_rest=True)
     with torch.device("meta"):
-        model = model_configs.build(plan, name, dtype=torch.float32)
+        model = model_configs.build(plan, name, dtype=torch.float32, **trust)
     parameters = count(model)
     summary = lorica.attach(model, recipe, verbose=False).summary
     summary.defaults.pop("learning_rate", None)
@@ -112,7 +120,11 @@ def dry_run(options: PretrainOptions) -> Cost:
     options.check()
     quieten()
     recipe = scratch_recipe(options)
-    shape = model_configs.find(options.model_config)
-    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    shape = model_configs.find(options.model_config, trust_remote_code=options.trust_remote_code)
+    tokenizer = (
+        None
+        if options.tokenizer is None
+        else load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
+    )
     config = settled(shape, options, tokenizer)
-    return cost(config, recipe)
+    return cost(config, recipe, trust_remote_code=options.trust_remote_code)

@@ -35,7 +35,9 @@ def scratch_recipe(options: PretrainOptions) -> Recipe:
     recipe = recipe_of(options)
     fixed = any(choice.only_r is not None for choice in recipe.choices)
     if "r" in recipe.takes and options.r is None and not fixed:
-        config = model_configs.find(options.model_config).config.get_text_config()
+        config = model_configs.find(
+            options.model_config, trust_remote_code=options.trust_remote_code
+        ).config.get_text_config()
         width: Any = getattr(config, "hidden_size", None)
         options = options if width is None else replace(options, r=max(1, width // 4))
         recipe = recipe_of(options)

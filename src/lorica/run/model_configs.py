@@ -83,7 +83,7 @@ class Plan:
 
 
 @file_errors()
-def find(name: str) -> Plan:
+def find(name: str, *, trust_remote_code: bool = False) -> Plan:
     """The configuration that `name` means: a word of the table, a config.json, a folder or hub id.
 
     Raises:
@@ -107,10 +107,11 @@ def find(name: str) -> Plan:
             tie_word_embeddings=False,
         )
         return Plan(config, shape.vocabulary, shape.fixed, own_positions=True)
-    config = _read(name)
+    config = _read(name, trust_remote_code)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
 
-    if config.model_type not in known:
+    brought = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type not in known and not (trust_remote_code and brought):
         raise ValueError(
             f"`--model-config {name}` is of the type `{config.model_type}`, of which transformers"
             " has no causal language model; pre-training here predicts the next token. Name a"
@@ -120,7 +121,7 @@ def find(name: str) -> Plan:
     return Plan(config, vocabulary, fixed=True, own_positions=False)
 
 
-def _read(name: str) -> PretrainedConfig:
+def _read(name: str, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
 
     from lorica.formats.foreign_code import refuse_code
@@ -133,7 +134,7 @@ def _read(name: str) -> PretrainedConfig:
             f" {', '.join(SHAPES)}.{nearest(name, SHAPES)}"
         )
     if not path.is_file():
-        return read_config(name)
+        return read_config(name, trust_remote_code=trust_remote_code)
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
         kind = found.pop("model_type")
@@ -142,7 +143,8 @@ def _read(name: str) -> PretrainedConfig:
             f"cannot read a model's configuration from `{name}` ({type(error).__name__}:"
             f" {one_line(error)}). A config.json of transformers is wanted, with its `model_type`"
         ) from error
-    refuse_code(found, name)
+    if not trust_remote_code:
+        refuse_code(found, name)
     with _told(name):
         return AutoConfig.for_model(kind, **found)
 

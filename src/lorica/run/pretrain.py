@@ -134,7 +134,8 @@ def build_model(plan: Pretraining) -> None:
     from lorica.run.start_from_data import attach_options
 
     options = plan.options
-    how: dict[str, Any] = {"dtype": torch.float32}
+    trust = options.trust_remote_code
+    how: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust}
     if options.attn_implementation is not None:
         how["attn_implementation"] = options.attn_implementation
     set_seed(options.seed)  # whatever was drawn before, every method starts from these weights

@@ -83,7 +83,9 @@ class _Reader:
         from lorica.embedded.source import BOTH
 
         self.options, self.checkpoint, self.processes = options, checkpoint, processes
-        self.shape = model_configs.find(options.model_config)
+        self.shape = model_configs.find(
+            options.model_config, trust_remote_code=options.trust_remote_code
+        )
         self.sources: tuple[str, ...] = options.data or (BOTH,)
         self.source = ", ".join(self.sources)
         self.max_length = _max_length(options, self.shape.longest)
@@ -179,7 +181,9 @@ class _Reader:
         options = self.options
         kept = None if self.checkpoint is None else self.checkpoint.parent / "tokenizer"
         if options.tokenizer is not None:
-            tokenizer = load_tokenizer(options.tokenizer)
+            tokenizer = load_tokenizer(
+                options.tokenizer, trust_remote_code=options.trust_remote_code
+            )
         elif kept is not None and kept.is_dir():
             tokenizer = load_tokenizer(str(kept))
             for name in ("is_local", "local_files_only"):  # what transformers notes of reading it

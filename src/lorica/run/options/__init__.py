@@ -34,12 +34,14 @@ from lorica.run.options.kinds import (
 )
 from lorica.run.options.pretrain import SHAPES, PretrainOptions
 from lorica.run.options.quantization import QuantizationOptions
+from lorica.run.options.remote_code import RemoteCodeOptions
 from lorica.run.options.run import RunOptions
 from lorica.run.options.train import TrainOptions
 
 __all__ = [
     "DTYPE", "GROUPS", "HINT", "JSON", "METHOD", "MODULES", "NAMES", "NUMBER", "PAIRS", "PATH",
     "PATHS", "SHAPES", "TASKS", "TEXT", "WHOLE", "WHOLES", "Group", "Kind", "PretrainOptions",
-    "QuantizationOptions", "RunOptions", "TrainOptions", "Unsaid", "UsageError", "Word",
-    "checkpoint_path", "choice", "elsewhere", "kinds", "masking", "method_text", "shown",
+    "QuantizationOptions", "RemoteCodeOptions", "RunOptions", "TrainOptions", "Unsaid",
+    "UsageError", "Word", "checkpoint_path", "choice", "elsewhere", "kinds", "masking",
+    "method_text", "shown",
 ]  # fmt: skip

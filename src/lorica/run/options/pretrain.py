@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from lorica.embedded.source import is_embedded
 from lorica.run.options.checks import MOST_TOKENS, check_not_both, check_whole, flag, refuse
 from lorica.run.options.kinds import HINT, PATH, PATHS, TEXT, WHOLE, choice
+from lorica.run.options.remote_code import RemoteCodeOptions
 from lorica.run.options.run import RunOptions
 
 SHAPES = (
@@ -29,7 +30,7 @@ class _Scratch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions, _Scratch):
+class PretrainOptions(RemoteCodeOptions, RunOptions, _Scratch):
     """Train a causal language model from random weights on plain text.
 
     Documents are joined by the end-of-text token and cut into sequences of equal length. Attention

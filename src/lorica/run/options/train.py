@@ -22,6 +22,7 @@ from lorica.run.options.kinds import (
     choice,
 )  # fmt: skip
 from lorica.run.options.quantization import QuantizationOptions
+from lorica.run.options.remote_code import RemoteCodeOptions
 from lorica.run.options.run import RunOptions
 
 
@@ -34,7 +35,7 @@ class _Tuned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(QuantizationOptions, RunOptions, _Tuned):
+class TrainOptions(QuantizationOptions, RemoteCodeOptions, RunOptions, _Tuned):
     """Fine-tune a model on a data set, with any method of `lorica methods`.
 
     A YAML file with the same options (underscores in their names) can come first; options on the
@@ -59,8 +60,6 @@ class TrainOptions(QuantizationOptions, RunOptions, _Tuned):
         adapter: start from this adapter (Lorica's or PEFT's), with its method.
         ignore_base_hash: with `adapter`, use a base other than the one that the adapter was
             trained on.
-        trust_remote_code: run Python code and kernels that the model brings or names. For models
-            whose authors you trust.
         num_train_epochs: number of epochs. Default: 3, unless `max_steps` is given.
         per_device_train_batch_size: examples per device and forward pass.
         dtype: dtype of the frozen weights. `auto` keeps the checkpoint's dtype, except that
@@ -97,7 +96,6 @@ class TrainOptions(QuantizationOptions, RunOptions, _Tuned):
     bias: Annotated[str | None, choice("none", "lora_only", "all"), HINT] = None
     adapter: Annotated[str | None, PATH, HINT] = None
     ignore_base_hash: bool = False
-    trust_remote_code: bool = False
     dtype: Annotated[str, DTYPE, HINT] = "auto"
     eval_data: Annotated[str | None, PATH, HINT] = None
     eval_split: Annotated[str | None, TEXT, HINT] = None
