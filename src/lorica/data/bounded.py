@@ -49,7 +49,7 @@ class Account:
 
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
-        """`bounded`, and on this account: after a call that took all its time, the next has little."""
+        """`bounded`, on this account: after a call that took all its time, the next has little."""
         began = time.thread_time()
         try:
             with bounded(max(PATIENCE - self._seconds, PATIENCE / 10)):
