@@ -69,6 +69,27 @@ def test_whole_tables_of_a_resized_model_are_read(fields, checkpoint, tmp_path):
     assert torch.equal(before, logits(lorica.detach(model)))
 
 
+ADAPTED = [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("targets", ADAPTED)
+def test_a_resized_table_may_have_an_adapter_of_its_own(targets, dora, checkpoint, tmp_path):
+    """What differs from the model's own table is frozen beside it, so the base keeps its bytes."""
+    fields = {"r": 4, "target_modules": targets, "use_dora": dora}
+    peft_made(checkpoint(1), tmp_path / "theirs", **fields)
+    other = checkpoint(2)
+    if other.config.tie_word_embeddings and targets == ["lm_head"]:
+        with pytest.raises(
+            ValueError, match="an adapter of 'lm_head' alone. Load it on a model wh"
+        ):
+            lorica.load(other, tmp_path / "theirs")
+        return
+    there_and_back(other, peft_logits(other, tmp_path / "theirs"), tmp_path)
+    with pytest.raises(ValueError, match=r"model\.resize_token_embeddings\(68\)"):
+        lorica.load(checkpoint(None), tmp_path / "theirs")
+
+
 def test_a_table_of_another_size_says_what_to_type(checkpoint, tmp_path):
     peft_made(checkpoint(1), tmp_path / "theirs", **PEFT)
     model = checkpoint(None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorica.formats.peft.places import PREFIX, Place, places
 from lorica.formats.peft.read import spare
+from lorica.formats.peft.tables import frozen_rows
 from lorica.model.adapters import Adapters
 from lorica.model.state import buffers
 from lorica.tensors.dtensor_ops import copy_, read_full
@@ -92,8 +93,10 @@ def state_of_pefts(
     cuts = places(adapters, dict.fromkeys(adapters.layers, 0))
     cuts = {n: p for n, p in cuts.items() if p.key in tensors or p.key not in left_out}
     live = {n: t for n, t in adapters.state_dict().items() if n not in cuts}
-    left = spare(adapters, tensors, {place.key for place in cuts.values()})
-    return {**live, **_cut(adapters, cuts, tensors, file, left)}
+    rows = frozen_rows(adapters, tensors, file)
+    left = spare(adapters, tensors, {*rows, *(place.key for place in cuts.values())})
+    state = {**live, **_cut(adapters, cuts, tensors, file, left)}
+    return {**state, **{name: t for made in rows.values() for name, t in made.items()}}
 
 
 def _cut(

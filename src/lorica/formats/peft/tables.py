@@ -3,17 +3,21 @@
 PEFT stores rows as `<path>.token_adapter.trainable_tokens_delta` (n, d), in the order of the
 configuration's `trainable_token_indices`. A model that was resized has its whole tables in the
 file, though they never trained. They are read as the rows in which they differ from the model's
-own: resizing drew new rows at random in both, and the base keeps its bytes.
+own: resizing drew new rows at random in both, and the base keeps its bytes. Where the table itself
+has an adapter (`<path>.base_layer.weight`), the difference D of k rows is frozen beside it,
+
+    W_file = W + s·B₀A₀,  a head: A₀ = D/s (k, in), B₀ (out, k) one-hot;  an embedding: the reverse
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorica.formats.peft.config import Config
 from lorica.formats.peft.names import in_full, plain_modules, trained_names
@@ -21,6 +25,7 @@ from lorica.formats.peft.places import PREFIX, rows_key
 from lorica.model.adapters import Adapters
 from lorica.model.token_rows import TokenRows, embedding_paths, own_weight
 from lorica.tensors.dtensor_ops import read_full
+from lorica.tensors.linalg import ints
 from lorica.text import shorten
 
 
@@ -58,6 +63,8 @@ def tables_of(model: nn.Module, data: Config, tensors: Mapping[str, Tensor], fil
         whole = rest.get(f"{key}.weight")
         if path in saved:
             continue
+        if whole is None:
+            whole = _of_tied(path, own, modules, rest, file)
         if whole is not None and data.get("ensure_weight_tying") and {*saved} & {*own}:
             tied.append(path)  # with one that trains in full
             continue
@@ -72,8 +79,7 @@ def tables_of(model: nn.Module, data: Config, tensors: Mapping[str, Tensor], fil
         if whole is not None:
             if whole.shape != table.shape:
                 raise ValueError(_other_size(file, path, whole, table))
-            changed = (whole.to(table.dtype) != table) & (whole != table.to(whole.dtype))
-            found |= {int(i): whole[i] for i in changed.any(1).nonzero()[:, 0]}
+            found |= {i: whole[i] for i in ints(_changed(whole, table))}
         if trained is not None:
             if trained.shape != (len(ids), table.shape[1]):
                 raise ValueError(
@@ -86,6 +92,69 @@ def tables_of(model: nn.Module, data: Config, tensors: Mapping[str, Tensor], fil
             order = tuple(sorted(found))
             rows[path] = order, torch.stack([found[i] for i in order])
     return Tables(rows, saved + tied, rest)
+
+
+def _changed(whole: Tensor, table: Tensor) -> Tensor:
+    """The rows (k,) in which two tables differ by more than a rounding to the other's dtype."""
+    changed = (whole.to(table.dtype) != table) & (whole != table.to(whole.dtype))
+    return changed.any(1).nonzero()[:, 0]
+
+
+def _of_tied(
+    path: str, own: Iterable[str], modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor],
+    file: Path,
+) -> Tensor | None:  # fmt: skip
+    """The table in the file of an adapted module whose weight is this one's, too.
+
+    Raises:
+        ValueError: it is the head, and the input embeddings, which decide over tied rows, have no
+            adapter.
+    """
+    weight = own_weight(modules[path])
+    for other in own:
+        held = rest.get(f"{PREFIX}{other}.base_layer.weight")
+        if other == path or held is None or own_weight(modules[other]) is not weight:
+            continue
+        if f"{PREFIX}{path}.base_layer.weight" in rest:
+            return None  # it has an adapter itself
+        fits = weight is not None and weight.shape == held.shape
+        if fits and len(_changed(held, weight.detach())) and path == next(iter(own)):
+            raise ValueError(
+                f"{file}: it holds new rows of the table that {other!r} shares with {path!r}, and"
+                f" an adapter of {other!r} alone. Load it on a model whose tables are not tied"
+            )
+        return held
+    return None
+
+
+@torch.no_grad()
+def frozen_rows(
+    adapters: Adapters, tensors: Mapping[str, Tensor], file: Path
+) -> dict[str, dict[str, Tensor]]:
+    """{key in the file: the state that it makes} of the tables of tokens that have an adapter
+    and differ from the model's own in some rows.
+
+    Raises:
+        ValueError: a table of another size.
+    """
+    out: dict[str, dict[str, Tensor]] = {}
+    modules = plain_modules(adapters.model)
+    for path in embedding_paths(adapters.model):
+        layer, key = adapters.layers.get(path), f"{PREFIX}{path}.base_layer.weight"
+        if layer is None or key not in tensors or layer.update.frozen_factors is not None:
+            continue
+        whole, table = tensors[key], read_full(modules[path].get_parameter("weight")).cpu()
+        if whole.shape != table.shape:
+            raise ValueError(_other_size(file, path, whole, table))
+        rows = _changed(whole, table)
+        if not 0 < len(rows) * sum(table.shape) <= table.numel():
+            continue  # the same base, or another one: its factors would be larger than the table
+        difference = (whole[rows].double() - table[rows].double()) / layer.update.delta.scale
+        which = F.one_hot(rows, len(table)).to(difference.dtype)  # (k, V)
+        A, B = (which, difference.T) if layer.site.lookup else (difference, which.T)
+        own = {"A": A.to(layer.site.dtype), "B": B.to(layer.site.dtype)}
+        out[key] = {f"{path}.update.frozen_{side}": X for side, X in own.items()}
+    return out
 
 
 def _named(
