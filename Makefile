@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 READY  := $(VENV)/.ready
+SHOWN  := $(VENV)/.demo
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: base-model demo test test-slow check format docs clean
@@ -18,7 +19,11 @@ $(STAMP): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
 	touch $(STAMP)
 
-demo: $(READY)  ## teach the embedded model new tasks, and show it (lorica-demo/demo.html)
+$(SHOWN): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt peft
+	touch $(SHOWN)
+
+demo: $(SHOWN)  ## teach the embedded model new tasks, and show it (lorica-demo/report.html)
 	HF_HUB_OFFLINE=1 $(BIN)/lorica demo
 
 test: $(STAMP)  ## the whole suite but its slow part, on two processes

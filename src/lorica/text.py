@@ -21,7 +21,45 @@ _LONG = re.compile(r"([^\s]{500})[^\s]{500,}")
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_INDEX = re.compile(r"\.\d+(?=\.|$)")  # of a module in a list
 LONGEST = 4000  # characters of a message
+
+
+def by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
+    """Module paths that differ in their indices alone, together.
+
+    Example:
+        >>> by_pattern(["h.0.fc", "h.1.fc", "head"])
+        {'h.*.fc': ['h.0.fc', 'h.1.fc'], 'head': ['head']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_INDEX.sub(".*", name), []).append(name)
+    return groups
+
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def human(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in _UNITS[:-1]:
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    Example:
+        >>> clock(3700)
+        '1:01:40'
+    """
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 class Styled(str):

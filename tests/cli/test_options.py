@@ -39,10 +39,11 @@ OPTIONS = {
         "gradient_checkpointing json layers_to_transform learning_rate lora_alpha "
         "lora_dropout lora_dropout_on lr_scheduler_type max_eval_tokens max_length max_steps "
         "max_tokens method model_config modules_learning_rate num_train_epochs output_dir "
-        "overwrite_output_dir per_device_train_batch_size r rank_pattern report_to resume "
-        "seed split streaming target_modules target_parameters tokenizer trust_remote_code "
-        "vocab_size warmup_ratio"
+        "overwrite_output_dir per_device_train_batch_size r rank_pattern report_html report_to "
+        "resume seed split streaming target_modules target_parameters tokenizer trust_remote_code "
+        "verbose vocab_size warmup_ratio"
     ),
+    "report": ("json output runs"),
     "targets": (
         "adapt_towers exclude_modules json layers_to_transform load_in_4bit load_in_8bit "
         "lora_alpha method model quantization r target_modules trust_remote_code"
@@ -56,9 +57,8 @@ OPTIONS = {
         "lora_alpha lora_dropout lora_dropout_on lr_scheduler_type max_length max_lost_text "
         "max_samples max_steps method model modules_learning_rate modules_to_save now "
         "num_train_epochs output_dir overwrite_output_dir packing per_device_train_batch_size "
-        "quantization r rank_pattern report_to resume seed shape split target_modules "
-        "target_parameters task "
-        "train_on trust_remote_code warmup_ratio"
+        "quantization r rank_pattern report_html report_to resume seed shape split target_modules "
+        "target_parameters task train_on trust_remote_code verbose warmup_ratio"
     ),
 }
 

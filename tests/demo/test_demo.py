@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -14,8 +14,10 @@ import torch
 
 from lorica import embedded
 from lorica.cli import main
-from lorica.run.demo import page, run
+from lorica.run.demo import run
 from lorica.run.demo.options import DemoOptions
+from lorica.run.report.page import page, percent
+from lorica.run.report.read import Run
 from lorica.text import CONTROL
 
 STEPS, EACH = 6, 2
@@ -44,7 +46,8 @@ def short(tmp_path_factory) -> tuple[dict, Path]:
 def test_the_folder_holds_the_page_the_adapter_and_the_result(short):
     result, out = short
     assert {
-        "demo.html",
+        "report.html",
+        "samples.json",
         "result.json",
         "config.yaml",
         "defaults.json",
@@ -100,7 +103,7 @@ def test_the_verb_shows_tables(tmp_path, capfd):
     status = main(["demo", "--output-dir", str(tmp_path / "out"), *words])
     out, err = capfd.readouterr()
     assert status == 0, err
-    for part in ("yesterday", "mean", "flip: ", "Lorica", "parameters trained", "demo.html"):
+    for part in ("yesterday", "mean", "flip: ", "Lorica", "parameters trained", "report.html"):
         assert part in out
     assert "step 2/2" in err and "step 2/2" not in out
 
@@ -169,43 +172,28 @@ def test_the_page_tells_of_a_failure_and_is_replaced(tmp_path, monkeypatch):
 # -- the page --------------------------------------------------------------------------------------
 
 
-class Loads(HTMLParser):
-    """What a page would fetch or run, and its text."""
+class Text(HTMLParser):
+    """A page's text, without its script."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, str]] = []
-        self.tags: set[str] = set()
         self.text = ""
+        self._raw = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.found += [
-            (tag, value or "")
-            for name, value in attrs
-            if name in ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
-        ]
+        self._raw = tag in ("script", "style")
 
     def handle_data(self, data):
-        self.text += data
-
-
-def test_the_page_needs_nothing_beside_itself(short):
-    _, out = short
-    text = (out / "demo.html").read_text(encoding="utf-8")
-    read = Loads(text)
-    assert read.found == [("link", "data:,")]
-    assert not read.tags & {"script", "iframe", "img", "object", "embed", "form"}
-    assert not re.search(r"https?:|@import|url\(", text)
+        self.text += "" if self._raw else data
 
 
 def numbers(result: dict) -> list[str]:
     """Every figure that the page's tables have to show."""
-    shown = [page.percent(row[when]) for row in result["demo"]["tasks"] for when in _WHEN]
-    shown += [page.percent(result["demo"][kind][when]) for kind in run.KINDS for when in _WHEN]
+    shown = [percent(row[when]) for row in result["demo"]["tasks"] for when in _WHEN]
+    shown += [percent(result["demo"][kind][when]) for kind in run.KINDS for when in _WHEN]
     shown += [f"{row['same_answers']:,} of {row['answers']:,}" for row in result["demo"]["reread"]]
-    return [*shown, f"{result['trainable']:,}"]
+    return [*shown, f"{result['trainable']:,}", "Five new tasks, learned with"]
 
 
 _WHEN = ("before", "after")
@@ -213,13 +201,23 @@ _WHEN = ("before", "after")
 
 def test_the_page_shows_every_figure_and_escapes_answers(short):
     result, out = short
-    text = Loads((out / "demo.html").read_text(encoding="utf-8")).text
+    text = Text((out / run.PAGE).read_text(encoding="utf-8")).text
     for figure in numbers(result):
         assert figure in text
-    sample = {**result["demo"]["samples"][0], "after": "<b>&\n", "wanted": "\u202e\x1b\ud800"}
-    drawn = page.page({**result, "demo": {**result["demo"], "samples": [sample]}})
-    assert "&lt;b&gt;&amp;↵" in drawn and "<b>&" not in drawn
+    assert "`" not in text, "back-ticks are shown as code"
+    sample = {**result["demo"]["samples"][-1], "after": "<b>&", "wanted": "\u202e\x1b\ud800"}
+    assert sample["kind"] == "old"
+    changed = {**result, "demo": {**result["demo"], "samples": [sample]}}
+    drawn = page([dataclasses.replace(Run.read(out), result=changed)])
+    assert "&lt;b&gt;&amp;" in drawn and "<b>&" not in drawn
     assert r"\u202e\u001b\ud800" in drawn and not CONTROL.search(drawn)
+
+
+def test_report_makes_the_same_page_again(short):
+    _, out = short
+    before = (out / run.PAGE).read_text(encoding="utf-8")
+    assert main(["report", str(out), "--json"]) == 0
+    assert (out / run.PAGE).read_text(encoding="utf-8") == before
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +244,11 @@ def opened(browser: str, file: Path, profile: Path, *words: str) -> str:
 
 def test_a_browser_shows_the_page(short, browser, tmp_path):
     result, out = short
-    text = Loads(opened(browser, out / "demo.html", tmp_path, "--dump-dom")).text
+    text = Text(opened(browser, out / run.PAGE, tmp_path, "--dump-dom")).text
     for figure in numbers(result):
         assert figure in text
     shot = tmp_path / "shot.png"
-    opened(browser, out / "demo.html", tmp_path, f"--screenshot={shot}")
+    opened(browser, out / run.PAGE, tmp_path, f"--screenshot={shot}")
     assert shot.stat().st_size > 50_000  # 2,860,000 pixels of one colour take a tenth of that
 
 

@@ -55,7 +55,7 @@ _COLOURS = {"new": "green", "old": "blue"}
 
 
 def _tasks(told: Mapping[str, Any]) -> Any:
-    from lorica.run.demo.page import percent
+    from lorica.run.report.page import percent
 
     columns = ("task", "", "before", "after", " ")
     table = _table("Exact match on inputs never trained on", columns, ("before", "after"))
@@ -95,7 +95,7 @@ def _answers(samples: Sequence[Mapping[str, str]]) -> Any:
 
 
 def _reread(rows: Sequence[Mapping[str, Any]]) -> Any:
-    from lorica.run.demo.page import difference
+    from lorica.run.report.page import difference
 
     columns = ("fresh process", "largest difference of a logit", "same answers")
     table = _table("The adapter, read again", columns)
@@ -109,8 +109,8 @@ def _reread(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _summary(result: Mapping[str, Any]) -> list[str]:
-    from lorica.model.summary import human
-    from lorica.run.demo.page import base_size
+    from lorica.run.report.page import base_size
+    from lorica.text import human
 
     told = result["demo"]
     share = result["trainable"] / base_size(result)

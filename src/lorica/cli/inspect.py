@@ -9,7 +9,7 @@ import tyro
 
 from lorica.cli._outcome import Outcome, VerbOptions, cell
 from lorica.run.options import HINT, PATH
-from lorica.text import cut, one_line
+from lorica.text import cut, human, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,6 @@ def run(options: Options) -> Outcome:
 
 
 def _head(data: dict[str, Any]) -> list[str]:  # Any: what `formats.inspect` returns
-    from lorica.model.summary import human
     from lorica.model.token_rows import shown
 
     base, versions = data["base"], data["versions"]
@@ -83,8 +82,6 @@ def _table(data: dict[str, Any]) -> Table:
 
 
 def _small(data: dict[str, Any]) -> list[str]:
-    from lorica.model.summary import human
-
     whole, parts = human(data["bytes_before"]), data["parameters_before"]
     return [
         f"{data['path']} (compressed {data['class']})",

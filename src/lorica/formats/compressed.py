@@ -24,9 +24,8 @@ from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import replace
-from lorica.model.summary import human
 from lorica.tensors.dtensor_ops import read_full, reshard
-from lorica.text import file_errors, shorten
+from lorica.text import file_errors, human, shorten
 
 PACKED_CONFIG, PACKED_TENSORS = "compressed.json", "compressed.safetensors"
 PACKED_MARKS = (PACKED_CONFIG,)

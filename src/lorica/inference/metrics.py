@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[Any]
 
+MOST_CLASSES = 200  # of which the confusion is kept
 IMBALANCED = 0.6  # share of one class above which accuracy rewards a constant answer
 
 
@@ -215,6 +216,9 @@ class Scores:
         best: the figure that the best checkpoint is chosen by, and whether more of it is better.
         why: the reason for it, where it depends on the data; else empty.
         names: the figures there are, the loss among them.
+        confused: of the last evaluation, `classes` (names) and `counts`, a list of (label,
+            prediction, how many) by class number; None: there was none, or there are no classes, or
+            too many to look at.
     """
 
     falling = frozenset({"loss", "perplexity", "mse"})  # less of these is better
@@ -225,6 +229,7 @@ class Scores:
         self.best: tuple[str, bool] = ("loss", False)
         self.why = ""
         self.argmax = bool(classes)
+        self.confused: dict[str, Any] | None = None
         self.names: tuple[str, ...] = ("loss", "perplexity")
         if task == "token-classification":
             self.measure, self.best = self._tags, ("f1", True)
@@ -285,6 +290,12 @@ class Scores:
         first = logits[0] if isinstance(logits, (tuple, list)) else logits
         return first.argmax(-1) if self.argmax else first
 
+    def _confused(self, predicted: Numbers, labels: Numbers) -> dict[str, Any]:
+        kept = labels != -100
+        counts = confusion(predicted[kept], labels[kept])
+        cells = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
+        return {"classes": list(self.classes), "counts": cells}
+
     def degenerate(self, predicted: Numbers, labels: Numbers) -> Degenerate | None:
         """Where every prediction is one class; see `Degenerate`."""
         return Degenerate.of(predicted, labels, self.classes) if self.classes else None
@@ -293,6 +304,8 @@ class Scores:
         """For the Trainer: the figures, and `degenerate` where there is one."""
         assert self.measure is not None
         predicted, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        if 0 < len(self.classes) <= MOST_CLASSES:
+            self.confused = self._confused(predicted, labels)
         alike = self.degenerate(predicted, labels)
         told = {} if alike is None else {"degenerate": {**alike.as_dict(), "text": str(alike)}}
         return {**self.measure(predicted, labels), **told}

@@ -17,10 +17,9 @@ from lorica.model.quantised import quantised, sizes
 from lorica.model.targets import Targets
 from lorica.model.token_rows import shown
 from lorica.recipe.recipe import Recipe
-from lorica.text import printable
+from lorica.text import human, printable
 
 logger = logging.getLogger("lorica")
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SHOWN = 6  # weights that are not adapted, by name; the smaller ones are added up
 LISTED = 3  # layers that are left out for one reason, by name
 IN_FULL = "modules in full"
@@ -30,15 +29,6 @@ _KINDS = {
     "optimizer": "optimizer state",
     "schedules": "schedule state",
 }
-
-
-def human(count: float) -> str:
-    """Bytes with a binary unit."""
-    for unit in _UNITS[:-1]:
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} {_UNITS[-1]}"
 
 
 @dataclass

@@ -20,7 +20,7 @@ from lorica.run.options import UsageError
 from lorica.run.plan import RunPlan
 from lorica.text import parse_json
 
-OF_A_CALL = ("resume", "overwrite_output_dir", "json", "dry_run")  # no part of the run
+OF_A_CALL = ("resume", "overwrite_output_dir", "verbose", "json", "dry_run")  # no part of the run
 _NOT_KEPT = {"log_level", "disable_tqdm", "logging_nan_inf_filter"}  # unless they were given
 
 Defaults = Mapping[str, Mapping[str, Any]]

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 import lorica
-from lorica.model.summary import Summary, human
+from lorica.model.summary import Summary
 from lorica.recipe.recipe import Recipe
 from lorica.run import model_configs
 from lorica.run.from_scratch import METHOD, scratch_recipe, settled
 from lorica.run.load_model import load_tokenizer
 from lorica.run.options import PretrainOptions
 from lorica.run.start import quieten
+from lorica.text import human
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

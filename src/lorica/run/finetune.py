@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lorica.run.log import RunLog
     from lorica.run.loop import RunTrainer
     from lorica.run.new_tokens import NewTokens
+    from lorica.run.report.samples import Samples
 
 logger = logging.getLogger("lorica")
 
@@ -61,6 +62,8 @@ class FineTuningData(RunData):
         scores: the task's figures.
         name: the data, for result.json.
         columns: the names in the data.
+        asked: rows as they are in the data, to take the examples of the run's page from: those to
+            evaluate on where there are any.
         new: tokens that the tokenizer was given, if any.
         quantization: transformers' configuration of how the base is quantised while it is loaded,
             if it is.
@@ -74,6 +77,7 @@ class FineTuningData(RunData):
     scores: Scores
     name: str
     columns: tuple[str, ...]
+    asked: Dataset
     new: NewTokens | None
     quantization: Any  # Any: transformers has a class for each method
 
@@ -203,6 +207,7 @@ def read_data(plan: FineTuning) -> None:
         scores=scores,
         name=absolute(source),
         columns=tuple(train_rows.column_names),
+        asked=train_rows if held_rows is None else held_rows,
         new=new,
         quantization=quantization,
     )
@@ -484,6 +489,7 @@ def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[
     """
     from lorica.run import checkpoints, loop
     from lorica.run.log import RunLog
+    from lorica.run.report import reported
 
     log = RunLog(
         plan.folder,
@@ -491,16 +497,41 @@ def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[
         plan.data.facts,
         plan.main,
         remedy="; with float16 weights type `--dtype float32`",
+        scores=plan.data.scores,
     )
     trainer = _trainer(plan, log)
     loop.begin(plan, trainer, callbacks)
-    loop.take_steps(plan, trainer, log)
-    result = loop.measured(plan, trainer, log) | _figures(plan)
-    result["versions"] = loop.versions()
-    loop.unwrap(plan, trainer)
-    with checkpoints.saving("what was trained", plan.folder.path):
-        result["output"] = str(save(plan))
-    return loop.write_result(plan, result, log)
+    with reported(plan):
+        samples = _samples(plan)
+        loop.take_steps(plan, trainer, log)
+        result = loop.measured(plan, trainer, log) | _figures(plan)
+        result["versions"] = loop.versions()
+        loop.unwrap(plan, trainer)
+        with checkpoints.saving("what was trained", plan.folder.path):
+            result["output"] = str(save(plan))
+        samples.finish()
+        return loop.write_result(plan, result, log)
+
+
+def _samples(plan: FineTuning) -> Samples:
+    """The examples of the run's page, asked before the first step."""
+    from lorica.run.report import samples
+
+    data, options = plan.data, plan.options
+
+    def questions() -> samples.AbstractQuestions:
+        if data.train.labels is not None:
+            return samples.Predictions(data.tokenizer, data.held or data.train)
+        return samples.from_rows(
+            data.tokenizer,
+            data.task,
+            data.asked,
+            chat_template=options.chat_template,
+            shape=options.shape,
+        )
+
+    of = "training data" if data.held is None else "evaluation data"
+    return samples.Samples(plan, questions, of)
 
 
 def _trainer(plan: FineTuning, log: RunLog) -> RunTrainer:

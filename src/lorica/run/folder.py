@@ -3,7 +3,9 @@
 config.yaml       the options, all filled in; running it again repeats the run
 defaults.json     which of them were not given, and what chose their values
 metrics.jsonl     a line a log step
-result.json       written last: a run that has it is done
+samples.json      a few examples, answered before and after training
+result.json       a run that has it is done
+report.html       the page of the run, made of the files above
 adapter/ model/   what was trained
 tokenizer/        one that was trained for the run
 checkpoint-<n>/   complete or absent; its checkpoint.json lists the files
@@ -33,12 +35,16 @@ logger = logging.getLogger("lorica")
 
 HEAD = "# Written by lorica"  # how config.yaml begins
 DEFAULTS = "defaults.json"
+SAMPLES = "samples.json"
+REPORT = "report.html"
+REPORT_HEAD = "<!-- Written by lorica"  # how a page begins
 LOCK = ".lock"
 _PARTS = (
-    "config.yaml", DEFAULTS, "metrics.jsonl", "result.json", "adapter", "model", "tokenizer",
-    "runs", ".unfinished",
+    "config.yaml", DEFAULTS, "metrics.jsonl", "result.json", SAMPLES, REPORT, "adapter", "model",
+    "tokenizer", "runs", ".unfinished",
 )  # fmt: skip
-_EVERY_RUN = ("config.yaml", DEFAULTS, "metrics.jsonl", "result.json")  # what each run writes
+# What each run writes.
+_EVERY_RUN = ("config.yaml", DEFAULTS, "metrics.jsonl", "result.json", SAMPLES, REPORT)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TORN = ".part"  # a file that was being written
 
@@ -116,7 +122,9 @@ class RunFolder:
         saved = [p for p in self.checkpoints() if _is_checkpoint(p)]
         filled = isinstance(_mapping(self / DEFAULTS).get("lorica"), str)
         if told is None and not finished and not saved:
-            return [DEFAULTS] if filled else []  # written first, by a run that died there
+            # Written first, by a run that died there, and a page that announces a run.
+            alone = {DEFAULTS: filled, REPORT: is_report(self / REPORT)}
+            return [name for name, ours in alone.items() if ours]
         headed, told = told is not None, told or {}
         scratch = "model_config" in told
         output = Path(str(result.get("output"))).name if finished else ""
@@ -128,6 +136,8 @@ class RunFolder:
             DEFAULTS: filled,
             "metrics.jsonl": True,
             "result.json": finished,
+            SAMPLES: isinstance(_mapping(self / SAMPLES).get("lorica"), str),
+            REPORT: is_report(self / REPORT),
             "adapter": (self / "adapter" / _OWN).is_file(),
             "model": model,
             "tokenizer": scratch and told.get("tokenizer") is None,
@@ -305,6 +315,13 @@ class RunFolder:
                 ):
                     out.append(read)
         return out
+
+
+def is_report(file: Path) -> bool:
+    """Whether a file is a page that Lorica has written."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        return opened.read(len(REPORT_HEAD)) == REPORT_HEAD.encode()
+    return False
 
 
 _OWN = "lorica.json"  # beside every adapter and every model whose weights trained in place

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -16,10 +16,15 @@ from transformers.trainer_callback import ExportableState
 
 from lorica.run.checkpoints import saving
 from lorica.run.folder import RunFolder, strict
+from lorica.text import clock
+
+if TYPE_CHECKING:
+    from lorica.inference.metrics import Scores
 
 logger = logging.getLogger("lorica")
 
 DEGENERATE = "eval_degenerate"  # in an evaluation's figures, and no number
+CONFUSION = "confusion"  # beside them, in the Trainer's log
 
 
 def peak_memory(device: torch.device) -> int:
@@ -49,6 +54,7 @@ class RunLog(TrainerCallback, ExportableState):
         main: whether this process is the one that writes.
         remedy: what else to say where the loss is no number.
         tokens_per_step: where every step has as many; None: the Trainer counts them.
+        scores: the task's, which keep the confusion of the last evaluation.
     """
 
     def __init__(
@@ -60,9 +66,10 @@ class RunLog(TrainerCallback, ExportableState):
         *,
         remedy: str = "",
         tokens_per_step: int | None = None,
+        scores: Scores | None = None,
     ) -> None:
         self.folder, self.device, self.facts, self.main = folder, device, facts, main
-        self.remedy, self.tokens_per_step = remedy, tokens_per_step
+        self.remedy, self.tokens_per_step, self.scores = remedy, tokens_per_step, scores
         self.before = 0.0  # seconds of the sessions that this one goes on from
         self.start = self.last = self.mark = time.perf_counter()
         self.idle = 0.0  # seconds since the last line in which nothing was trained
@@ -149,6 +156,7 @@ class RunLog(TrainerCallback, ExportableState):
         alike = logs.get(DEGENERATE)
         entry = state.log_history[-1]
         entry["seconds"] = round(self.seconds, 3)
+        self._keep_confusion(state, entry)
         self._write(entry)
         shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in figures.items())
         self._say(f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
@@ -159,6 +167,16 @@ class RunLog(TrainerCallback, ExportableState):
                 " `--learning-rate`"
             )
         self._rested()
+
+    def _keep_confusion(self, state: Any, entry: dict[str, Any]) -> None:
+        """Beside this evaluation's figures; of the earlier ones only the best keeps its own, as
+        every checkpoint holds the whole log."""
+        if self.scores is None or self.scores.confused is None:
+            return
+        for other in state.log_history:
+            if other["step"] != state.best_global_step:
+                other.pop(CONFUSION, None)
+        entry[CONFUSION] = self.scores.confused
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._rested()
@@ -259,15 +277,3 @@ def degenerate(told: dict[str, Any]) -> dict[str, Any]:
 def measures(name: str) -> bool:
     """Whether it is a figure of the model, not of the machine."""
     return name != DEGENERATE and not name.endswith(("_runtime", "_per_second", "_time"))
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    Example:
-        >>> clock(3700)
-        '1:01:40'
-    """
-    whole = int(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

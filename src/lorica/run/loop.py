@@ -18,10 +18,12 @@ from transformers.trainer_callback import PrinterCallback
 from lorica import formats
 from lorica.run import checkpoints, config, resume
 from lorica.run.folder import strict
-from lorica.run.log import DEGENERATE, RunLog, clock, degenerate, measures, peak_memory
+from lorica.run.layers import layers
+from lorica.run.log import CONFUSION, DEGENERATE, RunLog, degenerate, measures, peak_memory
 from lorica.run.plan import RunPlan
 from lorica.run.token_weighting import TokenWeighted
 from lorica.run.trainer import TrainerMixin
+from lorica.text import clock
 
 logger = logging.getLogger("lorica")
 
@@ -91,10 +93,15 @@ def _evaluation(plan: RunPlan[Any, Any], trainer: RunTrainer) -> dict[str, Any] 
     if not plan.data.evaluates or plan.arguments.training.eval_strategy == "no":
         return None
     step = _kept_step(plan, trainer.state)
-    lines = reversed(trainer.state.log_history)
-    found = next((x for x in lines if x["step"] == step and "eval_loss" in x), None)
+
+    def logged() -> dict[str, Any] | None:
+        lines = reversed(trainer.state.log_history)
+        return next((x for x in lines if x["step"] == step and "eval_loss" in x), None)
+
+    found = logged()
     if found is None:
-        found = trainer.evaluate()
+        figures = trainer.evaluate()  # logs them, under the last step
+        found = logged() or figures
     return found
 
 
@@ -118,6 +125,7 @@ def measured(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> dict[
         "learning_rate": plan.arguments.learning_rate,
         "evaluation": None if found is None else figures,
         "degenerate": None if alike is None else degenerate(alike),
+        "confusion": (found or {}).get(CONFUSION),
         "best_step": state.best_global_step if best else None,
         "tokens": state.num_input_tokens_seen,
         "seconds": round(log.seconds, 3),
@@ -129,6 +137,7 @@ def measured(plan: RunPlan[Any, Any], trainer: RunTrainer, log: RunLog) -> dict[
         "trainable": summary.trainable,
         "parameters": summary.total,
         "summary": summary.as_dict(),
+        "layers": layers(plan.adapters),
         "adapter_sha256": adapters.fingerprint(),
     }
 
@@ -139,7 +148,7 @@ def unwrap(plan: RunPlan[Any, Any], trainer: RunTrainer) -> None:
 
 
 def write_result(plan: RunPlan[Any, Any], result: dict[str, Any], log: RunLog) -> dict[str, Any]:
-    """Write result.json, which ends the run.
+    """Write result.json: with it the run is done.
 
     Returns:
         The same in strict JSON's values: None for what is no finite number.
@@ -155,8 +164,8 @@ def write_result(plan: RunPlan[Any, Any], result: dict[str, Any], log: RunLog) -
             plan.folder.write("result.json", text + "\n")
         left_out = f", {n} of them left out" if (n := result["steps_left_out"]) else ""
         logger.info(
-            f"{result['steps']} steps in {clock(log.seconds)}{left_out}; {result['output']} is"
-            " written"
+            f"{result['steps']} steps in {clock(result['seconds'])}{left_out};"
+            f" {result['output']} is written"
         )
     return result
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lorica.run.log import RunLog
     from lorica.run.loop import RunTrainer
+    from lorica.run.report.samples import Samples
 
 logger = logging.getLogger("lorica")
 
@@ -196,6 +197,7 @@ def train_model(plan: Pretraining, callbacks: Sequence[TrainerCallback]) -> dict
     """
     from lorica.run import loop
     from lorica.run.log import RunLog
+    from lorica.run.report import reported
     from lorica.run.train_tokenizer import write
 
     log = RunLog(
@@ -210,13 +212,31 @@ def train_model(plan: Pretraining, callbacks: Sequence[TrainerCallback]) -> dict
     if plan.main and plan.options.tokenizer is None:  # trained once; a resumed run reads it
         with checkpoints.saving("tokenizer", plan.folder.path):
             write(plan.data.tokenizer, plan.folder / "tokenizer")
-    loop.take_steps(plan, trainer, log)
-    result = loop.measured(plan, trainer, log) | _figures(plan, trainer)
-    result["versions"] = loop.versions()
-    loop.unwrap(plan, trainer)
-    with checkpoints.saving("what was trained", plan.folder.path):
-        result["output"] = str(save(plan))
-    return loop.write_result(plan, result, log)
+    with reported(plan):
+        asked = _samples(plan)
+        loop.take_steps(plan, trainer, log)
+        result = loop.measured(plan, trainer, log) | _figures(plan, trainer)
+        result["versions"] = loop.versions()
+        loop.unwrap(plan, trainer)
+        with checkpoints.saving("what was trained", plan.folder.path):
+            result["output"] = str(save(plan))
+        asked.finish()
+        return loop.write_result(plan, result, log)
+
+
+def _samples(plan: Pretraining) -> Samples:
+    """The examples of the run's page, asked before the first step."""
+    from lorica.run.report import samples
+
+    data = plan.data
+    held = data.held is not None
+    rows: Any = data.held if held else data.rows
+    few = [] if rows is None else rows  # a stream is read once
+    return samples.Samples(
+        plan,
+        lambda: samples.from_ids(data.tokenizer, few),
+        "evaluation text" if held else "training text",
+    )
 
 
 def _trainer(plan: Pretraining, log: RunLog) -> RunTrainer:

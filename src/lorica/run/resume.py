@@ -21,8 +21,8 @@ logger = logging.getLogger("lorica")
 
 # What may differ between a run and its resumption: it changes neither weights nor their order.
 _FREE = {
-    "output_dir", "report_to", "logging_steps", "logging_strategy", "logging_first_step",
-    "disable_tqdm", "save_total_limit", "run_name", "dataloader_num_workers",
+    "output_dir", "report_to", "report_html", "logging_steps", "logging_strategy",
+    "logging_first_step", "disable_tqdm", "save_total_limit", "run_name", "dataloader_num_workers",
     "dataloader_pin_memory", "log_level", "use_cpu",
 }  # fmt: skip
 

@@ -12,8 +12,8 @@ from lorica.run.options import HINT, METHOD, NUMBER, PATH, WHOLE, UsageError
 class DemoOptions:
     """Train the embedded model on tasks it doesn't know, and show what it learns and forgets.
 
-    Nothing is downloaded. The folder gets demo.html (a page to look at), result.json, and the files
-    of a `lorica train` run: config.yaml, metrics.jsonl, adapter/.
+    Nothing is downloaded. The folder is that of a `lorica train` run, and its page, report.html,
+    shows every task before and after.
 
     Args:
         method: method names joined by `+`; `lorica methods` lists them.

@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback
+
+from lorica.run import report
 from lorica.run.demo import again, page
 from lorica.run.demo.options import DemoOptions
-from lorica.run.folder import RunFolder, strict
+from lorica.run.folder import REPORT, SAMPLES, RunFolder, strict
 from lorica.run.options import TrainOptions, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lorica")
 
-PAGE = "demo.html"
+PAGE = REPORT
 BATCH = 48  # examples a step
 # Half of what is trained on are old tasks: with a third they fell by two points more, and the new
 # ones gained one.
@@ -67,14 +70,15 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         result = _run(options, lesson, folder)
         result["demo"]["seconds"] = round(time.perf_counter() - began, 3)
         folder.write("result.json", json.dumps(strict(result), indent=2, ensure_ascii=False) + "\n")
-        folder.write(PAGE, page.page(strict(result)))
+        folder.write(SAMPLES, json.dumps(_shown(result), indent=2, ensure_ascii=False) + "\n")
+        report.write(folder.path)
     _check_reread(result["demo"]["reread"], folder)
     return strict(result)
 
 
 def _claim(folder: RunFolder) -> bool:
     """Whether an earlier demonstration is there, to be replaced."""
-    ours = (folder / PAGE).is_file()
+    ours = _is_demo(folder)
     try:
         folder.check(resume=None, overwrite=ours)
     except UsageError:
@@ -83,6 +87,39 @@ def _claim(folder: RunFolder) -> bool:
             " it only replaces its own; name another folder"
         ) from None
     return ours
+
+
+def _is_demo(folder: RunFolder) -> bool:
+    """Whether a demonstration has written here: its page while it runs, or its result."""
+    with suppress(OSError, ValueError):
+        if (folder / PAGE).read_text(encoding="utf-8").startswith(page.HEAD):
+            return True
+        told = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return isinstance(told, dict) and "demo" in told
+    return False
+
+
+def _shown(result: dict[str, Any]) -> dict[str, Any]:
+    """samples.json: what the page shows of the answers."""
+    import lorica
+
+    return {
+        "lorica": lorica.__version__,
+        "of": "new tasks: the first two prompts of each, whatever came",
+        "how": f"Greedy answers of at most {NEW_TOKENS} tokens.",
+        "exact": True,
+        "rows": [row for row in result["demo"]["samples"] if row["kind"] == "new"],
+    }
+
+
+class _Announcing(TrainerCallback):
+    """Puts the page back that the run has removed with what an earlier one left."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.folder.write(PAGE, page.waiting())
 
 
 @contextmanager
@@ -197,7 +234,7 @@ def _run(options: DemoOptions, lesson: TrainOptions, folder: RunFolder) -> dict[
         live["answers"] = exam.sit(model)
         live["logits"] = again.logits(model, exam.texts, end=exam.end)
 
-    result = train(lesson, then=measure)
+    result = train(lesson, then=measure, callbacks=[_Announcing(folder)])
     after = live["answers"]
     kept = Path(result["output"])
     weights = sorted([*kept.glob("*.safetensors")])

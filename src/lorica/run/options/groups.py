@@ -68,7 +68,10 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group(
         "output",
-        ("output_dir", "overwrite_output_dir", "report_to", "json", "dry_run"),
+        (
+            "output_dir", "overwrite_output_dir", "report_to", "report_html", "verbose", "json",
+            "dry_run",
+        ),
         ("logging_steps", "logging_first_step", "run_name"),
     ),
     Group(

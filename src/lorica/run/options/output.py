@@ -25,6 +25,9 @@ class OutputOptions:
             continues in the folder of the checkpoint unless `output_dir` is given.
         overwrite_output_dir: delete the run that is in `output_dir`.
         report_to: also log to `tensorboard`, `wandb` or another tracker; `none` for no tracker.
+        report_html: write the page of the run, report.html, into its folder, with a few examples
+            answered before and after training.
+        verbose: also print every kind of parameter and layer, and the best evaluation's choice.
     """
 
     output_dir: Annotated[str, FOLDER, HINT] = Unsaid("lorica-run")
@@ -35,6 +38,8 @@ class OutputOptions:
     ] = None
     overwrite_output_dir: bool = False
     report_to: Annotated[tuple[str, ...], NAMES, HINT] = ("none",)
+    report_html: bool = True
+    verbose: bool = False
 
     def placed(self: O) -> O:
         """The same with the folder that is meant: a checkpoint that is named goes on where it lies,
