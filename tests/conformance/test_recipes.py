@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,7 @@ from walk import Chain, attach, every, recipe
 import lorica
 from lorica import Recipe
 from lorica.recipe import registry
-from models import llama, train
+from models import batch, llama, logits, train
 
 WORDS = [word for _, word in every()]
 PAIRS = list(itertools.combinations(WORDS, 2))
@@ -175,3 +176,40 @@ def test_the_same_seed_gives_the_same_run(word):
         train(adapters, optimizer, 3)
         results.append(adapters.fingerprint())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_rows_of_tokens_train_beside_every_method(word, tmp_path):
+    """They move, the rest of the tables does not, and a file gives the same model. Weights that
+    train themselves keep no rows frozen."""
+    plain = Recipe.parse(word)
+    if plain.objectives:  # they look at a transformer's outputs
+        model, tables, target = llama(num_hidden_layers=1), ("embed_tokens", "lm_head"), "o_proj"
+        ids = (*batch(model)["input_ids"].unique()[:2].tolist(),)
+    else:
+        torch.manual_seed(2)
+        model = Chain(a=nn.Embedding(61, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 61))
+        tables, target, ids = ("a", "c"), "b", (41, 57)
+    base = copy.deepcopy(model)
+    fields = {"target_modules": (target,), "trainable_token_indices": dict.fromkeys(tables, ids)}
+    if not plain.delta.wraps:
+        with pytest.raises(ValueError, match="no row of them frozen: to train the tables whole"):
+            recipe(word, r=4, **fields)
+        return
+    adapters = attach(model, recipe(word, r=4, **fields))
+    optimizer = lorica.optimizer(adapters, lr=1e-2, total_steps=4)
+    for seed in range(4):
+        inputs = batch(model, seed) if plain.objectives else model.batch(seed)
+        adapters.loss(model(**inputs), inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name in adapters.tables:
+        was, now = base.get_submodule(name).weight, model.get_submodule(name).weight
+        assert (was != now).any(1).nonzero()[:, 0].tolist() == [*ids], name
+    compute = logits if plain.objectives else lambda m: m(model.batch(9)["x"])
+    wanted = compute(model)
+    if adapters.base_unchanged:
+        lorica.load(base, lorica.save(adapters, tmp_path / "out"))
+        assert torch.equal(compute(base), wanted)
+    else:
+        torch.testing.assert_close(compute(lorica.merge(model)), wanted)

@@ -63,12 +63,12 @@ def check_effects(recipe: Recipe) -> None:
         useless = {
             "bias": "none",
             "lora_dropout_on": "update",
-            "trainable_token_indices": None,
             "adapt_towers": False,
             "target_parameters": None,
         }
         if recipe.whole:
             useless |= {"modules_to_save": (), "train_rest": False}
+        _refuse_rows(recipe)
     _refuse_idle(recipe, useless, why)
     if recipe.target_modules != "all-linear":
         named = "`target_modules`, which names the layers itself"
@@ -89,6 +89,22 @@ def check_effects(recipe: Recipe) -> None:
                 f"`rank_pattern` and `alpha_pattern` have no effect with `{recipe.rank.name}`;"
                 " leave it out of the method, or leave the patterns out"
             )
+
+
+def _refuse_rows(recipe: Recipe) -> None:
+    """Rows of a table train beside adapters, not beside weights that train themselves."""
+    if (ids := recipe.trainable_token_indices) is None:
+        return
+    instead = "leave it out, for every row of every table trains already"
+    if not recipe.whole:
+        instead = (
+            "to train the tables whole, name them in `target_modules` or `modules_to_save`; to"
+            " train these rows alone, take a method with adapters, e.g. `lora`"
+        )
+    raise ValueError(
+        f"`trainable_token_indices={short(ids)}` has no effect with `{recipe.text()}`, which trains"
+        f" whole weights and keeps no row of them frozen: {instead}"
+    )
 
 
 def _refuse_idle(recipe: Recipe, defaults: Mapping[str, object], why: str) -> None:

@@ -117,8 +117,9 @@ def _of_tied(
             continue
         if f"{PREFIX}{path}.base_layer.weight" in rest:
             return None  # it has an adapter itself
-        fits = weight is not None and weight.shape == held.shape
-        if fits and len(_changed(held, weight.detach())) and path == next(iter(own)):
+        table = modules[path].get_parameter("weight").detach()
+        fits = table.shape == held.shape
+        if fits and len(_changed(held, table)) and path == next(iter(own)):
             raise ValueError(
                 f"{file}: it holds new rows of the table that {other!r} shares with {path!r}, and"
                 f" an adapter of {other!r} alone. Load it on a model whose tables are not tied"
