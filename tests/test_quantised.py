@@ -564,3 +564,80 @@ def test_targets_count_values_and_show_what_is_packed(even, tmp_path, given):
         assert group == plain
     with pytest.raises(ValueError, match="`switchlora` writes to the base"):
         run(Options(model=str(folder), method="switchlora", **(given or {})))
+
+
+# -- formats that transformers doesn't load here, put into a model by their own packages
+
+
+def packed_by_hqq(model):
+    quantize = package("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    made = {
+        n: quantize.HQQLinear(m, config, compute_dtype=torch.float32, device="cpu")
+        for n, m in model.named_modules()
+        if n.endswith("_proj")
+    }
+    replace(model, made)
+    return "hqq, 4 bits in groups of 32"
+
+
+def packed_by_quanto(model, freeze=True):
+    quanto = package("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8, exclude=["lm_head", "*norm*"])
+    if freeze:
+        quanto.freeze(model)
+    return "qint8 (quanto)"
+
+
+@pytest.mark.parametrize("pack", [packed_by_hqq, packed_by_quanto])
+@pytest.mark.parametrize("method", ["lora", "pissa+dora"])
+def test_other_packages_formats(pack, method, tmp_path):
+    model, twin = (models.llama(hidden_size=64, intermediate_size=128) for _ in range(2))
+    told = pack(model)
+    for name, store in quantised(model).items():
+        twin.get_submodule(name).weight.data = store.weight()
+    adapters = lorica.attach(model, method, r=4, verbose=False)
+    other = lorica.attach(twin, method, r=4, verbose=False)
+    assert {store.format for store in quantised(model).values()} == {told}
+    assert adapters.summary.quantised == {told: 14}
+    assert adapters.summary.total == other.summary.total, "values are counted"
+    assert adapters.summary.memory["base"] < 0.6 * other.summary.memory["base"]
+    torch.testing.assert_close(
+        torch.tensor(steps(adapters, 6)), torch.tensor(steps(other, 6)), rtol=1e-3, atol=1e-3
+    )
+    batch = models.batch(model, 3)
+    live = model(**batch)["logits"].detach()
+    lorica.save(adapters, tmp_path / "a")
+    again = models.llama(hidden_size=64, intermediate_size=128)
+    pack(again)
+    lorica.load(again, tmp_path / "a")
+    torch.testing.assert_close(again(**batch)["logits"].detach(), live, rtol=1e-4, atol=1e-4)
+    lorica.merge(model)
+    assert not quantised(model)
+    torch.testing.assert_close(model(**batch)["logits"].detach(), live, rtol=1e-4, atol=1e-4)
+
+
+def test_quantos_layers_that_are_quantised_at_each_call_are_refused():
+    model = models.llama(hidden_size=64, intermediate_size=128)
+    packed_by_quanto(model, freeze=False)
+    with pytest.raises(ValueError, match="quantised anew at every call; freeze the model"):
+        lorica.attach(model, "lora", r=2, verbose=False)
+
+
+def test_several_formats_in_one_model(even):
+    """What can't be served is named, with the reason; of the rest each is served as what it is."""
+    model, other = loaded(even, "nf4"), loaded(even, "int8 (torchao)")
+    into = {n: m for n, m in other.named_modules() if n.endswith("mlp.up_proj")}
+    into["model.layers.0.mlp.gate_proj"] = torch.nn.Linear(64, 128, bias=False)
+    replace(model, into)
+    adapters = lorica.attach(model, "dora", r=4, verbose=False)
+    assert adapters.summary.quantised == {"nf4": 11, "int8 (torchao)": 2} and len(adapters) == 14
+    losses = steps(adapters, 4)
+    assert losses[-1] < losses[0]
+    lorica.detach(model)
+    import bitsandbytes as bnb
+
+    bare = bnb.nn.Linear4bit(64, 128, bias=False)
+    replace(model, {"model.layers.1.mlp.gate_proj": bare})
+    with pytest.raises(ValueError, match="'model.layers.1.mlp.gate_proj'.*isn't packed .* yet"):
+        lorica.attach(model, "lora", r=2, verbose=False)

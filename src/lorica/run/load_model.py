@@ -323,9 +323,10 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     from lorica.model.quantised import quantised
     from lorica.tensors.linalg import loaded_finite
 
-    held: dict[str, Any] = dict(model.named_parameters())
-    for path, store in quantised(model).items():
-        del held[f"{path}.weight"]
+    packed = quantised(model)
+    ids = {id(store.parameter) for store in packed.values()}
+    held: dict[str, Any] = {n: p for n, p in model.named_parameters() if id(p) not in ids}
+    for path, store in packed.items():
         held |= {f"{path}.{n}": t for n, t in store.stored().items()}
     bad = [n for n, p in held.items() if not loaded_finite(p)]
     if bad:

@@ -115,9 +115,10 @@ def packed_layers(
     stored = stored_in(config)
     if wanted is None and stored is None:
         return "", frozenset()
+    how: Any = wanted
     if stored is not None:
         check_installed(str(stored.get("quant_method")), f"`{name}` is quantised, and")
-    how = config_from(f"`{name}`'s quantization_config", stored) if wanted is None else wanted
+        how = config_from(f"`{name}`'s quantization_config", stored)
     plain = empty_model(name, trust_remote_code=trust_remote_code)
     packed = empty_model(name, trust_remote_code=trust_remote_code)
     quantizer: Any = AutoHfQuantizer.from_config(how, pre_quantized=wanted is None)

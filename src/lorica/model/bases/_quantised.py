@@ -8,10 +8,12 @@ a packed weight, so such a base stays as published.
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorica.model.bases.base import AbstractBase
 
@@ -22,8 +24,8 @@ class Quantised(AbstractBase):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        assert isinstance(module, nn.Linear)  # all formats here are kinds of it
-        self.in_features, self.out_features = module.in_features, module.out_features
+        sizes = vars(module)  # of an `nn.Linear`, or of what has the names of its fields
+        self.in_features, self.out_features = sizes["in_features"], sizes["out_features"]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -62,3 +64,38 @@ class Quantised(AbstractBase):
         if bias is not None:
             plain.bias = nn.Parameter(bias.detach().to(dtype).clone())
         return plain
+
+
+class TensorSubclass(Quantised):
+    """A weight that is a tensor subclass with `dequantize()`, multiplied by torch's own functions,
+    which the subclass overrides."""
+
+    @property
+    def parts(self) -> Any:  # Any: each package's own class
+        return self.parameter
+
+    def stored(self) -> Mapping[str, Tensor]:
+        return dict(_plain("weight", self.parts))
+
+    def weight(self) -> Tensor:
+        return self.parameter.detach().dequantize()
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.parameter
+        inner: torch.dtype = weight.dtype
+        bias = None if bias is None else bias.to(inner)
+        return F.linear(x.to(inner), weight, bias).to(x.dtype)
+
+
+def is_subclass(weight: Tensor) -> bool:
+    return type(weight.data).dequantize is not Tensor.dequantize
+
+
+def _plain(name: str, held: Any) -> Iterator[tuple[str, Tensor]]:  # Any: as above
+    """The plain tensors that a subclass consists of, which may be of subclasses in turn."""
+    if type(held.data) is Tensor:
+        yield name, held
+        return
+    names, _ = held.__tensor_flatten__()
+    for inner in names:
+        yield from _plain(f"{name}.{inner}", getattr(held, inner))

@@ -6,23 +6,17 @@ Formats that also round activations are refused: their products have no gradient
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from lorica.model.bases._quantised import Quantised
+from lorica.model.bases._quantised import TensorSubclass, is_subclass
 
 
-class TensorSubclass(Quantised):
+class Torchao(TensorSubclass):
     @classmethod
     def serves(cls, module: nn.Module) -> bool:
-        if type(module) is not nn.Linear:
-            return False
-        held = type(module.weight.data)
-        return held.dequantize is not Tensor.dequantize
+        return type(module) is nn.Linear and is_subclass(module.weight)
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
@@ -42,21 +36,6 @@ class TensorSubclass(Quantised):
 
     @property
     def format(self) -> str:
-        weight: Any = self.parameter
-        _, context = weight.__tensor_flatten__()
-        narrow = context.get("target_dtype") or weight.qdata.dtype
+        _, context = self.parts.__tensor_flatten__()
+        narrow = context.get("target_dtype") or self.parts.qdata.dtype
         return f"{str(narrow).removeprefix('torch.')} (torchao)"
-
-    def stored(self) -> Mapping[str, Tensor]:
-        weight: Any = self.parameter
-        names, _ = weight.__tensor_flatten__()
-        return {f"weight.{n}": getattr(weight, n) for n in names}
-
-    def weight(self) -> Tensor:
-        return self.parameter.detach().dequantize()
-
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.parameter
-        inner: torch.dtype = weight.dtype
-        bias = None if bias is None else bias.to(inner)
-        return F.linear(x.to(inner), weight, bias).to(x.dtype)
