@@ -37,12 +37,12 @@ def trained(word: str = "adamw", r: int = 2, steps: int = 2):
 
 NONSENSE = {
     "total_steps": [0, -1, 2.5, 2.0, True, "10", math.nan, math.inf, [3], torch.tensor(3), 1j],
-    "lr": ["1e-3", -1e-3, math.nan, math.inf, True, [1e-3], 1j, 10**400, torch.ones(2), {}],
+    "lr": ["1e-3", -1e-3, math.nan, math.inf, True, [1e-3], 1j, 10**400, 1e38, torch.ones(2), {}],
     "modules_lr": ["1e-3", -1, math.nan, False],
-    "weight_decay": ["0.1", -0.1, math.nan, math.inf, None, True, [0.1]],
+    "weight_decay": ["0.1", -0.1, math.nan, math.inf, None, True, [0.1], 1e38],
     "seed": ["42", -1, 1.5, None, True],
     "betas": [0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("0.9", "0.99"), None, (0.9, math.nan), "ab"],
-    "eps": ["1e-8", 0, -1e-8, math.nan, None, True],
+    "eps": ["1e-8", 0, -1e-8, math.nan, None, True, 1e300],
     "momentum": ["0.9", 1.0, -0.1, math.nan, None, True],
     "fused": ["yes", 2],
     "learning_rate": [1e-3],

@@ -573,7 +573,7 @@ HARMFUL = {
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "nested too deeply",
     "{{ messages[0].content.nothing.at.all }}": "has no attribute",
     "{{ '\ud800' }}": "half a surrogate pair",
-    "{{ 'a' * 10**10 }}": "more than 192 MiB of memory",
+    "{{ 'a' * 10**10 }}": "more than 128 MiB of memory",
     "{{ 'a' * (2 * 10**7) }}": "its text has 20,000,000 characters",
     "{{ raise_exception('no\x1b[2J\u202e\nway' ~ 'x' * 999) }}": r"no\\u001b\[2J\\u202e\\nwayx+",
     "{{ messages | nothing }}": "No filter named 'nothing'",

@@ -30,6 +30,7 @@ from lorica.formats.safe_files import read_json, read_tensors
 from lorica.run import load_model
 
 GROUPS = ("native", "peft", "classifier", "data", "model", "config")
+KINDS = ("pattern", "template", "columns", "escape", "call")  # values planted, see hostile_kinds.py
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,19 @@ def bad(subjects: Subjects, seed: int, count: int, only: str) -> list[str]:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_hostile_inputs_are_read_or_refused(subjects, group):
-    assert not bad(subjects, seed=1, count=40, only=group)
+    assert not bad(subjects, seed=1, count=30, only=group)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_values_are_read_or_refused(subjects, kind, monkeypatch):
+    monkeypatch.setattr("lorica.data.bounded.PATIENCE", 0.3)
+    monkeypatch.setattr("lorica.patterns.PATIENCE", 0.1)
+    assert not bad(subjects, seed=1, count=8, only=kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", (*GROUPS, *KINDS))
 def test_many_hostile_inputs_are_read_or_refused(subjects, group, seed):
     assert not bad(subjects, seed, count=300, only=group)
 

@@ -18,7 +18,7 @@ except ImportError:  # not on Windows
     resource = None
 
 PATIENCE = 5.0  # seconds of processor time
-MEMORY = 192 << 20  # bytes that may come on top of what the process has
+MEMORY = 128 << 20  # bytes that may come on top of what the process has
 # What a call earns on an account. Published chat templates take 0.1 to 1 ms a conversation, and
 # write up to some thousand characters on top of it.
 SECONDS_PER_PART = 0.004
@@ -28,7 +28,7 @@ WRITTEN_PER_GIVEN = 20
 
 
 class Exceeded(Exception):
-    """What ran was ended: it had all its time."""
+    """What ran was ended, or is: it had all its time, or wrote too much."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _timed(seconds: float) -> Iterator[None]:
         return
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise Exceeded
+        raise Exceeded(f"it has not ended after {seconds:.2g} s")
 
     before = signal.signal(signal.SIGVTALRM, late)
     try:

@@ -25,7 +25,7 @@ from string import ascii_letters
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorica.data.bounded import MEMORY, PATIENCE, Account, Exceeded, bounded
+from lorica.data.bounded import MEMORY, Account, Exceeded, bounded
 from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Flag, Piece, Ranges
 from lorica.data.turns import READ, REASONING, ROLES
 from lorica.data.words import excerpt, listing
@@ -528,10 +528,11 @@ class Format:
             with self._account.bounded():
                 made = render()
             text = made[0] if isinstance(made[0], str) else made[0][0]
+            if len(text) > _MOST:
+                raise Exceeded(f"its text has {len(text):,} characters")
             text.encode()  # halves of surrogate pairs: no tokenizer takes them
             given = sum(len(str(message.get("content") or "")) for message in messages)
             why = self._account.book(len(text), given, len(messages) + len(tools or ()))
-            why = why if len(text) <= _MOST else f"its text has {len(text):,} characters"
         except Exception as error:  # a template can raise whatever Python does
             made, why = None, _reason(error)
         if why is not None:
@@ -563,7 +564,7 @@ def _reason(error: Exception) -> str:
     import jinja2
 
     if isinstance(error, Exceeded):
-        return f"it has not ended after {PATIENCE:g} s"
+        return str(error)
     if isinstance(error, MemoryError):
         return f"it wants more than {MEMORY >> 20:,} MiB of memory"
     if isinstance(error, RecursionError):

@@ -1,6 +1,6 @@
 """Checks of what a call in Python was given, before anything is done with it.
 
-    lr = argument("lr", lr, "a learning rate is a finite number, at least 0, e.g. 2e-4")
+    lr = argument("lr", lr, "a learning rate is a number from 0 to 1e9, e.g. 2e-4")
 
 Shared by optimizers and rules; hyperparameters of a method are checked by `fields.py`.
 """
@@ -40,6 +40,9 @@ def as_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+MOST = 1e9  # of rates and the like: products of two of them have to stay within float32
+
+
 def argument(name: str, value: object, say: str, *, least: float = 0.0) -> float:
     """The argument as a float.
 
@@ -47,10 +50,10 @@ def argument(name: str, value: object, say: str, *, least: float = 0.0) -> float
         say: what is allowed, with an example to type.
 
     Raises:
-        ValueError: it is no finite number, or below `least`.
+        ValueError: it is no finite number, below `least`, or above `MOST`.
     """
     number = as_number(value)
-    if number is None or number < least:
+    if number is None or not least <= number <= MOST:
         raise ValueError(f"`{name}={shorten(value)}`: {say}")
     return number
 
@@ -79,7 +82,7 @@ def rate(name: str, value: Any) -> Any:  # Any: a tensor stays the one that it i
     Raises:
         ValueError: it is none.
     """
-    say = "a learning rate is a finite number, at least 0, e.g. 2e-4"
+    say = "a learning rate is a number from 0 to 1e9, e.g. 2e-4"
     number = argument(name, value, say)
     return value if isinstance(value, Tensor) else number
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_
 
+from lorica.methods.arguments import MOST
 from lorica.methods.fields import is_number
 from lorica.methods.groups.base import Options
 from lorica.tensors import foreach
@@ -57,7 +58,7 @@ class Adam(Elementwise):
         given: list[object] = [*betas] if isinstance(betas, (tuple, list)) else []  # pyright: ignore
         if len(given) != 2 or not all(is_number(b, 0) and b < 1 for b in given):
             raise ValueError(f"`betas={shorten(betas)}`: two numbers in [0, 1), e.g. (0.9, 0.999)")
-        if not (is_number(eps) and eps > 0):  # at 0 a gradient of 0 would be 0/0
+        if not (is_number(eps, 0, MOST) and eps > 0):  # at 0 a gradient of 0 would be 0/0
             raise ValueError(f"`eps={shorten(eps)}`: a number above 0, e.g. 1e-8")
 
     def shapes(self, shape: Shape, options: Options) -> dict[str, Shape]:
