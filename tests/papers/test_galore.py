@@ -137,6 +137,32 @@ def test_the_rest_is_torchs_adamw_at_the_full_rate():
     assert all(torch.equal(t.parameter, twin) for t, twin in zip(others, twins, strict=True))
 
 
+def test_epsilon_for_all_that_trains_is_the_authors():
+    """A bias that joins three steps later has a step count of its own."""
+    start, twins, states = [draw(8), draw(11, 3), draw(4)], [], [{}, {}, {}]
+    made = {}
+    for text in ("galore(eps_for='all')", "galore(eps_for='all', eps_placement='after')", "galore"):
+        weights = [nn.Parameter(w.clone()) for w in start]
+        group = {"params": weights, "lr": 1e-2, "weight_decay": 0.0}
+        rule = Recipe.parse(text).rule.build([group], {})
+        twins = [w.clone() for w in start]
+        for step in range(6):
+            grads = gradients(start, step, by=1e-5)
+            for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+                w.grad = g if i < 2 or step >= 3 else None
+                if w.grad is not None and not made:
+                    twins[i] = galore.unprojected_step(twins[i], g, states[i], lr=1e-2)
+            rule.step()
+        if not made:
+            for w, twin in zip(weights, twins, strict=True):
+                torch.testing.assert_close(w.detach(), twin, rtol=1e-12, atol=1e-12)
+        made[text] = torch.cat([w.detach().flatten() for w in weights])
+    authors, after, plain = made.values()
+    base = torch.cat([w.flatten() for w in start])
+    assert (authors - plain).norm() > 0.1 * (plain - base).norm(), "that is a first digit"
+    assert not torch.equal(authors, after) and not torch.equal(after, plain)
+
+
 # -- oracles ---------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,41 @@ def test_the_matrix_and_both_orders_are_the_twin(shape, p):
         torch.testing.assert_close(delta(x[0], None).detach(), 16 * T @ x[0])
 
 
+@pytest.mark.parametrize(("shape", "q"), SHAPES.items())
+def test_leading_outputs_are_the_authors_earlier_code(shape, q):
+    torch.manual_seed(0)
+    out, features = math.prod(shape[:q]), math.prod(shape[q:])
+    model = nn.Sequential(nn.Linear(features, out, dtype=torch.float64))
+    text = f"tt(shape={list(shape)}, start='direct', leading='outputs')"
+    adapters = lorica.attach(model, text, r=2, verbose=False)
+    delta = adapters.layers["0"].update.delta
+    first = twin.reshaped([c.detach() for c in delta.cores], q)
+    perturb(adapters, 0.7)
+    T = twin.reshaped([c.detach() for c in delta.cores], q)
+    torch.testing.assert_close(delta.weight(None).detach(), 16 * (T - first))
+    x = torch.randn(6, features, dtype=torch.float64)
+    for few in (0, math.inf):  # A and B, the cores
+        delta.few = few
+        torch.testing.assert_close(delta(x, None).detach(), 16 * x @ (T - first).T)
+    if q > 1:  # the leading digits are in another order
+        other = twin.matrix([c.detach() for c in delta.cores], q)
+        assert (other.T - T).abs().max() > 0.1
+
+
+def test_leading_outputs_choose_their_shape_and_are_saved(tmp_path):
+    base = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 6))
+    model, x = copy.deepcopy(base), torch.randn(3, 12)
+    adapters = lorica.attach(model, "tt(leading=outputs)", r=2, verbose=False)
+    perturb(adapters, 0.7)
+    wanted = model(x)
+    lorica.load(base, lorica.save(adapters, tmp_path / "out"))
+    assert torch.equal(base(x), wanted)
+    torch.testing.assert_close(lorica.merge(model)(x), wanted, rtol=1e-4, atol=1e-5)
+    text = "tt(leading=outputs, shape=[4, 3, 10])"
+    with pytest.raises(ValueError, match="leading sizes must multiply to 10 and the others to 12"):
+        lorica.attach(lorica.detach(base), text, r=2, verbose=False)
+
+
 @pytest.mark.parametrize("few", [0, math.inf])
 @pytest.mark.parametrize("start", ["direct", "zero"])
 def test_gradcheck(start, few):

@@ -55,3 +55,12 @@ def step(
         N = (M / (1 - b1**t)) / ((S / (1 - b2**t)).sqrt() + eps)
         W = W - lr * scale * project_back(N, side, U, V)
     return W - lr * decay * W
+
+
+def unprojected_step(W, G, state, *, lr, betas=(0.9, 0.999), eps=1e-6):
+    """The new W of what is not projected, in the authors' code: ε before the bias correction."""
+    t = state["t"] = state.get("t", 0) + 1
+    b1, b2 = betas
+    M = state["M"] = b1 * state.get("M", torch.zeros_like(G)) + (1 - b1) * G
+    S = state["S"] = b2 * state.get("S", torch.zeros_like(G)) + (1 - b2) * G * G
+    return W - lr * (1 - b2**t) ** 0.5 / (1 - b1**t) * M / (S.sqrt() + eps)

@@ -37,6 +37,14 @@ def matrix(cores: Sequence[Tensor], p: int) -> Tensor:
     return T
 
 
+def reshaped(cores: Sequence[Tensor], q: int) -> Tensor:
+    """The authors' earlier code: the train's entries in their order, straight to (out, in), the
+    first q modes being the output's."""
+    shape = [core.shape[1] for core in cores]
+    entries = [entry(cores, index) for index in itertools.product(*map(range, shape))]
+    return torch.stack(entries).reshape(math.prod(shape[:q]), math.prod(shape[q:]))
+
+
 def contraction(x: Tensor, cores: Sequence[Tensor], p: int) -> Tensor:
     """(tokens, in) -> (tokens, out): x as a tensor of axes (m_p, …, m_1) and a rank axis; rank axis
     and last mode meet each input core, then each output core appends its mode."""

@@ -4,9 +4,13 @@ indices.
     cores G_k (r_{k−1}, d_k, r_k), r_0 = r_D = 1;  T[j_1 .. j_D] = G_1[:, j_1, :]·…·G_D[:, j_D, :]
 
 The first p digits are the index of an input, i = (j_p, …, j_1) with j_1 fastest, the others that
-of an output, o = (j_{p+1}, …, j_D) with j_D fastest, both row-major: the index convention of the
-authors' contraction, and the only one here. Cutting the train between them makes T a product of
-two factors, A (r, in) and B (out, r).
+of an output, o = (j_{p+1}, …, j_D) with j_D fastest, both row-major: the authors' contraction.
+Cutting the train between them makes T a product of two factors, A (r, in) and B (out, r).
+
+Their earlier code reshapes T straight to (out, in): the leading q digits are those of an output,
+o = (j_1, …, j_q), the others those of an input, i = (j_{q+1}, …, j_D), the last one fastest in
+both. The train read from its other end (`turned`) has the inputs' digits first, and only the
+outputs' digits are in the reverse order (`reordered`).
 """
 
 from __future__ import annotations
@@ -73,6 +77,21 @@ def draw_cores(cores: Cores, generator: torch.Generator) -> None:
     for core in cores:
         value = draw(core.shape, generator, bound=1.0)
         copy_(core, (value / vector_norm(value)).to(core.device))
+
+
+# -- the other index map
+
+
+def turned(cores: Cores) -> list[Tensor]:
+    """The same train, read from its other end."""
+    return [core.permute(2, 1, 0) for core in reversed(cores)]
+
+
+def reordered(X: Tensor, digits: Sequence[int]) -> Tensor:
+    """X (n, out) whose columns count outputs by these digits, the last one fastest -> counted with
+    the first one fastest."""
+    axes = range(len(digits), 0, -1)
+    return X.view(len(X), *digits).permute(0, *axes).flatten(1)
 
 
 # -- two orders of one product ---------------------------------------------------------------------

@@ -14,9 +14,9 @@ plain LoRA.
 A and B for many. The authors always go through the cores.
 
 The authors publish two index maps, which read different matrices out of the same cores. Their
-contraction, which is followed here, has the digits of the input in the leading cores; an earlier
-version reshapes the train straight to (out, in), with the digits of the output there. In a trial
-the two differed by 6.6. Cores that were trained with the other map have to be trained again.
+contraction, the default here, has the digits of the input in the leading cores; an earlier version
+reshapes the train straight to (out, in), with the digits of the output there: `leading="outputs"`.
+In a trial the two differed by 6.6, so cores are good for the map that they were trained with alone.
 
 The start: each core uniform, divided by its own norm: ‖T‖ ≈ r^(−(D−1)/2). That is not zero, so
 attaching changes the authors' model. Here `direct` keeps that start, but ΔW = α·(T − T₀), T₀ from
@@ -27,7 +27,7 @@ of zeros instead. (Their other start, a dense random matrix decomposed into a tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,7 +49,9 @@ MOST = 64  # cores: 2^32 features on each side have no more prime factors
 class TrainDelta(AbstractDelta):
     roles: ClassVar[dict[str, str]] = {f"cores.{k}": "core" for k in range(MOST)}
 
-    def __init__(self, site: Site, shape: Sequence[int], inputs: int, *, offset: bool) -> None:
+    def __init__(
+        self, site: Site, shape: Sequence[int], inputs: int, *, offset: bool, leading: str
+    ) -> None:
         super().__init__()
         cores = [zeros(site, *s) for s in trains.ranks(shape, site.r)]
         self.cores = nn.ParameterList(cores)
@@ -57,7 +59,10 @@ class TrainDelta(AbstractDelta):
             nn.Parameter(c.detach().clone(), requires_grad=False) for c in cores if offset
         )
         self.site, self.scale, self.inputs = site, site.scale, inputs
-        once, each, way = trains.multiplies(cores, inputs)
+        self.outputs: tuple[int, ...] = ()  # digits to bring into order, where outputs lead
+        if leading == "outputs":
+            self.outputs = (*reversed(shape[: len(shape) - inputs]),)
+        once, each, way = trains.multiplies(self._inputs_first(cores), inputs)
         self.few = once / (way - each) if way > each else 0  # fewer tokens go through the cores
 
     def forward(self, x: Tensor, base: BaseLike) -> Tensor:
@@ -67,9 +72,10 @@ class TrainDelta(AbstractDelta):
             h = F.embedding(x, f.A.T) if self.site.lookup else F.linear(x, f.A.to(x.dtype))
             return F.linear(h, (f.scale * f.B).to(h.dtype))
         rows = x.reshape(-1, x.shape[-1])
-        y = trains.through(rows, list(self.cores), self.inputs)
+        y = trains.through(rows, self._inputs_first(self.cores), self.inputs)
         if len(self.origin):
-            y = y - trains.through(rows, list(self.origin), self.inputs)
+            y = y - trains.through(rows, self._inputs_first(self.origin), self.inputs)
+        y = trains.reordered(y, self.outputs) if self.outputs else y
         return (self.scale * y).view(*x.shape[:-1], y.shape[-1])
 
     def weight(self, base: BaseLike) -> Tensor:
@@ -79,11 +85,20 @@ class TrainDelta(AbstractDelta):
         """B·A, of rank r, or BA − B₀A₀ = (B − B₀)A + B₀(A − A₀), of rank 2r and exactly zero at the
         start."""
         with no_autocast(self.cores[0].device.type):
-            A, B = trains.factors([read_full(c) for c in self.cores], self.inputs)
+            A, B = self._factors(self.cores)
             if not len(self.origin):
                 return Factors(A, B, self.scale)
-            A0, B0 = trains.factors([read_full(c) for c in self.origin], self.inputs)
+            A0, B0 = self._factors(self.origin)
             return Factors(torch.cat([A, A - A0]), torch.cat([B - B0, B0], 1), self.scale)
+
+    def _factors(self, cores: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        whole = self._inputs_first([read_full(core) for core in cores])
+        A, B = trains.factors(whole, self.inputs)
+        return A, trains.reordered(B.T, self.outputs).T if self.outputs else B
+
+    def _inputs_first(self, cores: Iterable[Tensor]) -> list[Tensor]:
+        return trains.turned([*cores]) if self.outputs else [*cores]
 
     def restart(self, link: int, generator: torch.Generator) -> None:
         trains.draw_cores(list(self.cores), generator)
@@ -141,6 +156,8 @@ class Tt(DeltaChoice):
         start: `direct` (default: the authors', with the frozen start subtracted so that the
             function is kept) or `zero` (a last core of zeros: half the cost, and only that core
             learns in the first step).
+        leading: whose digits the leading cores hold: `inputs` (default) or `outputs`, as in the
+            authors' earlier code; `shape` then has the outputs' sizes first.
 
     Raises:
         ValueError: a shape that doesn't fit a target.
@@ -162,6 +179,7 @@ class Tt(DeltaChoice):
 
     shape: tuple[int, ...] | None = None
     start: str = "direct"
+    leading: str = "inputs"
 
     gives: ClassVar[frozenset[str]] = frozenset(
         {"factors", "weight", "lookup", "sharded", "wrapped"}
@@ -177,6 +195,7 @@ class Tt(DeltaChoice):
 
     def __post_init__(self) -> None:
         one_of(self, "start", "direct", "zero")
+        one_of(self, "leading", "inputs", "outputs")
         if self.shape is None:
             return
         modes = _sizes(self.shape)
@@ -190,15 +209,18 @@ class Tt(DeltaChoice):
         object.__setattr__(self, "shape", modes)
 
     def build(self, site: Site) -> TrainDelta:
-        sizes = site.in_features, site.out_features
-        left, right = (trains.modes(size, site.r) for size in sizes)
-        own = [*left, *reversed(right)]
+        first, second = site.in_features, site.out_features
+        if self.leading == "outputs":
+            first, second = second, first
+        own = [*trains.modes(first, site.r), *reversed(trains.modes(second, site.r))]
         shape = own if self.shape is None else self.shape
-        if (inputs := trains.split(shape, *sizes)) is None:
+        if (cut := trains.split(shape, first, second)) is None:
             raise ValueError(
-                f"`tt(shape={list(shape)})` does not fit {site.name!r} ({sizes[1]} x {sizes[0]}):"
-                f" the leading sizes must multiply to {sizes[0]} and the others to {sizes[1]},"
-                f" e.g. `tt(shape={own})`. Leave `shape` out, so that each layer gets its own, or"
-                " narrow `target_modules`"
+                f"`tt(shape={list(shape)})` does not fit {site.name!r} ({site.out_features} x"
+                f" {site.in_features}): the leading sizes must multiply to {first} and the others"
+                f" to {second}, e.g. `tt(shape={own})`. Leave `shape` out, so that each layer gets"
+                " its own, or narrow `target_modules`"
             )
-        return TrainDelta(site, shape, inputs, offset=self.start == "direct")
+        inputs = cut if self.leading == "inputs" else len(shape) - cut
+        offset = self.start == "direct"
+        return TrainDelta(site, shape, inputs, offset=offset, leading=self.leading)

@@ -15,7 +15,7 @@ here they take turns, matrix i of n at steps ⌊iT/n⌋ + kT, unless asked other
 the basis to the gradient's dtype and keeps it where a safe load refuses it; here it is a tensor of
 the state, in float32 or wider. What is not projected (norms, biases, embeddings, the head) gets
 torch's AdamW here, ε = 1e-8 after the corrections; the code's own AdamW has 1e-6 before them there
-too, by which such weights differed by 1.3e-3 after 40 steps of a trial.
+too, by which such weights differed by 1.3e-3 after 40 steps of a trial: `eps_for="all"`.
 
 Singular vectors have no sign of their own. Moments outlive a refresh, so signs count, and the
 code's results depend on the library that decomposes. Here the largest entry of each right vector is
@@ -71,6 +71,8 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
             (0.9, 0.999) and 1e-6, the code's (the paper's ε is 1e-8).
         eps_placement: `before` the bias correction (default, the code's) or `after` it (the
             paper's, torch's).
+        eps_for: what these two hold for: `projected` matrices (default; the rest has torch's
+            AdamW), or `all` that trains, as in the code.
         spread: matrices take turns (default), so that no step waits for all; False: all at steps
             0, T, 2T, ..., as in the code.
 
@@ -96,6 +98,7 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
     betas: tuple[float, float] | None = None
     eps: float | None = None
     eps_placement: str = "before"
+    eps_for: str = "projected"
     spread: bool = True
 
     preset: ClassVar[Mapping[str, str]] = {"deltas": "full"}
@@ -121,6 +124,7 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
         one_of(self, "proj_type", *PROJ_TYPES)
         one_of(self, "svd", "exact", "random")
         one_of(self, "eps_placement", "before", "after")
+        one_of(self, "eps_for", "projected", "all")
         one_of(self, "spread", True, False)
         number(self, "scale", above=0, say="a number above 0, e.g. 0.25")
         say = f"whole optimizer steps, at least 1, e.g. {GAP}; left out, it is fitted to the run"
@@ -144,7 +148,10 @@ class GaLore(EngineRule, RefusesOptim, FitsHorizon):
     def options(self, given: Options) -> tuple[Options, Options]:
         own = {k: v for k, v in vars(self).items() if v is not None}
         default = {"betas": (0.9, 0.999), "eps": 1e-6, "update_proj_gap": GAP}
-        return {**self.plain.defaults, **given}, {**default, **given, **own}
+        plain, projected = {**self.plain.defaults, **given}, {**default, **given, **own}
+        if self.eps_for == "all":
+            plain |= {name: projected[name] for name in ("eps", "eps_placement")}
+        return plain, projected
 
     def build(self, groups: list[Options], options: Options) -> torch.optim.Optimizer:
         super().build(groups, options)  # refuses options that it does not have

@@ -101,7 +101,9 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
 
     def _update_plain(self, parameters: list[Tensor], group: Options) -> None:
         if "rank" not in group:
-            return super()._update_plain(parameters, group)
+            for step, some in self._by_age(parameters).items() if _early(group) else ():
+                super()._update_plain(some, {**group, "eps": _eps(group, step)})
+            return None if _early(group) else super()._update_plain(parameters, group)
         offsets = self._offsets(group)
         for p in parameters:
             for name, shape in shapes(tuple(p.shape), group).items():
@@ -119,6 +121,14 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
             count = max(1, _engine.STACKED // shape.numel())
             for i in range(0, len(some), count):
                 self._move(some[i : i + count], step, group)
+
+    def _by_age(self, parameters: list[Tensor]) -> dict[int, list[Tensor]]:
+        """{steps taken so far: parameters}."""
+        counts = [self.state[p].get("step") for p in parameters]
+        ages: dict[int, list[Tensor]] = {}
+        for p, count in zip(parameters, counts, strict=True):
+            ages.setdefault(0 if count is None else int(count), []).append(p)
+        return ages
 
     def _offsets(self, group: Options) -> dict[int, tuple[int, str]]:
         """{id of each matrix of the group: (the first step after 0 at which it gets new bases, as a
@@ -158,9 +168,7 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
         R = R if left is None else left.mT @ R  # (k, r, m)·(k, m, n)
         R = R if right is None else R @ right.mT
         own = {n: _engine.stack_wide([s[n] for s in states], False) for n in MOMENTS}
-        eps, lr = group["eps"], float(group["lr"])
-        if group["eps_placement"] == "before":  # √v + ε, over √(1−β₂ᵗ) as a whole
-            eps /= math.sqrt(1 - group["betas"][1] ** (step + 1))
+        eps, lr = _eps(group, step), float(group["lr"])
         N = Adam().stacked(
             torch.zeros_like(R), R, {**own, "step": torch.tensor(float(step))},
             lr * group["scale"], 0.0, {"betas": group["betas"], "eps": eps},
@@ -174,6 +182,18 @@ class ProjectedOptimizer(_engine.RuleOptimizer):
         else:
             B, A = N if left is None else left @ N, right
         _add(parameters, B, A, 1 - lr * group["weight_decay"])
+
+
+def _early(group: Options) -> bool:
+    """Whether ε is added before the bias correction; groups that have torch's AdamW don't say."""
+    return group.get("eps_placement") == "before"
+
+
+def _eps(group: Options, step: int) -> float:
+    """ε for torch's order of operations: before the correction it is √v + ε, over √(1−β₂ᵗ) as a
+    whole."""
+    after: float = group["eps"]
+    return after / math.sqrt(1 - group["betas"][1] ** (step + 1)) if _early(group) else after
 
 
 def _add(parameters: Sequence[Tensor], B: Tensor, A: Tensor, kept: float) -> None:
