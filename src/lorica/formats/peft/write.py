@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.models.auto import modeling_auto as auto
 
 from lorica.embedded import named
@@ -41,6 +41,14 @@ _REFUSED_LAYERS = ("out_proj", "conv1d")
 _REFUSED_FAMILIES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
+# PEFT (0.21) takes such names, in families that transformers converts as these, for the experts'
+# weights of before they were fused, and no longer for layers.
+_TAKEN_FOR_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
 def obstacle(adapters: Adapters) -> str | None:
     """Why PEFT can't compute what these adapters compute, or None where it can."""
     recipe = adapters.recipe
@@ -51,6 +59,8 @@ def obstacle(adapters: Adapters) -> str | None:
         return f"PEFT has no form of `{combine.name}`"
     form = own_form(adapters, frozen_ranks(adapters))
     if form is None and (why := refused_layer(adapters)) is not None:
+        return why
+    if form is None and (why := _taken_for_experts(adapters)) is not None:
         return why
     for site, layer in adapters:
         if form is None and layer.update.delta.factors() is None:
@@ -82,6 +92,21 @@ def refused_layer(adapters: Adapters) -> str | None:
         for site in adapters.layers:
             if site.rpartition(".")[2] in _REFUSED_LAYERS:
                 return f"PEFT refuses {LORA} on {site!r} of a {family} model"
+    return None
+
+
+def _taken_for_experts(adapters: Adapters) -> str | None:
+    """Why PEFT would not adapt one of these layers, but expert tensors instead; None: it would."""
+    model = adapters.model
+    kind: str = model.config.model_type if isinstance(model, PreTrainedModel) else ""
+    patterns: dict[str, str] = vars(conversion_mapping)["_MODEL_TO_CONVERSION_PATTERN"]
+    names = _TAKEN_FOR_EXPERTS.get(patterns.get(kind, kind), ())
+    for site, layer in adapters:
+        if not layer.site.experts and site.rpartition(".")[2] in names:
+            return (
+                f"PEFT takes the name of {site!r} for that of expert tensors in a {kind} model"
+                f" (leave such layers out, `exclude_modules`, for a file that PEFT reads)"
+            )
     return None
 
 
