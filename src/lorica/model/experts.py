@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lorica.interfaces import BaseLike, Factors, RowScale, UpdateLike
+from lorica.interfaces import BaseLike, DeltaLike, Factors, RowScale, UpdateLike
 from lorica.model.bases.experts import ExpertTensor
 from lorica.model.layer import AdaptedLayer
 from lorica.model.module_hooks import share_hooks
+from lorica.model.update import Products, Update
 from lorica.tensors.effective import EffectiveWeight, Term, multiplies_by_group
 
 
@@ -54,6 +56,10 @@ class AdaptedTensor(AdaptedLayer):
             for factors, drops in self._parts()
         )
         made = EffectiveWeight.of(weight, terms, asked.gain, on_rows=not store.transposed)
+        if (
+            weight.device.type == "cpu"
+        ):  # elsewhere one grouped product is faster than many small ones
+            made.one = _OneByOne(self, asked.gain)
         if self.routed is not None and torch.is_grad_enabled():
             made.met = self._note
         return made
@@ -86,6 +92,95 @@ def _term(
 
     falls = None if dropping is None else drop
     return Term(right.mT, left.mT, falls) if transposed else Term(left, right, falls)
+
+
+class _OneByOne:
+    """The product with one expert's matrix, x (n, in) -> (n, out), by the layer's kernel."""
+
+    def __init__(self, layer: AdaptedTensor, gain: Tensor | None) -> None:
+        self.layer = layer
+        self.gains = None if gain is None else gain.unbind()
+        self.weights = layer.store.weight().unbind()
+        update = layer.update
+        own = update.delta.factors() if layer.instead is None else layer.instead
+        frozen = update.frozen_factors if layer.instead is None else None
+        assert own is not None  # as above
+        # Taken apart at once: the gradient of one index after the other would be a stack each.
+        self.own = _apart(own)
+        self.frozen = None if frozen is None else _apart(frozen)
+
+    def __call__(self, x: Tensor, expert: int) -> Tensor:
+        frozen = None if self.frozen is None else self.frozen[expert]
+        update = _OneUpdate(self.layer.update, self.own[expert], frozen)
+        base = _OneBase(self.weights[expert])
+        scale = None
+        if self.gains is not None:
+            g = self.gains[expert]
+            scale = cast(RowScale, lambda forms: (g, None))  # pyright: ignore
+        kernel = self.layer.kernel
+        y = kernel.product(x, cast(BaseLike, base), cast(UpdateLike, update), gain=scale)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+
+def _apart(factors: Factors) -> list[Factors]:
+    pairs = zip(factors.A.unbind(), factors.B.unbind(), strict=True)
+    return [Factors(A, B, factors.scale) for A, B in pairs]
+
+
+class _OneBase:
+    """One matrix of a stack, as a kernel reads it."""
+
+    dense, lookup = True, False
+
+    def __init__(self, weight: Tensor) -> None:
+        self.values = weight
+
+    def weight(self) -> Tensor:
+        return self.values
+
+    def bias(self) -> None:
+        return None
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.values)
+
+    linear = product
+
+
+class _OneUpdate(Products):
+    """The update of one matrix of a stack, as a kernel reads it."""
+
+    lookup, padding = False, None
+
+    def __init__(self, whole: Update, own: Factors, frozen: Factors | None) -> None:
+        self.delta = cast(DeltaLike, _OneDelta(own))
+        self.dropout, self.drop_frozen = whole.dropout, whole.drop_frozen
+        self._frozen, self._drops = frozen, whole.dropping
+
+    @property
+    def dropping(self) -> bool:
+        return self._drops
+
+    @property
+    def frozen_factors(self) -> Factors | None:
+        return self._frozen
+
+    def __call__(self, x: Tensor, base: BaseLike) -> Tensor:
+        return self.forward(x, base)
+
+
+class _OneDelta:
+    """Two factors."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.held = factors
+
+    def factors(self) -> Factors:
+        return self.held
+
+    def pair(self) -> Factors:
+        """Not None: the factors are what trains."""
+        return self.held
 
 
 class _AskedForGain:

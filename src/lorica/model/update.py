@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lorica.interfaces import BaseLike, Factors, Site
+from lorica.interfaces import BaseLike, DeltaLike, Factors, Site
 from lorica.methods.deltas.base import AbstractDelta
 from lorica.tensors import dropout
 from lorica.tensors.dtensor_ops import add_, outer_add_, zero_
@@ -25,10 +25,103 @@ from lorica.tensors.modules import call_before_loading
 ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
 
 
-class Update(nn.Module):
+class Products:
+    """The product of an update, split by what dropout falls on."""
+
+    delta: DeltaLike
+    lookup: bool
+    dropout: float
+    drop_frozen: bool
+    padding: int | None
+
+    @property
+    def dropping(self) -> bool:
+        """Whether this call drops inputs, so that the update is no one matrix."""
+        raise NotImplementedError
+
+    @property
+    def frozen_factors(self) -> Factors | None:
+        raise NotImplementedError
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.delta.parameters()).dtype
+
+    def factors(self) -> Factors | None:
+        """Low-rank view of the whole update, rank r + k, or None where the delta has none."""
+        own, frozen = self._own_factors(), self.frozen_factors
+        if own is None or frozen is None:
+            return own
+        if own.scale != frozen.scale:
+            own = Factors(own.A, own.B * (own.scale / frozen.scale), frozen.scale)
+        A, B = torch.cat([own.A, frozen.A], dim=-2), torch.cat([own.B, frozen.B], dim=-1)
+        return Factors(A, B, own.scale)
+
+    def _own_factors(self) -> Factors | None:
+        """The delta's, without the padding's column."""
+        factors = self.delta.factors()
+        if factors is None or self.padding is None:
+            return factors
+        return Factors(self._unpadded(factors.A), factors.B, factors.scale)
+
+    def _unpadded(self, A: Tensor) -> Tensor:
+        """A (k, in) with zeros in the padding's column."""
+        ids = torch.arange(A.shape[1], device=A.device)
+        return A * (ids != self.padding).to(A.dtype)
+
+    def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input after dropout; for token ids a mask (..., 1) instead, since a dropped one-hot
+        is a zero, and so is the padding's."""
+        if not self.lookup:
+            return (dropout.drop(x, self.dropout) if self.dropping else x), None
+        mask = self._live(x)
+        if self.dropping:
+            ones = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
+            dropped = F.dropout(ones, self.dropout)
+            mask = dropped if mask is None else mask * dropped
+        return x, mask
+
+    def _live(self, x: Tensor) -> Tensor | None:
+        """1 for each token id, 0 for the padding's (..., 1); None: there is no such id."""
+        return None if self.padding is None else (x != self.padding).unsqueeze(-1).to(self._dtype)
+
+    def dropped_part(self, x: Tensor, base: BaseLike, keep: Tensor | None = None) -> Tensor:
+        """The part that dropout falls on, of an input already dropped."""
+        factors = self.factors() if self.drop_frozen else self.delta.factors()
+        if factors is not None and self.delta.pair() is not None:
+            return self._product(x, factors, keep)
+        y = self.delta(x, base)  # a delta whose factors are a mere view knows a cheaper order
+        y = y if keep is None else y * keep
+        frozen = self.frozen_factors if self.drop_frozen else None
+        return y if frozen is None else y + self._product(x, frozen, keep)
+
+    def undropped_part(self, x: Tensor) -> Tensor | None:
+        """The part that dropout leaves alone, or None where that is nothing."""
+        frozen = None if self.drop_frozen else self.frozen_factors
+        return None if frozen is None else self._product(x, frozen)
+
+    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
+        """x ΔWᵀ: (..., in) -> (..., out), in x's dtype (token ids: in the base's)."""
+        dropped, keep = self.drop(x)
+        y = self.dropped_part(dropped, base, keep)
+        if (still := self.undropped_part(x)) is not None:
+            y = y + still
+        return y.to(base.dtype) if self.lookup else y
+
+    def _product(self, x: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
+        if self.lookup:
+            h = F.embedding(x, factors.A.T)  # (..., k)
+            return F.linear(h if keep is None else h * keep, factors.B * factors.scale)
+        # The small factors go to x's dtype, never x to theirs: no wide copy of an activation.
+        B = factors.B if factors.scale == 1 else factors.B * factors.scale
+        return F.linear(F.linear(x, factors.A.to(x.dtype)), B.to(x.dtype))
+
+
+class Update(Products, nn.Module):
     """Delta and frozen factors of one layer, with the dropout that falls on it: what combines,
     kernels and export take."""
 
+    delta: AbstractDelta  # pyright: ignore[reportIncompatibleVariableOverride]
     frozen_A: nn.Parameter | None  # (k, in), frozen
     frozen_B: nn.Parameter | None  # (out, k), frozen; sign folded in, scale that of the delta
 
@@ -125,10 +218,6 @@ class Update(nn.Module):
         self.frozen_A = self.frozen_B = None
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.delta.parameters()).dtype
-
-    @property
     def frozen_factors(self) -> Factors | None:
         if self.frozen_A is None or self.frozen_B is None:
             return None
@@ -139,31 +228,9 @@ class Update(nn.Module):
         """Whether this call drops inputs, so that the update is no one matrix."""
         return self.training and self.dropout > 0
 
-    def factors(self) -> Factors | None:
-        """Low-rank view of the whole update, rank r + k, or None where the delta has none."""
-        own, frozen = self._own_factors(), self.frozen_factors
-        if own is None or frozen is None:
-            return own
-        if own.scale != frozen.scale:
-            own = Factors(own.A, own.B * (own.scale / frozen.scale), frozen.scale)
-        A, B = torch.cat([own.A, frozen.A], dim=-2), torch.cat([own.B, frozen.B], dim=-1)
-        return Factors(A, B, own.scale)
-
-    def _own_factors(self) -> Factors | None:
-        """The delta's, without the padding's column."""
-        factors = self.delta.factors()
-        if factors is None or self.padding is None:
-            return factors
-        return Factors(self._unpadded(factors.A), factors.B, factors.scale)
-
     def _own_weight(self, base: BaseLike) -> Tensor | None:
         weight = self.delta.weight(base)
         return weight if weight is None or self.padding is None else self._unpadded(weight)
-
-    def _unpadded(self, A: Tensor) -> Tensor:
-        """A (k, in) with zeros in the padding's column."""
-        ids = torch.arange(A.shape[1], device=A.device)
-        return A * (ids != self.padding).to(A.dtype)
 
     def weight(self, base: BaseLike) -> Tensor:
         """ΔW (out, in) of the whole update, in at least float32."""
@@ -226,55 +293,6 @@ class Update(nn.Module):
             square = own + ((2 * cross + B @ (A @ A.mT)) * B).sum(-1)
             # Not 0, where the root's slope is infinite: a row of zeros would poison all gradients.
             return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
-
-    # -- the product, split by what dropout falls on
-
-    def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The input after dropout; for token ids a mask (..., 1) instead, since a dropped one-hot
-        is a zero, and so is the padding's."""
-        if not self.lookup:
-            return (dropout.drop(x, self.dropout) if self.dropping else x), None
-        mask = self._live(x)
-        if self.dropping:
-            ones = torch.ones((*x.shape, 1), device=x.device, dtype=self._dtype)
-            dropped = F.dropout(ones, self.dropout)
-            mask = dropped if mask is None else mask * dropped
-        return x, mask
-
-    def _live(self, x: Tensor) -> Tensor | None:
-        """1 for each token id, 0 for the padding's (..., 1); None: there is no such id."""
-        return None if self.padding is None else (x != self.padding).unsqueeze(-1).to(self._dtype)
-
-    def dropped_part(self, x: Tensor, base: BaseLike, keep: Tensor | None = None) -> Tensor:
-        """The part that dropout falls on, of an input already dropped."""
-        factors = self.factors() if self.drop_frozen else self.delta.factors()
-        if factors is not None and self.delta.pair() is not None:
-            return self._product(x, factors, keep)
-        y = self.delta(x, base)  # a delta whose factors are a mere view knows a cheaper order
-        y = y if keep is None else y * keep
-        frozen = self.frozen_factors if self.drop_frozen else None
-        return y if frozen is None else y + self._product(x, frozen, keep)
-
-    def undropped_part(self, x: Tensor) -> Tensor | None:
-        """The part that dropout leaves alone, or None where that is nothing."""
-        frozen = None if self.drop_frozen else self.frozen_factors
-        return None if frozen is None else self._product(x, frozen)
-
-    def forward(self, x: Tensor, base: BaseLike) -> Tensor:
-        """x ΔWᵀ: (..., in) -> (..., out), in x's dtype (token ids: in the base's)."""
-        dropped, keep = self.drop(x)
-        y = self.dropped_part(dropped, base, keep)
-        if (still := self.undropped_part(x)) is not None:
-            y = y + still
-        return y.to(base.dtype) if self.lookup else y
-
-    def _product(self, x: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
-        if self.lookup:
-            h = F.embedding(x, factors.A.T)  # (..., k)
-            return F.linear(h if keep is None else h * keep, factors.B * factors.scale)
-        # The small factors go to x's dtype, never x to theirs: no wide copy of an activation.
-        B = factors.B if factors.scale == 1 else factors.B * factors.scale
-        return F.linear(F.linear(x, factors.A.to(x.dtype)), B.to(x.dtype))
 
 
 def _fit(update: Update, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:

@@ -13,7 +13,7 @@ anything. Whatever else is done with it sees the sum, formed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -43,30 +43,41 @@ class EffectiveWeight(Tensor):
 
     Attributes:
         stored: W itself.
-        terms: the parts of the update.
+        parts: the parts of the update, or what makes them.
         gain: g (..., p) or (..., q), or None.
         on_rows: whether g scales the rows, of length q.
+        one: multiplies x (n, in) by the transpose of one expert's W (out, in), given as a whole
+            number; None: that takes the stack's own products.
         met: called with the experts, as an index, that some rows are multiplied with; None: nobody
             asks. Not called where all of the stack takes part in one product.
     """
 
     stored: Tensor
-    terms: tuple[Term, ...]
+    parts: tuple[Term, ...] | Callable[[], tuple[Term, ...]]
     gain: Tensor | None
     on_rows: bool
+    one: Callable[[Tensor, int], Tensor] | None
     met: Callable[[Any], None] | None  # Any: as torch's indexing takes it
     which: Any  # the part of the stack that this is; None: all of it
 
     @classmethod
     def of(
-        cls, stored: Tensor, terms: tuple[Term, ...], gain: Tensor | None, *, on_rows: bool
-    ) -> EffectiveWeight:
+        cls, stored: Tensor, terms: tuple[Term, ...] | Callable[[], tuple[Term, ...]],
+        gain: Tensor | None, *, on_rows: bool,
+    ) -> EffectiveWeight:  # fmt: skip
         # Torch has no types for it.
         make = cast(Function, Tensor._make_subclass)  # pyright: ignore[reportPrivateUsage]
         made: EffectiveWeight = make(cls, stored.detach(), False)
-        made.stored, made.terms, made.gain, made.on_rows = stored, terms, gain, on_rows
-        made.met, made.which = None, None
+        made.stored, made.parts, made.gain, made.on_rows = stored, terms, gain, on_rows
+        made.one, made.met, made.which = None, None, None
         return made
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The parts of the update, made when they are first asked for."""
+        if callable(self.parts):
+            self.parts = self.parts()
+        return self.parts
 
     @classmethod
     def __torch_function__(
@@ -104,18 +115,24 @@ class EffectiveWeight(Tensor):
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> EffectiveWeight:
         """The same of a part of the stack, taken alike from all that it is made of."""
-        terms = tuple(Term(change(t.left), change(t.right), t.drop) for t in self.terms)
+
+        def terms() -> tuple[Term, ...]:
+            return tuple(Term(change(t.left), change(t.right), t.drop) for t in self.terms)
+
         gain = None if self.gain is None else change(self.gain)
         return self._as(EffectiveWeight.of(change(self.stored), terms, gain, on_rows=self.on_rows))
 
     def flipped(self) -> EffectiveWeight:
         """Its transpose."""
-        terms = tuple(Term(t.right.mT, t.left.mT, t.drop) for t in self.terms)
+
+        def terms() -> tuple[Term, ...]:
+            return tuple(Term(t.right.mT, t.left.mT, t.drop) for t in self.terms)
+
         turned = EffectiveWeight.of(self.stored.mT, terms, self.gain, on_rows=not self.on_rows)
         return self._as(turned)
 
     def _as(self, other: EffectiveWeight) -> EffectiveWeight:
-        other.met, other.which = self.met, self.which
+        other.one, other.met, other.which = self.one, self.met, self.which
         return other
 
     def meets(self, x: Tensor) -> None:
@@ -139,6 +156,8 @@ def _item(func: Function, weight: Any, index: Any) -> Any:  # Any: as torch's in
 
     part = weight.changed(one)
     part.which = index
+    if isinstance(index, Tensor) and index.ndim == 0 and index.device.type == "cpu":
+        part.which = int(index)
     return part
 
 
@@ -180,6 +199,8 @@ def _is_one(x: Any) -> bool:
 def _from_right(func: Function, x: Tensor, weight: EffectiveWeight) -> Tensor:
     """x V (..., n, q)."""
     weight.meets(x)
+    if weight.one is not None and type(weight.which) is int and not weight.on_rows:
+        return weight.one(x, weight.which)
     g = weight.gain
     if g is not None and weight.on_rows:
         x = (x * g.unsqueeze(-2)).to(x.dtype)
@@ -208,6 +229,9 @@ def _grouped(func: Function, x: Tensor, weight: Any, *rest: Any, **options: Any)
     offs = rest[0] if rest else options.get("offs")
     if not isinstance(weight, EffectiveWeight) or offs is None or len(rest) > 1:
         return NotImplemented
+    if weight.one is not None and not weight.on_rows and x.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):  # which torch's own grouped products don't know
+            return _each(weight.one, weight, x.to(weight.stored.dtype), offs)
     g = weight.gain
     owner = None if g is None and weight.met is None else _owner(x, offs)
     if weight.met is not None:
@@ -232,12 +256,38 @@ def _by_group(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     """x (S, p) by w (E, p, q), each expert's rows with its own matrix; 0 for rows of no expert."""
     if x.device.type != "cpu" and x.dtype == torch.bfloat16:
         return F.grouped_mm(x, w, offs=offs)
-    ends = [int(end) for end in offs.unbind()]  # on a CPU there is nothing to wait for
-    starts = [0, *ends[:-1]]
-    parts = [x[a:b] @ w[e] for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
-    last = ends[-1] if ends else 0
-    if last < x.shape[0] or not parts:
-        parts.append(x.new_zeros(x.shape[0] - last, w.shape[-1]))
+    ones = w.unbind()
+    parts = [rows @ ones[e] for e, rows in _groups(x, offs)]
+    return _joined(parts, x, w.shape[-1])
+
+
+def _each(
+    one: Callable[[Tensor, int], Tensor], weight: EffectiveWeight, x: Tensor, offs: Tensor
+) -> Tensor:
+    """x (S, p) by V, each expert's rows by themselves."""
+    parts: list[Tensor] = []
+    for e, rows in _groups(x, offs):
+        parts.append(one(rows, e))
+        if weight.met is not None:
+            weight.met(e)
+    return _joined(parts, x, weight.stored.shape[-1])
+
+
+def _groups(x: Tensor, offs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows) of each expert that has some."""
+    ends = [int(end) for end in offs.unbind()]  # a CPU waits for nothing here
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    # Cut at once: the gradient of one slice after the other would be all of x each time.
+    for e, rows in enumerate(x.split([*counts, x.shape[0] - sum(counts)])[:-1]):
+        if len(rows):
+            yield e, rows
+
+
+def _joined(parts: list[Tensor], x: Tensor, width: int) -> Tensor:
+    """The rows one below the other, and 0 for those of no expert."""
+    spare = x.shape[0] - sum(len(part) for part in parts)
+    if spare or not parts:
+        parts.append(x.new_zeros(spare, width))
     return torch.cat(parts)
 
 
