@@ -252,6 +252,58 @@ def test_peft_loads_the_adapter_on_the_same_base(load, tmp_path, stored, method)
     torch.testing.assert_close(theirs(**batch)["logits"].detach(), live, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_it_trains_as_after_pefts_preparation(even, reentrant):
+    """PEFT casts norms, embeddings and head of a bfloat16 model to float32; here they stay, as the
+    summary says, and norms compute in float32 all the same. Gradients agree up to bfloat16."""
+    how = {"use_reentrant": reentrant}
+    model, other = (loaded(even, "nf4", torch.bfloat16) for _ in range(2))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    adapters = lorica.attach(model, "lora", r=4, verbose=False)
+    assert adapters.summary.dtypes == {"rest": "bfloat16", "trained": "float32"}
+    assert "stays in bfloat16, what trains is float32, and" in str(adapters.summary)
+    other = peft.prepare_model_for_kbit_training(other, gradient_checkpointing_kwargs=how)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=adapters.recipe.lora_alpha, target_modules=list(adapters.layers)
+    )
+    theirs = peft.get_peft_model(other, config).train()
+    named = dict(theirs.base_model.model.named_parameters())
+    generator, pairs = torch.Generator().manual_seed(0), []
+    for name, layer in adapters:
+        for side in "AB":
+            ours = layer.get_parameter(f"update.delta.{side}")
+            pairs.append((ours, named[f"{name}.lora_{side}.default.weight"]))
+            ours.data = 0.1 * torch.randn(ours.shape, generator=generator)
+            pairs[-1][1].data = ours.data.clone()
+    batch = models.batch(model, 9)
+    for m in (model, theirs):
+        m(**batch)["loss"].backward()
+    for ours, peers in pairs:
+        assert ours.dtype == peers.dtype == ours.grad.dtype == torch.float32
+        near = torch.cosine_similarity(ours.grad.flatten(), peers.grad.flatten(), dim=0)
+        assert near > 0.97 and ours.grad.norm() > 0
+    assert not any(p.requires_grad for p in adapters.base_parameters().values())
+
+
+def test_a_resumed_run_is_bit_identical(load, tmp_path):
+    def begin():
+        adapters = lorica.attach(load("nf4"), "pissa+dora+loraplus", r=4, verbose=False)
+        return adapters, lorica.optimizer(adapters, lr=1e-2, total_steps=6)
+
+    straight, optimizer = begin()
+    whole = models.train(straight, optimizer, 6)
+    adapters, optimizer = begin()
+    models.train(adapters, optimizer, 3)
+    lorica.save(adapters, tmp_path / "a")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again, optimizer = begin()
+    lorica.formats.restore(again, tmp_path / "a")
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    assert models.train(again, optimizer, 3, first=3) == whole[3:]
+    assert again.fingerprint() == straight.fingerprint()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_ten_steps_equal_pefts(load, method):
@@ -366,6 +418,13 @@ def test_a_packed_form_that_nobody_reads_is_named():
         def forward(self, x):
             return x
 
+    no_weight = torch.nn.Linear(8, 8)  # as compressed-tensors leaves it
+    del no_weight.weight
+    packed = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.int32), requires_grad=False)
+    no_weight.register_parameter("weight_packed", packed)
+    with pytest.raises(ValueError, match="'1' is a .*Linear.*packed form"):
+        both = torch.nn.Sequential(torch.nn.Linear(8, 8), no_weight)
+        lorica.attach(both, "lora", r=2, verbose=False)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), Packed())
     with pytest.raises(ValueError, match="'1' is a .*Packed.*packed form"):
         lorica.attach(model, "lora", r=2, verbose=False)

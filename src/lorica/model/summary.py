@@ -13,7 +13,7 @@ import torch
 
 from lorica.model.adapters import Adapters
 from lorica.model.layer import AdaptedLayer
-from lorica.model.quantised import quantised, sizes
+from lorica.model.quantised import floating_dtype, quantised, sizes
 from lorica.model.targets import Targets
 from lorica.model.token_rows import shown
 from lorica.recipe.recipe import Recipe
@@ -47,6 +47,8 @@ class Summary:
         left_out: {layer that `all-linear` leaves out: why}.
         unadapted: {weight matrix: share of all parameters} that neither trains nor is adapted.
         tied: {adapted module: module that shares its weight}.
+        quantised: {format: number of weights in it}.
+        dtypes: of `trained` parameters and of the `rest` of a quantised base; else empty.
         memory: bytes of each kind.
         defaults: {field: value, and the method it comes from}, where the user gave none.
         materialise_from: {weight shape: number of tokens in a batch from which the layer multiplies
@@ -66,6 +68,7 @@ class Summary:
     unadapted: dict[str, float] = field(default_factory=dict[str, float])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     quantised: dict[str, int] = field(default_factory=dict[str, int])  # format -> weights in it
+    dtypes: dict[str, str] = field(default_factory=dict[str, str])
     memory: dict[str, int] = field(default_factory=dict[str, int])
     defaults: dict[str, dict[str, float | str]] = field(
         default_factory=dict[str, dict[str, float | str]]
@@ -96,6 +99,11 @@ class Summary:
             )
         for stored, count in self.quantised.items():
             lines.append(f"  quantised    {count} weight{'s' if count != 1 else ''} in {stored}")
+        if self.quantised:
+            lines.append(
+                f"  beside them  the rest of the base stays in {self.dtypes['rest']}, what trains"
+                f" is {self.dtypes['trained']}, and checkpointed blocks pass gradients on"
+            )
         for name in self.saved:
             why = self.heads.get(name)
             lines.append(f"  in full      {name}" + f" ({why})" * bool(why))
@@ -136,6 +144,9 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     packed = sizes(model)
     for store in quantised(model).values():
         summary.quantised[store.format] = summary.quantised.get(store.format, 0) + 1
+    if packed:
+        rest, own_dtype = floating_dtype(model), adapters.dtype
+        summary.dtypes = {"rest": _named(rest), "trained": _named(own_dtype)}
     for p in base.values():
         elements, _ = packed.get(id(p), (p.numel(), 0))
         _count(summary.frozen, "frozen factors" if id(p) in own else "base", elements)
@@ -188,6 +199,10 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
     if (rate := recipe.learning_rate) is not None:
         summary.defaults["learning_rate"] = {"value": rate[0], "from": rate[1]}
     return summary
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _merged_from(layer: AdaptedLayer, recipe: Recipe) -> int | None:

@@ -87,8 +87,8 @@ class TensorSubclass(Quantised):
         return F.linear(x.to(inner), weight, bias).to(x.dtype)
 
 
-def is_subclass(weight: Tensor) -> bool:
-    return type(weight.data).dequantize is not Tensor.dequantize
+def is_subclass(weight: object) -> bool:
+    return isinstance(weight, Tensor) and type(weight.data).dequantize is not Tensor.dequantize
 
 
 def _plain(name: str, held: Any) -> Iterator[tuple[str, Tensor]]:  # Any: as above

@@ -114,6 +114,14 @@ class AbstractBase(abc.ABC):
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def own_weight(module: nn.Module) -> object:
+    """The module's `weight`; None where it has none, as where a packed form took its place."""
+    try:
+        return module.weight
+    except AttributeError:
+        return None
+
+
 def is_dense(weight: object) -> bool:
     """Whether a tensor holds values that torch's own products read, not a packed form of them."""
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATING:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorica.model.bases.base import AbstractBase, is_dense
+from lorica.model.bases.base import AbstractBase, is_dense, own_weight
 
 
 class _Dense(AbstractBase):
@@ -30,7 +30,7 @@ class _Dense(AbstractBase):
 
     @classmethod
     def serves(cls, module: nn.Module) -> bool:
-        return type(module) is cls.kind and is_dense(module.weight)
+        return type(module) is cls.kind and is_dense(own_weight(module))
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -68,7 +68,7 @@ class DenseLinear(_Dense):
 
     @classmethod
     def serves(cls, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or not is_dense(module.weight):
+        if not isinstance(module, nn.Linear) or not is_dense(own_weight(module)):
             return False
         return type(module) is nn.Linear or _once(module, _is_linear)
 

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from lorica.model.bases._quantised import TensorSubclass, is_subclass
+from lorica.model.bases.base import own_weight
 
 
 class Torchao(TensorSubclass):
     @classmethod
     def serves(cls, module: nn.Module) -> bool:
-        return type(module) is nn.Linear and is_subclass(module.weight)
+        return type(module) is nn.Linear and is_subclass(own_weight(module))
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
