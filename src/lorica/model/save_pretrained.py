@@ -163,6 +163,16 @@ def _refuse_accelerate(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _callers() -> Iterator[FrameType]:
+    """Frames of the call, innermost first.
+
+    Nothing else tells these two apart from calls that are right. The Trainer hands
+    `save_pretrained` a folder and a state dict, whether it will load the best checkpoint or not,
+    and tells the model nothing when it is made; a callback among transformers' defaults would
+    change every Trainer of the process. `Accelerator.save_model` and `save_state` both ask for
+    `model.state_dict()` without arguments, and Accelerate has hooks before a `save_state` alone.
+    Neither can simply work: the one looks for a file of a whole model, and what the other writes is
+    read without being strict.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         yield frame

@@ -131,6 +131,10 @@ _CAUSES: Mapping[Use, str] = {
         " The model's code reads the weight past the layer, or calls the layer that the adapter"
         " replaced: %s; leave them out with `exclude_modules`."
     ),
+    Use.UNUSED: (
+        " The loss does not depend on the output of %s: the model leaves it unused, or detaches it;"
+        " leave out with `exclude_modules` what the task does not use."
+    ),
 }
 
 
