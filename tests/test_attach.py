@@ -527,7 +527,7 @@ def test_the_summary_counts_what_is_there():
     assert summary.memory["optimizer"] == 8 * summary.trainable
     assert sum(info["count"] for info in summary.layers.values()) == len(adapters)
     assert json.loads(json.dumps(summary.as_dict()))["method"] == "dora+olora"
-    text = str(summary)
+    text = summary.details()
     for part in (
         "parameters train", "magnitude", "frozen factors", "in full      lm_head",
         "default      lora_alpha=4 (from olora)", "default      learning_rate=",
@@ -541,12 +541,25 @@ def test_the_summary_tells_layers_of_one_shape_apart_by_rank_and_scale():
         model, "lora", r=2, lora_alpha=4, rank_pattern={"1": 4}, alpha_pattern={"2": 8, "3": 8},
         verbose=False,
     )  # fmt: skip
-    shown = [line for line in str(adapters.summary).splitlines() if "adapted" in line]
+    shown = [line for line in adapters.summary.details().splitlines() if "adapted" in line]
     assert shown == [
         "  adapted      2 weights of shape 8 x 8, r=2, s=2",
         "  adapted      1 weight of shape 8 x 8, r=4, s=1",
         "  adapted      2 weights of shape 8 x 8, r=2, s=4",
     ]
+
+
+def test_the_summary_groups_what_is_not_adapted_largest_first_with_the_reason():
+    adapters = lorica.attach(llama(), "lora", r=2, target_modules=["q_proj"], verbose=False)
+    lines = str(adapters.summary).splitlines()
+    left = [line for line in lines if line.startswith("  not adapted")]
+    shares = [float(line.split("(")[1].split("%")[0]) for line in left if "together" not in line]
+    assert shares == sorted(shares, reverse=True) and len(lines) <= 14
+    kinds = {line.split()[2].rstrip(","): line for line in left}
+    assert "model.layers.*.mlp.up_proj.weight" in kinds
+    assert kinds["model.embed_tokens.weight"].endswith(": an embedding")
+    assert kinds["lm_head.weight"].endswith(": the output head")
+    assert sum(line.startswith("  defaults") for line in lines) == 1
 
 
 def test_the_summary_is_logged_once_and_can_be_silenced(caplog, capsys):

@@ -13,7 +13,7 @@ from lorica.data import read
 
 @pytest.fixture
 def evaluate(lorica, llama, text):
-    """`evaluate("--limit", 5)` measures the tiny model on the pairs of `text`."""
+    """`evaluate("--max-samples", 5)` measures the tiny model on the pairs of `text`."""
 
     def call(*words: object, model: object = llama, data: object = text):
         named = () if model is None else ("--model", model)
@@ -38,7 +38,7 @@ def test_figures_of_a_plain_model(evaluate):
         assert figures(evaluate("--per-device-eval-batch-size", size, "--json")) == pytest.approx(
             found, rel=1e-5
         )
-    assert figures(evaluate("--limit", 5, "--json")) != found
+    assert figures(evaluate("--max-samples", 5, "--json")) != found
     assert set(figures(evaluate("--metrics", "loss", "--json"))) == {"loss"}
 
 
@@ -125,7 +125,7 @@ def test_exact_match_counts_the_answers_that_are_known(evaluate, llama, knows):
 def test_exact_match_with_and_without_the_adapter(evaluate, train, tmp_path):
     train("--learning-rate", 0.05)
     words = ("--adapter", tmp_path / "out" / "adapter", "--compare-base", "--exact-match")
-    ran = evaluate(*words, "--max-new-tokens", 4, "--limit", 6, "--json")
+    ran = evaluate(*words, "--max-new-tokens", 4, "--max-samples", 6, "--json")
     assert "exact_match" in figures(ran) and "exact_match" in ran.json["base"]["metrics"]
 
 
@@ -138,7 +138,7 @@ WRONG = [
     (["--max-new-tokens", 4], "no effect without `--exact-match`"),
     (["--compare-base"], "no effect without `--adapter`"),
     (["--exact-match", "--answer-pattern", "("], "is no regular expression"),
-    (["--limit", 0], "`--limit 0`"),
+    (["--max-samples", 0], "`--max-samples 0`"),
     (["--max-length", 500], "ends at 64 tokens"),
     (["--task", "causal"], "causal-lm"),
 ]
@@ -160,7 +160,9 @@ def test_what_does_not_fit_is_one_message(evaluate, lorica, llama, bert, classes
     assert ran.status == 1 and "has no weights for classifier" in ran.json["error"]
     ran = evaluate("--exact-match", model=bert, data=classes)
     assert ran.status == 2 and "`--exact-match` is for prompts and answers" in ran.err
-    ran = lorica("eval", "--limit", 3, "--json")  # left out: the embedded model and its new tasks
+    ran = lorica(
+        "eval", "--max-samples", 3, "--json"
+    )  # left out: the embedded model and its new tasks
     assert ran.status == 0 and ran.json["data"]["examples"] == 3, ran.err
     ran = evaluate("--exact-match", "--answer-pattern", "#### (.+)")
     assert ran.status == 1 and "doesn't match the data's own answer" in ran.err
@@ -176,11 +178,11 @@ def test_what_does_not_fit_is_one_message(evaluate, lorica, llama, bert, classes
 def test_a_story_model_on_real_data(evaluate, shared):
     model = shared / "data" / "models" / "stories260k-hf"
     text = shared / "data" / "text" / "shift_childrens.txt.xz"
-    found = figures(evaluate("--limit", 40, "--json", model=model, data=text))
+    found = figures(evaluate("--max-samples", 40, "--json", model=model, data=text))
     assert 2.0 < found["bits_per_character"] < 5.0
     sums = shared / "data" / "tasks" / "gsm8k_test.jsonl.xz"
     ran = evaluate(
-        "--limit", 3, "--exact-match", "--answer-pattern", "#### (.+)", "--max-new-tokens", 8,
+        "--max-samples", 3, "--exact-match", "--answer-pattern", "#### (.+)", "--max-new-tokens", 8,
         "--json", model=model, data=sums,
     )  # fmt: skip
     assert figures(ran)["exact_match"] == 0.0 and ran.json["answers"]["examples"] == 3

@@ -97,7 +97,7 @@ def test_an_adapter_of_peft_is_one_too(generate, llama, tmp_path):
 
 
 def test_a_file_gives_a_line_for_each_answer(generate, text, tmp_path):
-    ran = generate("--file", text, "--limit", 5)
+    ran = generate("--file", text, "--max-samples", 5)
     assert ran.status == 0, ran.err
     rows = [json.loads(line) for line in ran.out.splitlines()]
     source = [json.loads(line) for line in text.read_text().splitlines()][:5]
@@ -105,10 +105,10 @@ def test_a_file_gives_a_line_for_each_answer(generate, text, tmp_path):
         (s["prompt"], s["completion"]) for s in source
     ]
     out = tmp_path / "answers.jsonl"
-    ran = generate("--file", text, "--limit", 5, "--output", out, "--batch-size", 2)
+    ran = generate("--file", text, "--max-samples", 5, "--output", out, "--batch-size", 2)
     assert ran.status == 0 and [json.loads(line) for line in out.read_text().splitlines()] == rows
     assert f"written to {out}" in ran.out
-    again = generate("--file", out, "--limit", 2, "--json")  # what was written can be read
+    again = generate("--file", out, "--max-samples", 2, "--json")  # what was written can be read
     assert texts(again) == [row["completion"] for row in rows[:2]]
 
 
@@ -214,7 +214,7 @@ def t5(llama, tmp_path_factory) -> Path:
 
 def test_an_encoder_decoder_answers(generate, t5, text, monkeypatch):
     assert texts(generate("--prompt", "the cat", "--json", model=t5))
-    ran = generate("--file", text, "--limit", 3, "--json", model=t5)
+    ran = generate("--file", text, "--max-samples", 3, "--json", model=t5)
     assert len(texts(ran)) == 3 and all("reference" in a for a in ran.json["answers"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
     ran = generate(*CHATTING, model=t5)
@@ -227,7 +227,7 @@ WRONG = [
     ([], "nothing to answer was given"),
     (["--prompt", "a", "--chat"], "`--prompt` and `--chat` was given"),
     (["--prompt", "a", "--output", "x"], "`--output` has no effect without `--file`"),
-    (["--prompt", "a", "--limit", 2], "`--limit` has no effect without `--file`"),
+    (["--prompt", "a", "--max-samples", 2], "`--max-samples` has no effect without `--file`"),
     (["--prompt", "a", "--merged"], "`--merged` has no effect without `--adapter`"),
     (["--prompt", "a", "--batch-size", 0], "`--batch-size 0`"),
     (["--prompt", "a", "--num-return-sequences", 2], "draw them with `do_sample`"),
@@ -295,7 +295,7 @@ def test_a_story_goes_on(generate, shared):
     [answer] = texts(generate("--prompt", "Once upon a time", "--json", model=model))
     assert answer.startswith(", there was")
     file = shared / "data" / "tasks" / "gsm8k_test.jsonl.xz"
-    ran = generate("--file", file, "--limit", 2, "--json", model=model)
+    ran = generate("--file", file, "--max-samples", 2, "--json", model=model)
     assert all(a["prompt"].startswith("Question: ") for a in ran.json["answers"])
 
 

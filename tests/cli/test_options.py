@@ -13,8 +13,8 @@ OPTIONS = {
     "demo": ("examples json learning_rate max_steps method output_dir seed"),
     "eval": (
         "adapter answer_pattern chat_template columns compare_base data dtype exact_match "
-        "header ignore_base_hash json limit load_in_4bit load_in_8bit max_length max_new_tokens "
-        "metrics model per_device_eval_batch_size quantization split task train_on "
+        "header ignore_base_hash json load_in_4bit load_in_8bit max_length max_new_tokens "
+        "max_samples metrics model per_device_eval_batch_size quantization split task train_on "
         "trust_remote_code"
     ),
     "export": (
@@ -23,7 +23,7 @@ OPTIONS = {
     ),
     "generate": (
         "adapter batch_size chat chat_template columns do_sample dtype file header "
-        "ignore_base_hash json limit load_in_4bit load_in_8bit max_new_tokens merged model "
+        "ignore_base_hash json load_in_4bit load_in_8bit max_new_tokens max_samples merged model "
         "num_beams num_return_sequences output quantization repetition_penalty seed "
         "stop_strings stream temperature top_k top_p trust_remote_code"
     ),

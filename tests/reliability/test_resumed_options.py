@@ -332,16 +332,17 @@ def test_a_run_that_is_done_is_written_elsewhere(a, tmp_path):
     one, other = (json.loads((p / "result.json").read_text()) for p in (a, tmp_path / "b"))
     for name in ("loss", "train_loss", "steps", "adapter_sha256"):
         assert one[name] == other[name]
-    assert f"4 steps, loss {one['loss']:.4f}" in said
+    assert "4 steps\n" in said and f"  mean loss   {one['train_loss']:.4f}" in said
 
 
 def test_figures_that_are_no_numbers_are_said():
-    from lorica.cli._training import evaluation, loss
+    from lorica.cli._training import outcome
 
-    assert loss({"loss": None}) == "" and loss({"loss": 2.0}) == ", loss 2.0000"
-    told = evaluation({"evaluation": {"eval_loss": None, "eval_f1": 0.5}})
-    assert told == ["  loss        no finite number", "  f1          0.5000"]
-    assert evaluation({"evaluation": None}) == []
+    result = {"train_loss": 2.0, "best_step": None, "output": "out/adapter"}
+    told = outcome({**result, "evaluation": {"eval_loss": None, "eval_f1": 0.5}}, "absent")
+    figures = ["  loss        no finite number", "  f1          0.5000"]
+    assert told == ["evaluation at the last step:", *figures, "written: out/adapter"]
+    assert outcome({**result, "evaluation": None}, "absent")[0].startswith("  mean loss   2.0000")
 
 
 @pytest.mark.parametrize("words", [["--resume"], ["--resume", "checkpoint-2"]])

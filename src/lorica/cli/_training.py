@@ -13,6 +13,7 @@ from typing import Any
 
 from lorica.cli._outcome import Others
 from lorica.run.effects import DECIDED
+from lorica.run.folder import REPORT
 from lorica.run.options import RunOptions, UsageError, checkpoint_path
 from lorica.run.stopping import Stopped
 
@@ -103,17 +104,25 @@ def steps(result: dict[str, Any]) -> str:
     return f"{result['steps']} steps" + (f" ({left_out} left out)" if left_out else "")
 
 
-def loss(result: dict[str, Any]) -> str:
-    """The last loss, where the run told one."""
-    return "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+def outcome(result: dict[str, Any], folder: str) -> list[str]:
+    """The last lines: what the kept weights reach on the evaluation data, and where things are.
 
-
-def evaluation(result: dict[str, Any]) -> list[str]:
-    """A line a figure; one that is no finite number is `null` in JSON."""
-    return [
-        f"  {name[5:]:<12}" + ("no finite number" if value is None else f"{value:.4f}")
-        for name, value in (result["evaluation"] or {}).items()
-    ]
+    One batch's loss says little of a run, so without an evaluation it is the mean over its steps.
+    """
+    figures = result["evaluation"]
+    if figures is None and result["train_loss"] is not None:
+        lines = [f"  mean loss   {result['train_loss']:.4f} (training; nothing to evaluate on)"]
+    else:
+        best = result["best_step"]
+        where = "the last step" if best is None else f"step {best}, the best"
+        lines = [f"evaluation at {where}:"] if figures else []
+        lines += [
+            f"  {name[5:]:<12}" + ("no finite number" if value is None else f"{value:.4f}")
+            for name, value in (figures or {}).items()
+        ]
+    page = Path(folder).expanduser() / REPORT
+    lines.append(f"written: {result['output']}")
+    return [*lines, *([f"look at: {page}"] if page.is_file() else [])]
 
 
 def resumable(verb: str, options: RunOptions, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:

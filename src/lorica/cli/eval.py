@@ -49,7 +49,7 @@ class Options(ModelOptions):
         columns: rename columns of the data, e.g. `text=sentence` if the text is in the column
             `sentence`.
         header: column names for a csv or tsv file without a header line; `_` drops a column.
-        limit: measure on the first examples only, at most this many.
+        max_samples: measure on at most this many examples, the first ones.
         task: causal-lm, sequence-classification, token-classification or seq2seq-lm. Default:
             decided by the columns of the data; seq2seq-lm if the model is an encoder-decoder.
         max_length: maximum tokens per sequence. Default: 1024, or the model's limit if that is
@@ -73,7 +73,7 @@ class Options(ModelOptions):
     split: Annotated[str | None, TEXT, HINT] = None
     columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
     header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
-    limit: Annotated[int | None, WHOLE, HINT] = None
+    max_samples: Annotated[int | None, WHOLE, HINT] = None
     task: Annotated[str | None, choice(*TASKS), HINT] = None
     max_length: Annotated[int | None, WHOLE, HINT] = None
     chat_template: Annotated[str | None, TEXT, HINT] = None
@@ -93,7 +93,7 @@ class Options(ModelOptions):
         Raises:
             UsageError: a value out of range, or an option without effect.
         """
-        for name in ("per_device_eval_batch_size", "limit", "max_new_tokens", "max_length"):
+        for name in ("per_device_eval_batch_size", "max_samples", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{_flag(name)} {value}`: it is a whole number of at least 1")
@@ -182,7 +182,7 @@ class _Work:
             split=self.split,
             header=options.header,
             columns=options.columns,
-            max_samples=options.limit,
+            max_samples=options.max_samples,
         )
 
     @cached_property

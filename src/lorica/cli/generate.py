@@ -82,7 +82,7 @@ class Options(ModelOptions):
         columns: rename columns of the file, e.g. `prompt=question` if the prompts are in
             `question`.
         header: column names for a csv or tsv file without a header line; `_` drops a column.
-        limit: answer the first prompts of the file only, at most this many.
+        max_samples: answer at most this many prompts of the file, the first ones.
     """
 
     prompt: Annotated[tuple[Annotated[str, TEXT], ...], tyro.conf.UseAppendAction, _EACH] = ()
@@ -105,7 +105,7 @@ class Options(ModelOptions):
     batch_size: Annotated[int, WHOLE, HINT] = 8
     columns: Annotated[dict[str, str] | None, PAIRS, HINT] = None
     header: Annotated[tuple[str, ...] | None, NAMES, HINT] = None
-    limit: Annotated[int | None, WHOLE, HINT] = None
+    max_samples: Annotated[int | None, WHOLE, HINT] = None
 
     smaller: ClassVar[str] = (
         "type a smaller `--batch-size`, `--num-return-sequences`, `--num-beams` or"
@@ -125,14 +125,15 @@ class Options(ModelOptions):
                 f"{' and '.join(named) or 'nothing to answer'} was given: prompts come from one of"
                 " `--prompt TEXT`, `--file FILE` and `--chat`"
             )
-        for name in ("output", "columns", "header", "limit"):
+        for name in ("output", "columns", "header", "max_samples"):
             if getattr(self, name) is not None and self.file is None:
-                raise UsageError(f"`--{name}` has no effect without `--file`; leave it out")
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"`{flag}` has no effect without `--file`; leave it out")
         for name in ("merged", "ignore_base_hash"):
             if getattr(self, name) and self.adapter is None:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"`{flag}` has no effect without `--adapter`; leave it out")
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
@@ -215,7 +216,7 @@ class _Work:
             split=split,
             columns=options.columns,
             header=options.header,
-            max_samples=options.limit,
+            max_samples=options.max_samples,
             txt_split="line" if lines else None,
         )
         if lines:

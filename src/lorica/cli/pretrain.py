@@ -10,8 +10,7 @@ from lorica.cli._outcome import Others, Outcome, VerbOptions
 from lorica.cli._training import (
     SMALLER,
     TrainingFields,
-    evaluation,
-    loss,
+    outcome,
     resumable,
     resumed_file,
     steps,
@@ -41,9 +40,5 @@ def run(options: Options) -> Outcome:
         found = dry_run(options)
         return Outcome(found.as_dict(), (str(found),))
     result = resumable("pretrain", options.placed(), pretrain)
-    lines = [
-        f"{result['method']}: {steps(result)}, {result['tokens']:,} tokens{loss(result)}",
-        *evaluation(result),
-        f"written: {result['output']}",
-    ]
-    return Outcome(result, tuple(lines))
+    first = f"{result['method']}: {steps(result)}, {result['tokens']:,} tokens"
+    return Outcome(result, (first, *outcome(result, str(options.placed().output_dir))))

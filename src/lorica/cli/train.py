@@ -10,8 +10,7 @@ from lorica.cli._outcome import Others, Outcome, VerbOptions
 from lorica.cli._training import (
     SMALLER,
     TrainingFields,
-    evaluation,
-    loss,
+    outcome,
     resumable,
     resumed_file,
     steps,
@@ -37,8 +36,5 @@ def run(options: Options) -> Outcome:
     from lorica.run.finetune import train
 
     result = resumable("train", options.placed(), train)
-    lines = [f"{result['method']}: {steps(result)}{loss(result)}", *evaluation(result)]
-    if result["best_step"] is not None:
-        lines.append(f"  best step   {result['best_step']}")
-    lines.append(f"written: {result['output']}")
-    return Outcome(result, tuple(lines))
+    folder = str(options.placed().output_dir)
+    return Outcome(result, (f"{result['method']}: {steps(result)}", *outcome(result, folder)))

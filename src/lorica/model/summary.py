@@ -6,21 +6,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorica.model.adapters import Adapters
+from lorica.model.heads import head_names
 from lorica.model.layer import AdaptedLayer
 from lorica.model.quantised import floating_dtype, quantised, sizes
 from lorica.model.targets import Targets
 from lorica.model.token_rows import shown
 from lorica.recipe.recipe import Recipe
-from lorica.text import human, printable
+from lorica.tensors.modules import named_modules
+from lorica.text import by_pattern, human, printable
 
 logger = logging.getLogger("lorica")
-SHOWN = 6  # weights that are not adapted, by name; the smaller ones are added up
+SHOWN = 6  # kinds of weights that are not adapted; the smaller ones are added up
 LISTED = 3  # layers that are left out for one reason, by name
 IN_FULL = "modules in full"
 # Keys of `Summary.memory` that a reader would not understand alone.
@@ -46,6 +50,7 @@ class Summary:
         tokens: {table, tied ones joined by " = ": ids of the tokens whose rows train}.
         left_out: {layer that `all-linear` leaves out: why}.
         unadapted: {weight matrix: share of all parameters} that neither trains nor is adapted.
+        reasons: {weight matrix: why} of those.
         tied: {adapted module: module that shares its weight}.
         quantised: {format: number of weights in it}.
         dtypes: of `trained` parameters and of the `rest` of a quantised base; else empty.
@@ -66,6 +71,7 @@ class Summary:
     tokens: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
     unadapted: dict[str, float] = field(default_factory=dict[str, float])
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
     tied: dict[str, str] = field(default_factory=dict[str, str])
     quantised: dict[str, int] = field(default_factory=dict[str, int])  # format -> weights in it
     dtypes: dict[str, str] = field(default_factory=dict[str, str])
@@ -83,10 +89,87 @@ class Summary:
         return {**dataclasses.asdict(self), "trainable": self.trainable}
 
     def __str__(self) -> str:
+        """One screen: what trains, what does not and why, memory, defaults."""
+        lines = [self._first(), *self._adapted(), *self._beside()]
+        lines += [f"  not adapted  {line}" for line in self._not_adapted()]
+        tied = list(self.tied.items())
+        for name, other in tied[:1]:
+            more = f" (and {len(tied) - 1} more)" if len(tied) > 1 else ""
+            lines.append(f"  tied         {name} shares its weight with {other}{more}")
+        parts = [f"{_KINDS.get(k, k)} {human(v)}" for k, v in self.memory.items() if v]
+        whole = human(sum(self.memory.values()))
+        lines.append(f"  memory       {whole} and the activations: {', '.join(parts)}")
+        chosen = [f"{name}={d['value']} ({d['from']})" for name, d in self.defaults.items()]
+        if chosen:
+            lines.append("  defaults     " + ", ".join(chosen))
+        return "\n".join(lines)
+
+    def _first(self) -> str:
         share = self.trainable / max(self.total, 1)
-        lines = [
-            f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+        return f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+
+    def _adapted(self) -> list[str]:
+        """How many weights have an update, by rank and scale."""
+        kinds: dict[str, int] = {}
+        for info in self.layers.values():
+            rank = f"r={info['r']}, " if info["r"] else ""
+            kind = f"{rank}scale {info['scale']:g}"
+            kinds[kind] = kinds.get(kind, 0) + info["count"]
+        many = [f"{n:,} weight{'s' if n != 1 else ''}, {kind}" for kind, n in kinds.items()]
+        if len(many) > LISTED:
+            many = many[:LISTED] + [f"{len(many) - LISTED} more ranks and scales"]
+        return ["  adapted      " + "; ".join(many)] if many else []
+
+    def _beside(self) -> list[str]:
+        """How a quantised base is stored, and what trains in full or in part."""
+        whole: list[str] = []
+        for pattern, names in by_pattern(self.saved).items():
+            why = self.heads.get(names[0])
+            count = f" ({len(names)} modules)" if len(names) > 1 else ""
+            whole.append(f"  in full      {pattern}{count}" + f" ({why})" * bool(why))
+        rows = [
+            f"  tokens       {name}: {len(ids):,} rows train ({shown(ids)})"
+            for name, ids in self.tokens.items()
         ]
+        return [*self._stored(), *whole, *rows]
+
+    def _stored(self) -> list[str]:
+        """How a quantised base is stored, and what is beside its packed weights."""
+        lines = [
+            f"  quantised    {count} weight{'s' if count != 1 else ''} in {kind}"
+            for kind, count in self.quantised.items()
+        ]
+        if lines:
+            lines.append(
+                f"  beside them  the rest of the base stays in {self.dtypes['rest']}, what trains"
+                f" is {self.dtypes['trained']}, and checkpointed blocks pass gradients on"
+            )
+        return lines
+
+    def _not_adapted(self) -> list[str]:
+        """Kinds of weights that neither train nor are adapted, largest first, with the reason."""
+        groups = by_pattern(self.unadapted)
+        shares = {p: sum(self.unadapted[n] for n in names) for p, names in groups.items()}
+        order = sorted(groups, key=lambda pattern: -shares[pattern])
+        lines: list[str] = []
+        for pattern in order[:SHOWN]:
+            count = f", {len(groups[pattern]):,} weights" if len(groups[pattern]) > 1 else ""
+            why = self.reasons.get(groups[pattern][0])
+            told = f": {why}" if why else ""
+            lines.append(f"{pattern}{count} ({shares[pattern]:.1%} of all parameters){told}")
+        if len(order) > SHOWN:
+            rest = sum(shares[pattern] for pattern in order[SHOWN:])
+            lines.append(f"{len(order) - SHOWN} smaller kinds ({rest:.1%} together)")
+        told_of = {name.removesuffix(".weight") for name in self.unadapted}
+        others = {n: why for n, why in self.left_out.items() if n not in told_of}
+        for pattern, names in by_pattern(others).items():
+            count = f", {len(names):,} layers" if len(names) > 1 else ""
+            lines.append(f"{pattern}{count}: {others[names[0]]}")
+        return lines
+
+    def details(self) -> str:
+        """Every kind of parameter, shape of layer, and weight, one a line."""
+        lines = [self._first()]
         for title, groups in (("trained", self.trained), ("frozen", self.frozen)):
             for name, g in groups.items():
                 tensors = f"{g['tensors']:>5} tensor{'s' if g['tensors'] != 1 else ' '}"
@@ -97,13 +180,7 @@ class Summary:
             lines.append(
                 f"  adapted      {count} of shape {shape.split(',')[0]},{rank} s={info['scale']:g}"
             )
-        for stored, count in self.quantised.items():
-            lines.append(f"  quantised    {count} weight{'s' if count != 1 else ''} in {stored}")
-        if self.quantised:
-            lines.append(
-                f"  beside them  the rest of the base stays in {self.dtypes['rest']}, what trains"
-                f" is {self.dtypes['trained']}, and checkpointed blocks pass gradients on"
-            )
+        lines += self._stored()
         for name in self.saved:
             why = self.heads.get(name)
             lines.append(f"  in full      {name}" + f" ({why})" * bool(why))
@@ -166,6 +243,7 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
             n: k for n, k in targets.unadapted.items() if n.split(" = ")[0] not in adapters.direct
         }
         summary.unadapted = {n: k / summary.total for n, k in left.items()}
+        summary.reasons = _reasons(model, left, targets)
     for layer in adapters.layers.values():
         site = layer.site
         shape = f"{site.out_features} x {site.in_features}"
@@ -203,6 +281,21 @@ def fill(summary: Summary, adapters: Adapters, targets: Targets) -> Summary:
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _reasons(model: nn.Module, names: Iterable[str], targets: Targets) -> dict[str, str]:
+    """{weight matrix: why it is not adapted}, where that can be told."""
+    modules, heads = dict(named_modules(model)), head_names(model)
+    found: dict[str, str] = {}
+    for name in names:
+        places = [path.rpartition(".")[0] for path in name.split(" = ")]
+        if why := [targets.left_out[p] for p in places if p in targets.left_out]:
+            found[name] = why[0]
+        elif any(isinstance(modules.get(p), nn.Embedding) for p in places):
+            found[name] = "an embedding"
+        elif any(p in heads for p in places):
+            found[name] = "the output head"
+    return found
 
 
 def _merged_from(layer: AdaptedLayer, recipe: Recipe) -> int | None:

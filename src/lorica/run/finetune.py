@@ -344,10 +344,8 @@ def _set_best(plan: FineTuning, values: dict[str, Any], ending: str) -> None:
         wanted = "highest" if values["greater_is_better"] else "lowest"
         why = f" ({scores.why})" if scores.why and not chosen else ""
         others = ", ".join(other for other in scores.names if other != name)
-        logger.info(
-            f"the checkpoint with the {wanted} {name} is kept{why}; `--metric-for-best-model` also"
-            f" takes {others}"
-        )
+        more = f"; `--metric-for-best-model` also takes {others}" if plan.options.verbose else ""
+        logger.info(f"the checkpoint with the {wanted} {name} is kept{why}{more}")
 
 
 def _ending(plan: FineTuning, steps: int) -> str:
@@ -423,7 +421,9 @@ def load_model(plan: FineTuning) -> None:
         if data.new is not None:
             plan.recipe = new_tokens.trained_by(plan.recipe, model, data.new)
         start = attach_options(plan, lambda _: data.train.dataset)
-        plan.adapters = lorica.attach(model, plan.recipe, missing_keys=loaded.missing_keys, **start)
+        plan.adapters = lorica.attach(
+            model, plan.recipe, missing_keys=loaded.missing_keys, verbose=False, **start
+        )
     else:
         _load_adapter(plan, options.adapter)
         if bare := loaded.drawn(plan.adapters):
@@ -434,7 +434,7 @@ def load_model(plan: FineTuning) -> None:
             )
     if options.learning_rate is not None:
         plan.adapters.summary.defaults.pop("learning_rate", None)  # the method's own is not used
-    _describe_data(plan)
+    _describe(plan)
 
 
 def _shift(plan: FineTuning, model: Any) -> Callable[..., Any]:
@@ -465,11 +465,14 @@ def _load_adapter(plan: FineTuning, adapter: str) -> None:
         arguments.training.learning_rate = arguments.learning_rate
 
 
-def _describe_data(plan: FineTuning) -> None:
+def _describe(plan: FineTuning) -> None:
     from lorica.data import show_example
+    from lorica.model.summary import say
 
     if not plan.main:
         return
+    summary = plan.adapters.summary
+    say(summary.details() if plan.options.verbose else str(summary))
     logger.info(str(plan.data.train.report))
     if plan.data.held is not None:
         logger.info(f"evaluation: {len(plan.data.held.dataset):,} rows")
@@ -498,6 +501,7 @@ def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[
         plan.main,
         remedy="; with float16 weights type `--dtype float32`",
         scores=plan.data.scores,
+        pause=_pause(plan),
     )
     trainer = _trainer(plan, log)
     loop.begin(plan, trainer, callbacks)
@@ -511,6 +515,13 @@ def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[
             result["output"] = str(save(plan))
         samples.finish()
         return loop.write_result(plan, result, log)
+
+
+def _pause(plan: FineTuning) -> float:
+    """An evaluation's time in steps, as a guess: a step takes three times its forward pass."""
+    held, options = plan.data.held, plan.options
+    step = options.per_device_train_batch_size * options.gradient_accumulation_steps
+    return 0.0 if held is None else len(held.dataset) / (3 * step * plan.processes)
 
 
 def _samples(plan: FineTuning) -> Samples:

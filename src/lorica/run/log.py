@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from lorica.run.checkpoints import saving
 from lorica.run.folder import RunFolder, strict
-from lorica.text import clock
+from lorica.run.progress import Bar, Remaining, left, pauses
 
 if TYPE_CHECKING:
     from lorica.inference.metrics import Scores
@@ -55,6 +55,7 @@ class RunLog(TrainerCallback, ExportableState):
         remedy: what else to say where the loss is no number.
         tokens_per_step: where every step has as many; None: the Trainer counts them.
         scores: the task's, which keep the confusion of the last evaluation.
+        pause: what an evaluation takes, in training steps, until one was measured.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RunLog(TrainerCallback, ExportableState):
         remedy: str = "",
         tokens_per_step: int | None = None,
         scores: Scores | None = None,
+        pause: float = 0.0,
     ) -> None:
         self.folder, self.device, self.facts, self.main = folder, device, facts, main
         self.remedy, self.tokens_per_step, self.scores = remedy, tokens_per_step, scores
@@ -74,7 +76,9 @@ class RunLog(TrainerCallback, ExportableState):
         self.start = self.last = self.mark = time.perf_counter()
         self.idle = 0.0  # seconds since the last line in which nothing was trained
         self.first = self.tokens = 0  # step and tokens that this session begins with
-        self.live = main and sys.stderr.isatty()
+        self.remaining = Remaining(0, pause)
+        self.bar = Bar(main and sys.stderr.isatty())
+        self.evaluated = 0  # batches of the evaluation that is going on
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl
         self.stamp: tuple[int, ...] | None = None  # of the file as this process left it
 
@@ -103,6 +107,7 @@ class RunLog(TrainerCallback, ExportableState):
         self.lines = self.lines or found  # a checkpoint of an older version has none
         self.before = max((line["seconds"] for line in self.lines), default=0.0)
         self.first, self.tokens = step, state.num_input_tokens_seen
+        self.remaining = Remaining(step, self.remaining.pause)
         if self.main:
             self._rewrite()
         self.start = self.last = self.mark = time.perf_counter()
@@ -110,7 +115,9 @@ class RunLog(TrainerCallback, ExportableState):
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.mark = time.perf_counter()
+        now = time.perf_counter()
+        self.remaining.stepped(now - self.mark)
+        self.mark = now
         if self.tokens_per_step is not None:
             state.num_input_tokens_seen = state.global_step * self.tokens_per_step
         if state.global_step >= state.max_steps:
@@ -118,19 +125,34 @@ class RunLog(TrainerCallback, ExportableState):
             # Where it goes by passes, the end of the last one does it.
             control.should_evaluate = args.eval_strategy == "steps"
             control.should_save = args.save_strategy == "steps"
-        elif self.live:
-            print(f"\r\x1b[Kstep {state.global_step}/{state.max_steps}", end="", file=sys.stderr)
-            sys.stderr.flush()
+        else:
+            done, whole = state.global_step, state.max_steps
+            self.bar.draw(done, whole, f"step {done}/{whole}  {self._left(args, state)}")
         return control
+
+    def _left(self, args: Any, state: Any) -> str:
+        done, last = state.global_step, state.max_steps
+        epochs = float(state.num_train_epochs or 1)
+        been, coming = pauses(args, self.first, done, last, epochs)
+        return left(self.remaining.seconds(done, last, pauses=(been, coming)))
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.bar.shown and eval_dataloader is not None:
+            self.evaluated += 1
+            whole = len(eval_dataloader)
+            words = f"step {state.global_step}: evaluating, batch {self.evaluated} of {whole}"
+            self.bar.draw(self.evaluated, whole, words)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "loss" in logs:
-            self._train_line(state, logs)
+            self._train_line(args, state, logs)
         elif any(name.startswith("eval_") for name in logs):
             self._eval_line(state, logs)
 
-    def _train_line(self, state: Any, logs: dict[str, Any]) -> None:
+    def _train_line(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
         now = time.perf_counter()
         tokens, self.tokens = state.num_input_tokens_seen - self.tokens, state.num_input_tokens_seen
         pace = tokens / max(now - self.last - self.idle, 1e-9)
@@ -140,10 +162,10 @@ class RunLog(TrainerCallback, ExportableState):
         entry |= {"tokens_per_second": round(pace, 1), "peak_memory": peak_memory(self.device)}
         self._write(entry)
         done = state.global_step
-        left = (state.max_steps - done) * (now - self.start) / max(done - self.first, 1)
+        rate = logs.get("learning_rate", 0)
         self._say(
             f"step {done}/{state.max_steps}  loss {logs['loss']:.4f}"
-            f"  lr {logs.get('learning_rate', 0):.2e}  {pace:,.0f} tokens/s  {clock(left)} left"
+            f"  lr {rate:.2e}  {pace:,.0f} tokens/s  {self._left(args, state)}"
         )
         if not math.isfinite(logs["loss"]):
             raise ValueError(
@@ -184,7 +206,8 @@ class RunLog(TrainerCallback, ExportableState):
     def _rested(self) -> None:
         """An evaluation or a checkpoint took the time since the step's end."""
         now = time.perf_counter()
-        self.idle, self.mark = self.idle + now - self.mark, now
+        self.remaining.paused(now - self.mark)
+        self.idle, self.mark, self.evaluated = self.idle + now - self.mark, now, 0
 
     def _write(self, entry: dict[str, Any]) -> None:
         """Append a line, to a file that holds all those before it."""
@@ -227,8 +250,7 @@ class RunLog(TrainerCallback, ExportableState):
             )
 
     def _say(self, text: str) -> None:
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr)
+        self.bar.clear()
         if self.main:
             logger.info(text)
 

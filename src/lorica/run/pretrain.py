@@ -170,7 +170,8 @@ def _describe(plan: Pretraining) -> None:
     if not plan.main:
         return
     data = plan.data
-    say(str(plan.adapters.summary))
+    summary = plan.adapters.summary
+    say(summary.details() if plan.options.verbose else str(summary))
     if data.text is None or data.rows is None:
         logger.info(f"{data.source}, streamed; {data.tokens_per_step:,} tokens a step")
     else:

@@ -19,6 +19,7 @@ _NAMES: dict[str, str] = {
     "eval_data": "eval_dataset test_datasets val_dataset validation_file test_file eval_file",
     "eval_fraction": "val_set_size val_size split_dataset_ratio validation_split",
     "split": "dataset_train_split",
+    "max_samples": "limit max_train_samples num_samples dataset_num_samples",
     "max_length": (
         "cutoff_len max_seq_length max_seq_len sequence_len model_max_length block_size seq_len"
     ),
