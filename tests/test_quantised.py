@@ -3,12 +3,17 @@ of their values; what writes to the base is refused.
 
 The oracles are the same adapter on a dense model that holds the quantised weights' values, and PEFT
 on the same quantised base.
+
+    pip install -e ".[test,quantization]"           # all of this file skips without the extra
+    pip install --no-deps optimum-quanto hqq        # for the two formats at its end
+    pytest -W ignore::DeprecationWarning tests/test_quantised.py    # HQQ's import warns
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import warnings
 
@@ -469,6 +474,37 @@ def test_a_method_that_writes_is_refused_before_anything_is_loaded(folder):
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match="to be loaded quantised, and `switchlora` writes"):
         check_method(Recipe.parse("switchlora"), asked(load_in_4bit=True), config, "m")
+
+
+@pytest.mark.parametrize(
+    ("given", "package"),
+    [
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quantization": '{"quant_method": "torchao"}'}, "torchao"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(monkeypatch, folder, given, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a)
+    )
+    with pytest.raises(UsageError, match=f"needs the package {package}, .*`pip install {package}`"):
+        asked(**given)
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": package}
+    with pytest.raises(UsageError, match="`m` is quantised, and needs the package"):
+        check_method(Recipe.parse("lora"), None, config, "m")
+
+
+def test_targets_of_a_format_that_is_not_read_are_listed(even, tmp_path):
+    from lorica.cli.targets import Options, run
+
+    config = AutoConfig.from_pretrained(even)
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    told = run(Options(model=str(tmp_path), r=4)).data
+    assert told["quantization"] == "mxfp4" and told["trainable"] > 0
 
 
 def test_a_start_from_what_quantisation_took_needs_a_quantised_base(folder):

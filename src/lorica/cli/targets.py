@@ -148,7 +148,7 @@ def _table(data: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    shown = ("packed",) if data["quantization"] else ()
+    shown = ("packed",) if any(g["packed"] for g in data["layers"]) else ()
     for column in ("adapted", "layers", "out x in", "role", "parameters", "per rank, each", *shown):
         right = column in ("adapted", "out x in", "parameters", "per rank, each")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -178,7 +178,7 @@ def _words(data: dict[str, Any]) -> list[str]:
         f"{data['method']}{rank}: {data['trainable']:,} train ({share:.2%})",
     ]
     if data["quantization"]:
-        lines.append(f"packed by {data['quantization']}; the numbers count values")
+        lines.append(f"quantised by {data['quantization']}; the numbers count values")
     if data["r"] is not None:
         costs = ", ".join(f"r={r}: {data['parameters_per_rank'] * r:,}" for r in RANKS)
         lines.append(f"two factors a layer, by rank: {costs}")

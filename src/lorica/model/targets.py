@@ -476,7 +476,9 @@ def refuse(model: nn.Module, recipe: Recipe, targets: Targets) -> None:
             f"{name!r} is a {kind}, which holds its weight in a packed form that Lorica can't"
             " read. It reads weights quantised by bitsandbytes (nf4, fp4, int8), torchao (int8,"
             " float8 and intx, weights only), optimum-quanto and HQQ; load the model in one of"
-            " these formats, or name the layers to adapt in `target_modules`"
+            " these formats, or let transformers give its values, where its configuration of the"
+            " format takes `dequantize=True` (`CompressedTensorsConfig(dequantize=True)`), or name"
+            " the layers to adapt in `target_modules`"
         )
     if recipe.train_rest and (packed := quantised(model)):
         name, store = next(iter(packed.items()))

@@ -102,7 +102,8 @@ def packed_layers(
     name: str, config: PretrainedConfig, wanted: Any, *, trust_remote_code: bool = False
 ) -> tuple[str, frozenset[str]]:
     """(transformers' fields of the quantisation, as text; paths of the modules that it packs), from
-    the configuration alone; an empty text where nothing is quantised.
+    the configuration alone; an empty text where nothing is quantised, and no paths where it is by a
+    method that Lorica doesn't read.
 
     Args:
         wanted: what `asked` returned.
@@ -116,6 +117,8 @@ def packed_layers(
     if wanted is None and stored is None:
         return "", frozenset()
     how: Any = wanted
+    if stored is not None and stored.get("quant_method") not in METHODS:
+        return str(stored.get("quant_method")), frozenset()
     if stored is not None:
         check_installed(str(stored.get("quant_method")), f"`{name}` is quantised, and")
         how = config_from(f"`{name}`'s quantization_config", stored)
