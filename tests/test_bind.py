@@ -304,6 +304,15 @@ def test_parameters_that_were_replaced_are_found_at_the_first_step():
         step(adapters, optimizer)
 
 
+def test_a_model_made_in_inference_mode_cannot_train():
+    with torch.inference_mode():
+        adapters = attached(model=nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="inference_mode.*torch computes no gradients"):
+        lorica.optimizer(adapters)
+    with torch.no_grad():
+        assert adapters.model(torch.ones(1, 4)).shape == (1, 4)
+
+
 def test_generators_depend_on_seed_step_and_key_alone():
     from lorica.training.bind import Training
 

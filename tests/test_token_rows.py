@@ -226,3 +226,19 @@ def test_tokens_that_do_not_occur_are_no_error():
     never = {"embed_tokens": [0]}  # `batch` draws no 0
     adapters = lorica.attach(model, r=2, trainable_token_indices=never, **ONE)
     train(adapters, lorica.optimizer(adapters, lr=1e-3, total_steps=20), 11)
+
+
+@pytest.mark.parametrize("fields", [
+    {"trainable_token_indices": IDS}, {"target_modules": ["lm_head", "q_proj"]},
+    {"modules_to_save": ["embed_tokens"]},
+])  # fmt: skip
+def test_tables_with_adapters_are_resized_before(fields):
+    model = llama()
+    adapters = lorica.attach(model, r=2, verbose=False, **fields)
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        with pytest.raises(ValueError, match=r"embeddings\(70\).*Resize first and attach then"):
+            one.resize_token_embeddings(70)
+    assert adapters.model is model
+    lorica.detach(model).resize_token_embeddings(70, mean_resizing=False)
+    assert lorica.merge(copied).resize_token_embeddings(70, mean_resizing=False) is not None

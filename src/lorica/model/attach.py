@@ -21,7 +21,7 @@ from lorica.methods.optional import (
     StartsFromData,
     StartsFromUnquantised,
 )
-from lorica.model import save_pretrained
+from lorica.model import resizing, save_pretrained
 from lorica.model.adapters import HANDLE, Adapters, Released
 from lorica.model.bases.base import AbstractBase
 from lorica.model.checkpointed import let_gradients_in
@@ -221,6 +221,7 @@ def attach(
     adapters.hooks = ForwardHooks(adapters)
     adapters.hooks.handles += let_gradients_in(model)
     save_pretrained.install(adapters)
+    resizing.install(adapters)
     adapters.summary = fill(summary, adapters, targets)
     expect(adapters)
     if verbose:
@@ -510,5 +511,6 @@ def _release(adapters: Adapters, *, by: Released) -> None:
     discard(adapters)
     adapters.hooks.remove()
     save_pretrained.remove(adapters)
+    resizing.remove(adapters)
     for name, p in named_parameters(model):
         p.requires_grad_(adapters.requires_grad.get(name, True))

@@ -284,7 +284,8 @@ def bind(
 
     Raises:
         ValueError: an argument is out of its range; the optimizer is bound already, or moves
-            parameters by another rule than the recipe's; what a schedule refuses of the horizon.
+            parameters by another rule than the recipe's; the model was made where torch computes
+            no gradients; what a schedule refuses of the horizon.
     """
     recipe = adapters.recipe
     if total_steps is not None:
@@ -293,6 +294,12 @@ def bind(
     seed = whole_argument("seed", seed, "a whole number, at least 0, e.g. 42", least=0)
     if KEY in optimizer.param_groups[0]:
         raise ValueError("this optimizer is bound already; make a new one with `lorica.optimizer`")
+    if any(p.is_inference() for p in adapters.model.parameters()):
+        raise ValueError(
+            f"parameters of this {type(adapters.model).__name__} were made under"
+            " `torch.inference_mode()`, and torch computes no gradients with them. Load the model"
+            " and attach outside of it; `torch.no_grad()` does no harm"
+        )
     if not recipe.rule.made(optimizer):
         raise ValueError(
             f"this {type(optimizer).__name__} does not move parameters by `{recipe.rule.name}`, the"
