@@ -8,10 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import lorica
+from lorica.data import detect, read
 from lorica.recipe import registry
+from lorica.run.options import UsageError
+from lorica.text import LONGEST, clear_errors
 
 RULES = registry.names("rules")
 
@@ -156,3 +161,44 @@ def test_a_state_of_adapters_that_cannot_be_one_is_refused_and_nothing_is_writte
     for nonsense in ("adapters.pt", None, [1], {1: torch.ones(1)}):
         with pytest.raises(ValueError, match="is no state of adapters"):
             adapters.load_state_dict(nonsense)
+
+
+def test_no_message_of_a_call_is_longer_than_a_person_reads(tmp_path):
+    """What is echoed is bounded where the errors leave, whoever words them."""
+    long, many = "x" * 60_000, [f"name{i}" for i in range(3000)]
+    model = nn.Sequential(nn.Linear(6, 6))
+    adapters = lorica.attach(nn.Sequential(nn.Linear(6, 6)), "lora", r=2, verbose=False)
+    state = adapters.state_dict()
+    calls = [
+        lambda: lorica.attach(model, long), lambda: lorica.attach(model, "+".join(many)),
+        lambda: lorica.attach(model, "lora", **{long: 1}),
+        lambda: lorica.attach(model, "lora", target_modules=many),
+        lambda: lorica.attach(model, "lora", seed=long),
+        lambda: lorica.Recipe.parse("lora", **dict.fromkeys(many, 1)),
+        lambda: lorica.optimizer(adapters, **dict.fromkeys(many, 1)),
+        lambda: adapters.load_state_dict({**state, **dict.fromkeys(many, torch.ones(1))}),
+        lambda: adapters.load_state_dict({**state, long: torch.ones(1)}),
+        lambda: lorica.load(model, long), lambda: lorica.save(adapters, long),
+        lambda: read(long), lambda: read(tmp_path, columns=dict.fromkeys(many, "a")),
+        lambda: detect(many), lambda: detect([long]),
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for number, call in enumerate(calls):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert 0 < len(str(caught.value)) <= LONGEST, number
+
+
+@given(st.text(), st.integers(0, 3000), st.booleans())
+def test_messages_are_cut_where_errors_leave(text, times, other):
+    said = text * times
+
+    @clear_errors()
+    def call() -> None:
+        raise UsageError(said) if other else ValueError(said)
+
+    with pytest.raises(ValueError) as caught:
+        call()
+    told = str(caught.value)
+    assert type(caught.value) is (UsageError if other else ValueError)
+    assert len(told) <= LONGEST and (other or len(said) > LONGEST or told == said)

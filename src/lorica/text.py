@@ -252,16 +252,16 @@ def refusal(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def file_errors() -> Iterator[None]:
-    """What the operating system refuses within is told with the path and a way out. It decorates
-    the functions that read or write for a caller.
+def clear_errors() -> Iterator[None]:
+    """Decorates the functions that people call: what the operating system refuses is told with the
+    path and a way out, and no message is longer than `LONGEST`.
 
     Raises:
         ValueError: for an OSError about a path. Those that have words of ours are left alone: they
             name no path of their own.
 
     Example:
-        >>> with file_errors():
+        >>> with clear_errors():
         ...     os.listdir("no/folder")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
@@ -273,6 +273,10 @@ def file_errors() -> Iterator[None]:
         if (why := refusal(error)) is None:
             raise
         raise ValueError(why) from error
+    except ValueError as error:
+        if len(error.args) == 1 and len(str(error)) > LONGEST:
+            error.args = (cut(str(error)),)
+        raise
 
 
 def no_memory(error: BaseException) -> bool:

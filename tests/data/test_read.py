@@ -8,6 +8,7 @@ import json
 import lzma
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -341,3 +342,13 @@ def test_a_table_of_very_many_columns(tmp_path, name):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"columns, of 1,000 at most; .* Check the separator"):
         read(tmp_path / name)
+
+
+def test_an_object_with_very_many_keys_costs_no_more_than_its_bytes(tmp_path):
+    """Arrow's cost grows with the square of the fields: 20,000 took 5 s, 300,000 never ended."""
+    path = tmp_path / "a.jsonl"
+    meta = {f"key{i}": i for i in range(50_000)}
+    path.write_text(json.dumps({"text": "the cat", "meta": meta}) + "\n")
+    began = time.process_time()
+    rows = read(path)
+    assert rows["text"][:] == ["the cat"] and time.process_time() - began < 3

@@ -362,6 +362,7 @@ class Subjects:
         change = lambda data, draw: (  # noqa: E731
             "template", template(draw).encode(errors="surrogatepass"),
         )  # fmt: skip
+        self._chat(folder)[0][1]()  # what it imports is not what an input takes
         self.add("template", folder, {"chat_template.jinja": change}, self._chat, share=3)
         for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
             one = self.root / f"columns{suffix}"

@@ -27,7 +27,7 @@ from lorica.run import checkpoints, config, load_model, model_configs, quantizat
 from lorica.run.folder import HEAD, RunFolder
 from lorica.run.options import TrainOptions
 from lorica.run.options.kinds import TOKENS
-from lorica.text import file_errors, refusal
+from lorica.text import clear_errors, refusal
 
 NOBODY = 65534
 ROW = '{"text": "the cat sees the dog"}\n'
@@ -92,7 +92,7 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ("run", lambda p: check(p, "last"), "run"),
     ("run", lambda p: RunFolder(p).lines(), "run/metrics.jsonl"),
     ("run/config.yaml", lambda p: check(p.parent), "run/config.yaml"),
-    ("run/config.yaml", lambda p: file_errors()(config.read)(p.parent), "run/config.yaml"),
+    ("run/config.yaml", lambda p: clear_errors()(config.read)(p.parent), "run/config.yaml"),
     ("run/defaults.json", lambda p: check(p.parent), "run/defaults.json"),
     ("run/result.json", lambda p: check(p.parent), "run/result.json"),
     ("run/metrics.jsonl", lambda p: RunFolder(p.parent).lines(), "run/metrics.jsonl"),
@@ -165,10 +165,10 @@ def test_what_the_system_refuses_has_a_way_out_for_each_number():
         text = refusal(error)
         assert text is not None and text.startswith("`some/where`: ") and lacks(text) is None
     assert refusal(OSError("worded by whoever raised it")) is None
-    with pytest.raises(OSError, match="worded"), file_errors():
+    with pytest.raises(OSError, match="worded"), clear_errors():
         raise OSError("worded by whoever raised it")
     with pytest.raises(ValueError, match=r"^`a\\u001b\[2J`: No space left on device\. Make room"):
-        with file_errors():
+        with clear_errors():
             raise OSError(28, "No space left on device", b"a\x1b[2J")
 
 

@@ -34,7 +34,7 @@ from lorica.cli._outcome import as_json, write
 from lorica.cli._parse import parse
 from lorica.run.options import UsageError
 from lorica.run.stopping import Stopped, terminable
-from lorica.text import Styled, cut, file_errors, nearest, no_memory, printable
+from lorica.text import Styled, clear_errors, cut, nearest, no_memory, printable
 
 __all__ = ["main", "verbs"]
 
@@ -101,10 +101,10 @@ def _verb(words: list[str]) -> int:
                 + nearest(words[0], verbs())
             )
         verb: Any = importlib.import_module(f"{__name__}.{words[0]}")
-        with file_errors():
+        with clear_errors():
             options = parse(verb.Options, words[1:], prog=f"lorica {words[0]}")
         smaller = options.smaller
-        with _logging(), _clean_stdout(), terminable(), file_errors():
+        with _logging(), _clean_stdout(), terminable(), clear_errors():
             outcome = verb.run(options)
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             try:

@@ -29,7 +29,7 @@ from lorica.data.bounded import MEMORY, Account, Exceeded, bounded
 from lorica.data.samples import ASSISTANT, DOCUMENT, USER, Flag, Piece, Ranges
 from lorica.data.turns import READ, REASONING, ROLES
 from lorica.data.words import excerpt, listing
-from lorica.text import file_errors, nearest, one_line, shorten, to_path
+from lorica.text import clear_errors, nearest, one_line, shorten, to_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -603,7 +603,7 @@ def _clock(now: datetime) -> str:
     )
 
 
-@file_errors()
+@clear_errors()
 def template_of(
     tokenizer: PreTrainedTokenizerBase, chosen: str | None, *, starts: bool
 ) -> Template | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.data.words import INDEX, WHERE, excerpt, keep_as_json, keep_as_text, kind_of, listing
-from lorica.text import check_depth, file_errors, parse_json, refusal
+from lorica.text import check_depth, clear_errors, parse_json, refusal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,7 +103,7 @@ def _bytes_of(path: Path, data: bytes | None = None) -> bytes:
             "nowhere): data is read from files. Name a file, or a folder of files."
         )
     if data is None:
-        with file_errors():
+        with clear_errors():
             data = path.read_bytes()
     try:
         most = max(PLAIN, RATIO * len(data))
@@ -376,6 +376,8 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
                 "bits (write larger ones as texts), and texts hold no half surrogate pairs."
             ) from error
     try:
+        if any(map(_wide, values)):
+            raise OverflowError  # Arrow's cost grows with the square of the fields
         array = pa.array(values)
         back = array.to_pylist()
         if back == values and repr(back) == repr(values):  # 3 == 3.0, and they are other texts
@@ -388,6 +390,13 @@ def _column(path: Path, name: str, values: list[Any], lines: list[int]) -> pa.Ar
         pass
     # Arrow would give every dictionary the keys of all the others, or refuses their types.
     return pa.array([keep_as_json(value) for value in values], type=pa.string())
+
+
+def _wide(value: Any) -> bool:
+    """Whether an object in it has more keys than a table may have columns."""
+    if isinstance(value, dict):
+        return len(value) > MOST_COLUMNS or any(map(_wide, value.values()))
+    return isinstance(value, list) and any(map(_wide, value))
 
 
 def _fits(value: Any) -> bool:

@@ -30,7 +30,7 @@ from lorica.data.loaded import load
 from lorica.data.words import INDEX, listing, visible
 from lorica.embedded.source import dataset as embedded
 from lorica.embedded.source import is_embedded
-from lorica.text import file_errors, nearest, refusal, to_path
+from lorica.text import clear_errors, nearest, refusal, to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +44,7 @@ _SPLIT_WORDS = {
 }
 
 
-@file_errors()
+@clear_errors()
 def read(
     source: str | Path,
     *,

@@ -20,7 +20,7 @@ from lorica.data.samples import AbstractCausalSample, Row, cut
 from lorica.data.shapes import Shape, detect
 from lorica.data.words import strings
 from lorica.embedded.source import TEST, TRAIN, is_embedded
-from lorica.text import file_errors, to_path
+from lorica.text import clear_errors, to_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,7 +195,7 @@ def _joined(pieces: list[tuple[str, tuple[int, ...], bool]], encoder: Encoder) -
     return np.fromiter(chain.from_iterable(lists), dtype=np.int32)
 
 
-@file_errors()
+@clear_errors()
 def has_txt(sources: Sequence[str]) -> bool:
     """Whether any of these is, or holds, a .txt file."""
     return any(map(_is_txt, sources))

@@ -31,7 +31,7 @@ from lorica.data.pack import PACKINGS
 from lorica.data.samples import AbstractCausalSample, Labelled, Piece, Row, SourceTarget, Tagged
 from lorica.data.shapes import Shape, detect
 from lorica.data.words import INDEX, listing, revive, strings, visible
-from lorica.text import nearest
+from lorica.text import clear_errors, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,7 @@ class Prepared:
         return TASKS[self.report.task].collator(self.pad_token_id, pad_to_multiple_of)
 
 
+@clear_errors()
 def prepare(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,

@@ -25,7 +25,7 @@ from lorica.model.attach import merge
 from lorica.model.layer import AdaptedLinear
 from lorica.model.modules_to_save import replace
 from lorica.tensors.dtensor_ops import read_full, reshard
-from lorica.text import file_errors, human, shorten
+from lorica.text import clear_errors, human, shorten
 
 PACKED_CONFIG, PACKED_TENSORS = "compressed.json", "compressed.safetensors"
 PACKED_MARKS = (PACKED_CONFIG,)
@@ -174,7 +174,7 @@ def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
 # -- as a folder -----------------------------------------------------------------------------------
 
 
-@file_errors()
+@clear_errors()
 def pack(
     model: nn.Module | Adapters,
     out: str | Path,
@@ -277,13 +277,13 @@ def _write(model: PreTrainedModel, folder: Path, method: str, done: Compressed) 
     (folder / PACKED_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-@file_errors()
+@clear_errors()
 def is_packed(folder: str | Path) -> bool:
     """Whether this is what `pack` wrote."""
     return (Path(folder) / PACKED_CONFIG).is_file()
 
 
-@file_errors()
+@clear_errors()
 def read_info(folder: str | Path) -> dict[str, Any]:
     """A checked `compressed.json`: class, method, base, ranks, sizes.
 
@@ -308,7 +308,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
-@file_errors()
+@clear_errors()
 def unpack(folder: str | Path, *, attn_implementation: str | None = None) -> PreTrainedModel:
     """The model that `pack` wrote, in the dtypes it had, on the CPU, in evaluation mode.
 

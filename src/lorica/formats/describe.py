@@ -9,12 +9,12 @@ from typing import Any
 from lorica.formats.adapter_file import AdapterFile
 from lorica.formats.peft.config import Config, own_choice
 from lorica.interfaces import Factors
-from lorica.text import file_errors
+from lorica.text import clear_errors
 
 _NO_METHOD = ("inference_mode", "init_lora_weights", "fan_in_fan_out")  # switches beside it
 
 
-@file_errors()
+@clear_errors()
 def inspect(path: str | Path) -> dict[str, Any]:  # Any: JSON values
     """Everything a folder says about its adapter; JSON-ready.
 

@@ -28,7 +28,7 @@ from lorica.model.attach import detach
 from lorica.model.experts import AdaptedTensor
 from lorica.model.layer import AdaptedLayer, AdaptedLinear
 from lorica.tensors.dtensor_ops import read_full
-from lorica.text import file_errors, shorten
+from lorica.text import clear_errors, shorten
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # to -> what writes a whole model, and what tells such a folder
@@ -77,7 +77,7 @@ class Exported:
         }
 
 
-@file_errors()
+@clear_errors()
 def export(
     source: Adapters | nn.Module | str | Path,
     out: str | Path,

@@ -14,10 +14,10 @@ from lorica.formats.stored_state import write_state
 from lorica.model.adapters import Adapters
 from lorica.model.attach import attach, detach
 from lorica.tensors.modules import refuse_meta, unwrapped
-from lorica.text import cut, file_errors, shorten
+from lorica.text import clear_errors, cut, shorten
 
 
-@file_errors()
+@clear_errors()
 def load(
     model: nn.Module,
     path: str | Path,
@@ -73,7 +73,7 @@ def load(
     return adapters
 
 
-@file_errors()
+@clear_errors()
 def restore(adapters: Adapters, path: str | Path, *, check_base: bool = True) -> None:
     """Read a saved state into adapters that are attached already, to continue training.
 

@@ -23,7 +23,7 @@ from lorica.model.adapters import Adapters
 from lorica.model.attach import merge
 from lorica.model.quantised import floating_dtype, quantised
 from lorica.tensors.modules import evaluating
-from lorica.text import file_errors
+from lorica.text import clear_errors
 from lorica.training.checks import check_effect
 
 MARKS = ("config.json",)
@@ -112,7 +112,7 @@ class Merged(Change):
         )
 
 
-@file_errors()
+@clear_errors()
 def merge_to(
     model: nn.Module | Adapters,
     out: str | Path,

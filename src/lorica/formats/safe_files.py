@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.text import CONTROL, file_errors, parse_json, shorten, to_path
+from lorica.text import CONTROL, clear_errors, parse_json, shorten, to_path
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -62,7 +62,7 @@ def check_name(name: str, path: Path) -> None:
         )
 
 
-@file_errors()
+@clear_errors()
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; not-a-number, a key given twice and control characters are refused too.
 

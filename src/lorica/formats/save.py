@@ -17,10 +17,10 @@ from lorica.formats.safe_files import OWN_TENSORS, PEFT_TENSORS, write_tensors
 from lorica.formats.stored_state import full_state, not_finite
 from lorica.model.adapters import Adapters
 from lorica.tensors.modules import refuse_meta
-from lorica.text import file_errors
+from lorica.text import clear_errors
 
 
-@file_errors()
+@clear_errors()
 def save(adapters: Adapters | nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the adapters (not the base) as a folder that `lorica.load` reads back bit for bit.
 

@@ -28,6 +28,7 @@ from lorica.model.wrappers import refuse_wrapped
 from lorica.tensors.dtensor_ops import read_full, reshard
 from lorica.tensors.modules import named_parameters, refuse_meta, unwrapped
 from lorica.tensors.shared import SharedTensors
+from lorica.text import clear_errors
 
 if TYPE_CHECKING:
     from lorica.model.summary import Summary
@@ -241,6 +242,7 @@ class Adapters:
         """
         return {name: read_full(p).detach() for name, p in state.tensors(self).items()}
 
+    @clear_errors()
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`, strict: a missing, extra or misshapen tensor is a
         ValueError, and nothing is written then."""

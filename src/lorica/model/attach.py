@@ -57,11 +57,13 @@ from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
 from lorica.tensors.modules import evaluating, named_parameters, refuse_meta, unwrapped
 from lorica.tensors.shared import SharedTensors
+from lorica.text import clear_errors
 
 logger = logging.getLogger("lorica")
 
 
 @on_cpu
+@clear_errors()
 def attach(
     model: nn.Module,
     method: str | Recipe = "lora",
@@ -229,6 +231,7 @@ def attach(
     return adapters
 
 
+@clear_errors()
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters out: the published base, bit for bit.
 
@@ -253,6 +256,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+@clear_errors()
 def merge(model: nn.Module) -> nn.Module:
     """Leave a plain model that computes what the adapted one does.
 

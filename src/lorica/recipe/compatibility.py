@@ -185,6 +185,10 @@ def by_pattern(field: str, given: object) -> dict[str, Any]:  # Any: checked by 
 
 def check_values(recipe: Recipe) -> None:
     """Numbers are in their range."""
+    _require(
+        is_whole(recipe.seed, 0, 2**63),
+        f"`seed={short(recipe.seed)}`: a seed is a whole number, at least 0, e.g. `seed=42`",
+    )
     if "r" in recipe.takes:
         _require(
             is_whole(recipe.r, 1, MOST_R),

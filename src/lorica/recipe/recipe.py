@@ -39,6 +39,7 @@ from lorica.recipe.compatibility import (
 )
 from lorica.recipe.parse import choices_of
 from lorica.recipe.registry import build, find, names
+from lorica.text import clear_errors
 
 T = TypeVar("T")
 # Whose default counts first where several choices have one: what changes most decides.
@@ -119,6 +120,7 @@ class Recipe:
     # -- construction
 
     @classmethod
+    @clear_errors()
     def parse(
         cls,
         method: str | Mapping[str, Any] | Recipe = "lora",  # Any: arguments of each method's own
@@ -159,6 +161,7 @@ class Recipe:
                 values[name] = value
         return values
 
+    @clear_errors()
     def __post_init__(self) -> None:
         put = object.__setattr__
         for name in (

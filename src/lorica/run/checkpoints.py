@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorica.text import file_errors, parse_json
+from lorica.text import clear_errors, parse_json
 
 LIST = "checkpoint.json"
 _SEAL = "seal"  # of the list itself
@@ -26,7 +26,7 @@ ASIDE = ".unfinished"  # where a checkpoint is written before it is named, or un
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-@file_errors()
+@clear_errors()
 def found(folder: Path) -> list[Path]:
     """Every checkpoint of a run's folder, whole or not, in the order of their steps."""
     if not folder.is_dir():
@@ -75,7 +75,7 @@ def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-@file_errors()
+@clear_errors()
 def flaw(folder: Path) -> str | None:
     """Why a run cannot go on from this folder; None: it can."""
     if (why := damage(folder)) is not None:
@@ -85,7 +85,7 @@ def flaw(folder: Path) -> str | None:
     return None
 
 
-@file_errors()
+@clear_errors()
 def damage(folder: Path) -> str | None:
     """What is amiss with what was written; None: nothing.
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from lorica.run import checkpoints, lock
 from lorica.run.options import UsageError, checkpoint_path
-from lorica.text import file_errors, parse_json, to_path
+from lorica.text import clear_errors, parse_json, to_path
 
 logger = logging.getLogger("lorica")
 
@@ -66,7 +66,7 @@ class RunFolder:
         """Every checkpoint, the latest last; `lorica.run.checkpoints.flaw` tells a whole one."""
         return checkpoints.found(self.path)
 
-    @file_errors()
+    @clear_errors()
     def check(
         self,
         *,
@@ -112,7 +112,7 @@ class RunFolder:
         self._refuse_foreign(ours, writes)
         return checkpoint
 
-    @file_errors()
+    @clear_errors()
     def ours(self) -> list[str]:
         """The names of what a run has written here; what carries no mark of a run is not among
         them."""
@@ -157,7 +157,7 @@ class RunFolder:
                 f" {'it' if len(foreign) == 1 else 'them'} away"
             )
 
-    @file_errors()
+    @clear_errors()
     def refuse_inputs(self, inputs: Iterable[tuple[str, str]]) -> None:
         """What is read does not lie where the run writes, or removes what an earlier one wrote.
 
@@ -222,7 +222,7 @@ class RunFolder:
         _refuse_bare(f"--resume {resume}", path)
         return path
 
-    @file_errors()
+    @clear_errors()
     def clear(self) -> None:
         """Remove a run, and nothing else that lies here."""
         for name in self.ours():
@@ -301,7 +301,7 @@ class RunFolder:
             Path(aside).unlink(missing_ok=True)
             raise
 
-    @file_errors()
+    @clear_errors()
     def lines(self) -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl."""
         log = self / "metrics.jsonl"

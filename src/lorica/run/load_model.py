@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorica.run.new_tokens import fit_adapter
-from lorica.text import file_errors, parse_json, refusal, to_path
+from lorica.text import clear_errors, parse_json, refusal, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class FromCheckpoint(NamedTuple):
         return [*dict.fromkeys(owners)]
 
 
-@file_errors()
+@clear_errors()
 def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     """The base that is meant: the one named, else the adapter's own, else the embedded one.
 
@@ -71,7 +71,7 @@ def base_name(model: str | None, adapter: str | Path | None = None) -> str:
     return located(name)
 
 
-@file_errors()
+@clear_errors()
 def read_config(
     name: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
@@ -116,7 +116,7 @@ def check_code(name: str, attn_implementation: str | None, trusted: bool) -> Non
     refuse_code(config, f"the config.json of `{name}`", attn_implementation=attn_implementation)
 
 
-@file_errors()
+@clear_errors()
 def check_source(name: str) -> None:
     """A name that can only mean a folder has to be one."""
     path = to_path(name)
@@ -139,7 +139,7 @@ def check_source(name: str) -> None:
             file.open("rb").close()
 
 
-@file_errors()
+@clear_errors()
 def check_parts(name: str) -> None:
     """The index of a model in several files names files beside it, and nothing else.
 
@@ -204,7 +204,7 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
             raise ValueError(_cannot("the layers", name, error)) from error
 
 
-@file_errors()
+@clear_errors()
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; where it has no padding token, EOS pads (nothing looks at padding)."""
     from transformers import AutoTokenizer
@@ -235,7 +235,7 @@ def own_labels(config: PretrainedConfig, task: str) -> Labels | None:
     return Labels.from_label2id(named)
 
 
-@file_errors()
+@clear_errors()
 def load_model(
     name: str,
     task: str,
@@ -349,7 +349,7 @@ def set_padding(model: Any, task: str, tokenizer: PreTrainedTokenizerBase | None
         config.pad_token_id = pad_of(tokenizer)
 
 
-@file_errors()
+@clear_errors()
 def load_base(
     adapter: str, name: str | None, *, trust_remote_code: bool = False, quantization: Any = None
 ) -> tuple[PreTrainedModel, Any]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorica.run.options import UsageError
-from lorica.text import file_errors, nearest, parse_json, to_path
+from lorica.text import clear_errors, nearest, parse_json, to_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -82,7 +82,7 @@ class Plan:
         return min((n for n in said if isinstance(n, int) and n > 0), default=None)
 
 
-@file_errors()
+@clear_errors()
 def find(name: str, *, trust_remote_code: bool = False) -> Plan:
     """The configuration that `name` means: a word of the table, a config.json, a folder or hub id.
 

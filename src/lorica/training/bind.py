@@ -25,6 +25,7 @@ from lorica.tensors import figures
 from lorica.tensors.dtensor_ops import on_cpu, reduce_scalar
 from lorica.tensors.linalg import floats
 from lorica.tensors.matmul import no_autocast
+from lorica.text import clear_errors
 from lorica.training.checks import GradientCheck
 from lorica.training.horizon import fitted_method
 from lorica.training.left_out import LeftOut, Look
@@ -264,6 +265,7 @@ class _Binding:
 
 
 @on_cpu
+@clear_errors()
 def bind(
     optimizer: torch.optim.Optimizer,
     adapters: Adapters,
@@ -362,6 +364,7 @@ def first_left_out(optimizer: torch.optim.Optimizer) -> Look | None:
     return _bindings[optimizer].left_out.began
 
 
+@clear_errors()
 def optimizer(
     adapters: Adapters,
     lr: float | None = None,

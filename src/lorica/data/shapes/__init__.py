@@ -21,7 +21,7 @@ from typing import Any
 
 from lorica.data.samples import Row
 from lorica.data.words import WHERE, excerpt, listing, revive, visible
-from lorica.text import nearest
+from lorica.text import clear_errors, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ def shapes() -> tuple[Shape, ...]:
     return tuple(sorted((module.shape for module in modules), key=lambda shape: shape.name))
 
 
+@clear_errors()
 def detect(
     columns: Iterable[str],
     *,

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorica.text import cut, file_errors, parse_json, shorten, to_path
+from lorica.text import clear_errors, cut, parse_json, shorten, to_path
 
 MOST = 10**9  # steps, epochs, rows: a larger number is a slip of the finger
 MOST_TOKENS = 10**15
@@ -106,7 +106,7 @@ def json_option(name: str, value: str) -> dict[str, Any]:
     if not value.lstrip().startswith("{"):
         path = path_option(name, value)
         try:
-            with file_errors():
+            with clear_errors():
                 refuse(not path.is_file(), f"{given}: there is no such file; {wanted}")
                 text, where = path.read_text(encoding="utf-8"), f"{given}: {path}"
         except UnicodeDecodeError:

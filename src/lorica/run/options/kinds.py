@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from lorica.text import file_errors, nearest, parse_json, shorten, to_path
+from lorica.text import clear_errors, nearest, parse_json, shorten, to_path
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq-lm")
 
@@ -205,7 +205,7 @@ def _tokens(words: Sequence[str]) -> tuple[str, ...]:
     one = words[0] if len(words) == 1 else None
     if one is not None and (file := _file(one)) is not None:
         try:
-            with file_errors():
+            with clear_errors():
                 text = file.read_text(encoding="utf-8")
             found = [line for line in text.split("\n") if line]
         except UnicodeDecodeError:
@@ -217,7 +217,7 @@ def _tokens(words: Sequence[str]) -> tuple[str, ...]:
     return (*found,)
 
 
-@file_errors()
+@clear_errors()
 def _file(word: str) -> Path | None:
     """The file that a word names, which may be a token of any characters instead."""
     try:
