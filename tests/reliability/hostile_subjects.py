@@ -358,7 +358,8 @@ class Subjects:
         self.add("pattern typed", theirs.folder, {"adapter_config.json": _typed}, self._type)
         folder = self.root / "template"
         tokenizer(folder)
-        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        good = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+        (folder / "chat_template.jinja").write_text(good)
         change = lambda data, draw: (  # noqa: E731
             "template", template(draw).encode(errors="surrogatepass"),
         )  # fmt: skip
