@@ -448,7 +448,7 @@ def test_the_command_line_quantises_while_loading(tmp_path):
         result = train(TrainOptions(output_dir=str(folder), method="dora", **given))
         told = lorica.formats.inspect(folder / "adapter")
         assert "int8 (bitsandbytes)" in told["base"]["dtype"]
-        measured = run(Options(adapter=str(folder / "adapter"), limit=64, load_in_8bit=True))
+        measured = run(Options(adapter=str(folder / "adapter"), max_samples=64, load_in_8bit=True))
         with pytest.raises(ValueError, match="can't be used in nf4 .* multiple of 64 only"):
             train(TrainOptions(output_dir=str(folder) + "4", load_in_4bit=True, max_steps=1))
     assert measured.data["metrics"]["loss"] > 0 and result["summary"]["quantised"]
@@ -459,7 +459,7 @@ def test_the_command_line_quantises_while_loading(tmp_path):
     [
         ({"load_in_4bit": True, "load_in_8bit": True}, "give one"),
         ({"quantization": '{"quant_method": "gptq"}'}, "allowed: bitsandbytes, torchao"),
-        ({"quantization": "nowhere.json"}, "neither JSON nor a file"),
+        ({"quantization": "nowhere.json"}, "there is no such file"),
         ({"quantization": "{1"}, "no JSON"),
         ({"quantization": "{}"}, "has to hold `quant_method`"),
         ({"quantization": '{"quant_method": "bitsandbytes", "load_in_4bit": 3}'}, "refuses"),
