@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -506,12 +507,13 @@ def test_a_log_that_is_lost_while_a_run_goes_on_is_whole_at_the_end(change, tmp_
     caplog.set_level(logging.WARNING, "lorica")  # a verb run before in this process sets INFO
     log = RunLog(RunFolder(tmp_path), torch.device("cpu"), {})
     state = TrainerState(max_steps=9, log_history=[], num_input_tokens_seen=0)
+    args = SimpleNamespace(eval_strategy="steps", eval_steps=3)
     log.begin(state)
     for step in range(1, 7):
         state.global_step, state.epoch = step, step / 10
         names = {"loss": 1 / step, "grad_norm": math.nan} if step % 3 else {"eval_loss": 2 / step}
         state.log_history.append({**names, "epoch": state.epoch, "step": step})
-        log.on_log(None, state, None, logs=names)
+        log.on_log(args, state, None, logs=names)
         if step == 4:
             whole = (tmp_path / "metrics.jsonl").read_text()
             assert not caplog.records

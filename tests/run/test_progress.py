@@ -21,29 +21,30 @@ def test_the_estimate_is_right_after_the_first_evaluation_and_never_jumps():
     for done in range(1, last + 1):
         clock += step
         remaining.stepped(step)
-        if done % 10 == 5:
-            left = remaining.seconds(done, last, pauses=pauses(args, 0, done, last, 1.0))
+        if done % 5 == 0:  # the line of a step comes before its evaluation
+            left = remaining.seconds(done, last, pauses=pauses(args, 0, last, 1.0))
             told.append((done, left, whole - clock))
         if done % every == 0:
             clock += pause
-            remaining.paused(pause)
+            remaining.paused(pause - 1, whole=True)
+            remaining.paused(1, whole=False)  # a checkpoint after it
     for done, left, truth in told:
         if done > every:
             assert left == pytest.approx(truth)
         else:
             assert left == pytest.approx(truth, rel=0.2), "a guess until one was measured"
-    assert all(b[1] < a[1] for a, b in zip(told[2:], told[3:], strict=False))
+    assert all(b[1] < a[1] for a, b in zip(told[4:], told[5:], strict=False))
 
 
 @pytest.mark.parametrize(
     ("given", "at", "wanted"),
     [
-        ({}, (0, 10, 100, 1.0), (0, 0)),
-        ({"eval_strategy": "steps", "eval_steps": 30}, (0, 40, 100, 1.0), (1, 3)),
-        ({"eval_strategy": "steps", "eval_steps": 25}, (0, 100, 100, 1.0), (4, 0)),
-        ({"eval_strategy": "steps", "eval_steps": 25}, (50, 60, 100, 1.0), (0, 2)),
-        ({"eval_strategy": "epoch"}, (0, 35, 90, 3.0), (1, 2)),
-        ({"save_strategy": "steps", "save_steps": 50}, (0, 60, 100, 1.0), (1, 1)),
+        ({}, (0, 100, 1.0), 0),
+        ({"eval_strategy": "steps", "eval_steps": 30}, (0, 100, 1.0), 4),
+        ({"eval_strategy": "steps", "eval_steps": 25}, (0, 100, 1.0), 4),
+        ({"eval_strategy": "steps", "eval_steps": 25}, (50, 100, 1.0), 2),
+        ({"eval_strategy": "epoch"}, (30, 90, 3.0), 2),
+        ({"save_strategy": "steps", "save_steps": 50}, (0, 100, 1.0), 2),
     ],
 )
 def test_evaluations_are_counted_where_they_come(given, at, wanted):

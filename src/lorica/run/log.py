@@ -133,8 +133,8 @@ class RunLog(TrainerCallback, ExportableState):
     def _left(self, args: Any, state: Any) -> str:
         done, last = state.global_step, state.max_steps
         epochs = float(state.num_train_epochs or 1)
-        been, coming = pauses(args, self.first, done, last, epochs)
-        return left(self.remaining.seconds(done, last, pauses=(been, coming)))
+        planned = pauses(args, self.first, last, epochs)
+        return left(self.remaining.seconds(done, last, pauses=planned))
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -188,7 +188,7 @@ class RunLog(TrainerCallback, ExportableState):
                 " stays so, give more steps (`--max-steps`), or a higher or lower"
                 " `--learning-rate`"
             )
-        self._rested()
+        self._rested(whole=True)
 
     def _keep_confusion(self, state: Any, entry: dict[str, Any]) -> None:
         """Beside this evaluation's figures; of the earlier ones only the best keeps its own, as
@@ -201,12 +201,12 @@ class RunLog(TrainerCallback, ExportableState):
         entry[CONFUSION] = self.scores.confused
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._rested()
+        self._rested(whole=args.eval_strategy == "no")
 
-    def _rested(self) -> None:
+    def _rested(self, *, whole: bool) -> None:
         """An evaluation or a checkpoint took the time since the step's end."""
         now = time.perf_counter()
-        self.remaining.paused(now - self.mark)
+        self.remaining.paused(now - self.mark, whole=whole)
         self.idle, self.mark, self.evaluated = self.idle + now - self.mark, now, 0
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -24,40 +24,45 @@ class Remaining:
         pause: a pause's time in steps, for the guess.
 
     Example:
-        >>> left = Remaining(0, pause=3.0)
-        >>> left.stepped(2.0), left.paused(5.0)       # 2 seconds of training, 5 of evaluation
-        (None, None)
-        >>> left.seconds(10, 100, pauses=(1, 9))      # at step 10 of 100
-        63.0
+        >>> left = Remaining(0)
+        >>> left.stepped(20.0)                   # 20 seconds for 10 of 100 steps
+        >>> left.paused(5.0, whole=True)         # and 5 for the first of 10 evaluations
+        >>> left.seconds(10, 100, pauses=10)
+        225.0
     """
 
     def __init__(self, first: int, pause: float = 0.0) -> None:
         self.first, self.pause = first, pause
         self.training = self.resting = 0.0  # seconds
+        self.rests = 0  # pauses there have been
 
     def stepped(self, seconds: float) -> None:
         """Count time of training."""
         self.training += seconds
 
-    def paused(self, seconds: float) -> None:
-        """Count time of an evaluation or of a checkpoint."""
-        self.resting += seconds
+    def paused(self, seconds: float, *, whole: bool) -> None:
+        """Count time of an evaluation or of a checkpoint.
 
-    def seconds(self, done: int, last: int, *, pauses: tuple[int, int]) -> float:
+        Args:
+            whole: it is a pause of its own, not a part of the one before (the checkpoint that
+                follows an evaluation).
+        """
+        self.resting += seconds
+        self.rests += whole
+
+    def seconds(self, done: int, last: int, *, pauses: int) -> float:
         """The time from step `done` to step `last`.
 
         Args:
-            pauses: evaluations there have been, and those to come.
+            pauses: that this process makes in all.
         """
         step = self.training / max(done - self.first, 1)
-        been, coming = pauses
-        one = self.resting / been if been else self.pause * step
-        return (last - done) * step + coming * one
+        one = self.resting / self.rests if self.rests else self.pause * step
+        return (last - done) * step + max(pauses - self.rests, 0) * one
 
 
-def pauses(args: Any, first: int, done: int, last: int, epochs: float) -> tuple[int, int]:
-    """Evaluations from step `first` to `done`, and from there to `last`; checkpoints, where a run
-    does not evaluate.
+def pauses(args: Any, first: int, last: int, epochs: float) -> int:
+    """Evaluations after step `first` up to `last`; checkpoints, where a run does not evaluate.
 
     Args:
         args: the Trainer's, settled.
@@ -69,12 +74,10 @@ def pauses(args: Any, first: int, done: int, last: int, epochs: float) -> tuple[
     if kind == "epoch":
         every = last / max(math.ceil(epochs), 1)
     elif kind != "steps":
-        return 0, 0
+        return 0
     if not every:
-        return 0, 0
-    been = math.floor(done / every + 1e-9) - math.floor(first / every + 1e-9)
-    whole = math.ceil(last / every - 1e-9) - math.floor(first / every + 1e-9)
-    return been, max(whole - been, 0)
+        return 0
+    return math.ceil(last / every - 1e-9) - math.floor(first / every + 1e-9)
 
 
 class Bar:
