@@ -6,8 +6,10 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +160,56 @@ def test_imports_run_one_way():
         [*command, "--no-cache"], cwd=root, env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0 and "0 broken" in ran.stdout, ran.stdout + ran.stderr
+
+
+# -- the package -----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+OPTIONAL_IMPORTS = {"peft"}  # where it is installed
+
+
+def project() -> dict:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        from pip._vendor import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def imported(root: ast.AST) -> set[str]:
+    """Top-level names of what a file imports, inside its functions too."""
+    names: set[str] = set()
+    for node in ast.walk(root):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_package_that_is_imported_is_declared():
+    told = project()
+    assert sorted(told["dependencies"]) == told["dependencies"]
+    bounds = {r.split(">=")[0]: r.split(">=")[1] for r in told["dependencies"]}
+    required = {"yaml" if name == "pyyaml" else name for name in bounds}
+    extras = {r.split(">=")[0] for e in told["optional-dependencies"].values() for r in e}
+    found = set().union(*(imported(tree(path)) for path in HOUSE.rglob("*.py")))
+    found -= {*sys.stdlib_module_names, "lorica"}
+    assert found - OPTIONAL_IMPORTS == required
+    assert OPTIONAL_IMPORTS <= found & extras
+
+
+def test_the_description_of_the_package_has_no_link_into_the_repository():
+    spec = importlib.util.spec_from_file_location("the_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", module.description(readme))
+    assert all(link.startswith("https://") for link in links), links
+    homed = module.description(
+        "![a](docs/a.png) [b](docs/b.md) [c](https://c)", "https://h/", "https://p/"
+    )
+    assert homed == "![a](https://p/docs/a.png) [b](https://h/docs/b.md) [c](https://c)"
 
 
 # -- what users see --------------------------------------------------------------------------------

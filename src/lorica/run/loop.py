@@ -15,7 +15,7 @@ import transformers.trainer
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from lorica import formats
+from lorica import __version__, formats
 from lorica.run import checkpoints, config, resume
 from lorica.run.folder import strict
 from lorica.run.layers import layers
@@ -186,5 +186,6 @@ def mean_loss(lines: list[dict[str, Any]]) -> float | None:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that the figures depend on."""
-    names = ("lorica", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+    own = {"python": platform.python_version(), "lorica": __version__}
+    names = ("torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+    return {**own, **{name: metadata.version(name) for name in names}}
