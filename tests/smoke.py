@@ -20,7 +20,7 @@ COMMANDS = (
     "train --output-dir first --resume --max-steps 6 --json",
     "inspect first/adapter --json",
     "eval --adapter first/adapter --limit 4 --json",
-    "generate --adapter first/adapter --json cat",
+    "generate --adapter first/adapter --prompt cat --json",
     "merge --adapter first/adapter --output-dir merged --json",
     "export --adapter first/adapter --output-dir plain --r 4 --json",
     "pretrain --model-config llama-1m --method switchlora --max-steps 4 --output-dir new --json",

@@ -11,6 +11,7 @@ from lorica.run.options import kinds
 
 OPTIONS = {
     "demo": ("examples json learning_rate max_steps method output_dir seed"),
+    "doctor": ("json self_test"),
     "eval": (
         "adapter answer_pattern chat_template columns compare_base data dtype exact_match "
         "header ignore_base_hash json load_in_4bit load_in_8bit max_length max_new_tokens "

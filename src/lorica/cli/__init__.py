@@ -129,7 +129,7 @@ def _verb(words: list[str]) -> int:
             traceback.print_exc()
         told = _message(error, smaller)
         return _failed(told, 2 if isinstance(error, UsageError) else 1, wants_json)
-    return 0
+    return outcome.status
 
 
 def _overview() -> str:

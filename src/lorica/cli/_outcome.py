@@ -63,10 +63,12 @@ class VerbOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`data` is JSON-ready; `shown` is text, or renderables of Rich, for a terminal."""
+    """`data` is JSON-ready; `shown` is text, or renderables of Rich, for a terminal; `status` is
+    the exit status, 1 where a check found a problem."""
 
     data: dict[str, Any]
     shown: tuple[Any, ...] = ()
+    status: int = 0
 
 
 def write(outcome: Outcome, *, json: bool) -> None:
