@@ -72,10 +72,7 @@ def _devices(about: dict[str, Any]) -> list[str]:
 def _resources(about: dict[str, Any]) -> list[str]:
     from lorica.model.summary import human
 
-    return [
-        f"{name.replace('_', ' '):<20}{'unknown' if size is None else human(size)}"
-        for name, size in about.items()
-    ]
+    return [f"{name.replace('_', ' '):<20}{human(size)}" for name, size in about.items()]
 
 
 def _optional(about: dict[str, Any]) -> list[str]:

@@ -28,8 +28,8 @@ from lorica import __version__
 from lorica.text import cut, one_line
 
 REQUIRED = (
-    "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "jinja2", "numpy",
-    "pyarrow", "pyyaml", "rich", "safetensors", "tokenizers", "typing_extensions", "tyro",
+    "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "jinja2", "markupsafe",
+    "numpy", "psutil", "pyarrow", "pyyaml", "rich", "safetensors", "tokenizers", "typing_extensions", "tyro",
 )  # fmt: skip
 _MODULES = {"pyyaml": "yaml"}  # where the module has another name than the package
 
@@ -125,6 +125,7 @@ def devices() -> Facts:
 
 def resources() -> Facts:
     """Bytes that are free: on the disk of this folder and of the hub's cache, and in memory."""
+    import psutil
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
@@ -132,21 +133,8 @@ def resources() -> Facts:
     return {
         "disk_free": shutil.disk_usage(Path.cwd()).free,
         "hub_cache_free": shutil.disk_usage(there).free,
-        "memory_free": _memory_free(),
+        "memory_free": psutil.virtual_memory().available,
     }
-
-
-def _memory_free() -> int | None:
-    """Bytes of memory that a program may still take; None: the system doesn't say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(ImportError):
-        import psutil  # Accelerate needs it
-
-        return int(psutil.virtual_memory().available)
-    return None
 
 
 def optional() -> Facts:
