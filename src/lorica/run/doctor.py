@@ -29,9 +29,9 @@ from lorica.text import cut, one_line
 
 REQUIRED = (
     "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "jinja2", "markupsafe",
-    "numpy", "psutil", "pyarrow", "pyyaml", "rich", "safetensors", "tokenizers", "typing_extensions", "tyro",
+    "numpy", "psutil", "pyarrow", "pyyaml", "rich", "safetensors", "tokenizers",
+    "typing_extensions", "tyro",
 )  # fmt: skip
-_MODULES = {"pyyaml": "yaml"}  # where the module has another name than the package
 
 OPTIONAL: dict[str, str] = {
     "peft": "the check of `lorica demo` that PEFT reads the same model",
@@ -145,7 +145,7 @@ def optional() -> Facts:
         about: Facts = {"needed_by": needed_by, "version": _version(name), "state": "missing"}
         try:
             if find_spec(name) is not None:
-                importlib.import_module(_MODULES.get(name, name))
+                importlib.import_module(name)
                 about["state"] = "installed"
         except (Exception, SystemExit) as error:  # an import may fail in any way
             about |= {"state": "broken", "error": _reason(error)}
