@@ -49,7 +49,7 @@ def test_every_field_is_in_one_table():
     (("--ddp-bucket-cap-mb", 9), "in a single process"),
     (("--dataloader-persistent-workers",), "without `--dataloader-num-workers`"),
     (("--eval-accumulation-steps", 2), "where evaluations keep no predictions"),
-    (("--hub-model-id", "a/b"), "hf upload"),
+    (("--hub-model-id", "a/b"), "lorica push OUT OWNER/NAME"),
     (("--optim-target-modules", "q_proj"), "the method brings its own"),
 ])  # fmt: skip
 def test_what_has_no_effect_is_refused(train, tmp_path, words, where):
@@ -92,7 +92,7 @@ IDLE: dict[str, tuple[dict[str, Any], str]] = {
     "parallelism": ({"parallelism_config": "x"}, "no text names"),
     "loss_only": ({"prediction_loss_only": True}, "follows from the task"),
     "inputs": ({"include_for_metrics": ["inputs"]}, "follows from the task"),
-    "push": ({"push_to_hub": True}, "hf upload"),
+    "push": ({"push_to_hub": True}, "lorica push OUT OWNER/NAME"),
     "curve": (
         {"lr_scheduler_kwargs": '{"a": 1}', "lr_scheduler_type": "linear"}, "linear` has no param"
     ),

@@ -45,6 +45,7 @@ OPTIONS = {
         "verbose vocab_size warmup_ratio"
     ),
     "report": ("json output runs"),
+    "push": ("folder json private repo_id revision"),
     "targets": (
         "adapt_towers exclude_modules json layers_to_transform load_in_4bit load_in_8bit "
         "lora_alpha method model quantization r target_modules trust_remote_code"

@@ -47,6 +47,8 @@ def run(options: Options) -> Outcome:
     from lorica.cli._model import quieten
     from lorica.formats.atomic_folder import check_free, home
     from lorica.formats.export import marks
+    from lorica.formats.safe_files import locate
+    from lorica.run import card
     from lorica.run.load_model import load_base
 
     whole = options.to != "peft"
@@ -77,6 +79,8 @@ def run(options: Options) -> Outcome:
         overwrite=options.overwrite,
         **more,
     )
+    what = {"peft": "adapter", "merged": "merged model"}.get(options.to, f"{options.to} model")
+    card.write(out, card.of_adapter(out, locate(adapter), what))
     if whole:
         return Outcome({"to": options.to, **done.as_dict()}, (str(done),))
     return Outcome({"to": options.to, **done.as_dict()}, tuple(_lost(done)))

@@ -64,6 +64,8 @@ def run(options: Options) -> Outcome:
     from lorica.cli._model import quieten
     from lorica.formats.atomic_folder import check_free, home
     from lorica.formats.merge import MARKS
+    from lorica.formats.safe_files import locate
+    from lorica.run import card
     from lorica.run.load_model import load_base
     from lorica.run.merging import Plan
 
@@ -104,5 +106,6 @@ def run(options: Options) -> Outcome:
         approximate=options.approximate,
         overwrite=options.overwrite,
     )
+    card.write(out, card.of_adapter(out, locate(adapter), "merged model"))
     each = [f"  {error:.2e}  {name}" for name, error in merged.approximated.items()]
     return Outcome(merged.as_dict(), (str(merged), *each))

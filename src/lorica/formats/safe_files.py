@@ -28,7 +28,13 @@ DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+# What a hub adapter's repository has for its user, beside the adapter itself.
+_COMPANIONS = (
+    "labels.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*",
+    "*processor_config.json",
+)  # fmt: skip
 
 
 def check_file(path: Path) -> None:
@@ -185,7 +191,8 @@ def entries(folder: Path) -> str:
 
 
 def locate(path: str | Path) -> Path:
-    """The folder of an adapter: a local one, or a hub id (`owner/name`), which is downloaded.
+    """The folder of an adapter: a local one, or a hub id (`owner/name`, or `owner/name@revision`),
+    which is downloaded with the tokenizer and the labels that lie beside the adapter.
 
     Raises:
         ValueError: no such folder, no adapter in it, or the hub can't be reached.
@@ -195,7 +202,7 @@ def locate(path: str | Path) -> Path:
         if not _HUB_ID.fullmatch(str(path)):
             raise ValueError(
                 f"{str(path)!r} does not exist; an adapter is a folder, or a hub id of the form"
-                " `owner/name`"
+                " `owner/name` or `owner/name@revision`"
             )
         folder = _download(str(path))
     if not folder.is_dir():
@@ -215,17 +222,19 @@ def locate(path: str | Path) -> Path:
     )
 
 
-def _download(repository: str) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = [PEFT_CONFIG, PEFT_TENSORS, OWN_CONFIG, OWN_TENSORS]
+    repository, _, revision = name.partition("@")
+    wanted = [PEFT_CONFIG, PEFT_TENSORS, OWN_CONFIG, OWN_TENSORS, *_COMPANIONS]
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        found = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+        return Path(found)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
-            f"{repository!r} is no folder here, and as a hub id it can't be had"
+            f"{name!r} is no folder here, and as a hub id it can't be had"
             f" ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the"
             " name and the connection, or download the folder and name its path"
         ) from None

@@ -154,9 +154,7 @@ CONDITIONS: dict[str, Condition] = {
     ),
 }  # fmt: skip
 
-_UPLOAD = (
-    "a run writes to its folder alone; upload what it made: `hf upload OWNER/NAME OUT/adapter`"
-)
+_UPLOAD = "a run writes to its folder alone; upload what it made: `lorica push OUT OWNER/NAME`"
 _FIGURES = "what an evaluation measures follows from the task; leave it out"
 
 REFUSED: dict[str, str] = {

@@ -513,6 +513,8 @@ def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[
         loop.unwrap(plan, trainer)
         with checkpoints.saving("what was trained", plan.folder.path):
             result["output"] = str(save(plan))
+            if plan.main:
+                _describe(plan, result)
         samples.finish()
         return loop.write_result(plan, result, log)
 
@@ -596,6 +598,23 @@ def save(plan: FineTuning) -> Path:
                 names = json.dumps(labels.names, ensure_ascii=False)
                 (aside / "labels.json").write_text(names + "\n", encoding="utf-8")
     return out
+
+
+def _describe(plan: FineTuning, result: dict[str, Any]) -> None:
+    """Write the model card beside what was trained."""
+    import lorica
+    from lorica.run import card
+
+    out = Path(result["output"])
+    told = card.text(
+        out,
+        method=result["method"],
+        base=result["model"]["name"],
+        what=out.name,
+        result=result,
+        citation=lorica.cite(plan.adapters.recipe),
+    )
+    card.write(out, told)
 
 
 def _figures(plan: FineTuning) -> dict[str, Any]:
