@@ -200,6 +200,25 @@ def test_attach_twice():
     assert Adapters.of(adapters.model) is not adapters
 
 
+def test_parts_and_wholes_of_adapted_models_are_refused():
+    whole, part = llama(num_hidden_layers=1), llama(num_hidden_layers=1)
+    lorica.attach(whole, "lora", r=2, verbose=False)
+    with pytest.raises(ValueError, match="a part of a model that has adapters already"):
+        lorica.attach(whole.model, "lora", r=2)
+    lorica.attach(part.model, "lora", r=2, verbose=False)
+    with pytest.raises(ValueError, match=r"'model' of this Llama.*lorica.detach\(model.model\)"):
+        lorica.attach(part, "lora", r=2)
+
+
+def test_lazy_layers_are_refused_before_anything_changes():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="'0' is a LazyLinear that has not seen an input"):
+        lorica.attach(model, "lora", r=2)
+    assert type(model[1]) is nn.Linear
+    model(torch.ones(1, 3))
+    assert [*lorica.attach(model, "lora", r=2, verbose=False).layers] == ["0", "1"]
+
+
 # -- what trains in full ---------------------------------------------------------------------------
 
 
@@ -247,7 +266,7 @@ def test_merging_a_tied_embedding_unties_it(make, tmp_path):
     model = make()
     table = {"qwen2": "embed_tokens", "gpt2": "wte"}[make.__name__]
     adapters = lorica.attach(model, "dora", r=4, target_modules=[table], verbose=False)
-    assert "shares its weight with lm_head; merging unties" in str(adapters.summary)
+    assert "shares its weight with lm_head" in str(adapters.summary)
     head = model.lm_head.weight.clone()
     perturb(adapters, 0.2)
     adapted = logits(model)

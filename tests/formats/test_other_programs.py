@@ -13,6 +13,7 @@ from files import close
 from transformers import AutoModelForCausalLM
 
 import lorica
+import models
 from lorica import Adapters, embedded, run
 from models import batch, llama, logits, perturb
 
@@ -316,3 +317,15 @@ def test_trls_plain_trainers_write_the_adapters_and_cannot_resume(tmp_path, kind
     assert lorica.load(fresh, folder).fingerprint() == adapters.fingerprint()
     with pytest.raises(ValueError, match="checkpoint"):
         trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_a_model_that_holds_the_adapted_one_is_not_saved_under_its_names(tmp_path):
+    model = llama(num_hidden_layers=1)
+    adapters = lorica.attach(model.model, "lora", r=2, verbose=False)
+    with pytest.raises(ValueError, match="LlamaModel at 'model' has adapters"):
+        model.save_pretrained(tmp_path / "whole")
+    assert [*model.state_dict()] and adapters.model is model.model, "others may take the tensors"
+    lorica.merge(model.model)
+    model.save_pretrained(tmp_path / "whole")
+    again = type(model).from_pretrained(tmp_path / "whole")
+    assert torch.equal(models.logits(again.eval()), models.logits(model))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from lorica.interfaces import Batch, Pair, Site
@@ -48,14 +49,20 @@ from lorica.model.targets import (
     refuse_not_finite,
     sites_of,
 )
-from lorica.model.token_rows import build_tables, find_tables, untrained
+from lorica.model.token_rows import TokenRows, build_tables, find_tables, untrained
 from lorica.model.unbound import discard, expect
 from lorica.model.unquantised import Source, Unquantised
 from lorica.model.update import Update
 from lorica.model.wrappers import refuse_wrapped
 from lorica.recipe.recipe import Recipe
 from lorica.tensors.dtensor_ops import on_cpu, reshard, seeded
-from lorica.tensors.modules import evaluating, named_parameters, refuse_meta, unwrapped
+from lorica.tensors.modules import (
+    evaluating,
+    named_modules,
+    named_parameters,
+    refuse_meta,
+    unwrapped,
+)
 from lorica.tensors.shared import SharedTensors
 from lorica.text import clear_errors
 
@@ -128,12 +135,7 @@ def attach(
     recipe = Recipe.parse(method, **fields)
     model = unwrapped(model)
     refuse_wrapped(model)
-    if HANDLE in vars(model):
-        raise ValueError(
-            f"this {type(model).__name__} has adapters already"
-            f" ({Adapters.of(model).recipe.text()!r}); `lorica.detach(model)` or"
-            " `lorica.merge(model)` first"
-        )
+    _refuse_adapted(model)
     wraps = recipe.delta.wraps
     in_place = recipe.train_rest or not wraps
     if heads is not None:
@@ -450,6 +452,35 @@ def reserve(layer: AdaptedLayer, recipe: Recipe) -> None:
 
 
 # -- steps of attach
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    """Nothing of the model has adapters, and every parameter exists.
+
+    Raises:
+        ValueError: it is adapted, a part of it is, or it is a part of such a model; it is lazy.
+    """
+    taken = (AdaptedLinear, TrainedModule, TokenRows)
+    for path, module in named_modules(model):
+        if HANDLE in vars(module):
+            where = f"{path!r} of this" if path else "this"
+            part = f"model.{path}" if path else "model"
+            raise ValueError(
+                f"{where} {type(model).__name__} has adapters already"
+                f" ({Adapters.of(module).recipe.text()!r}); `lorica.detach({part})` or"
+                f" `lorica.merge({part})` first"
+            )
+        if isinstance(module, taken):
+            raise ValueError(
+                f"this {type(model).__name__} is a part of a model that has adapters already, among"
+                f" them on {path!r}; `lorica.detach(model)` or `lorica.merge(model)` of the whole"
+                " first"
+            )
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise ValueError(
+                f"{path!r} is a {type(module).__name__} that has not seen an input, so its weight"
+                " has no size yet. Run the model once on a batch, then attach"
+            )
 
 
 def _standing(layers: Mapping[str, AdaptedLayer]) -> dict[str, nn.Module]:

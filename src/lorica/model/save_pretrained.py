@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ def install(adapters: Adapters) -> None:
     names = [*adapters.layers, *adapters.saved, *adapters.tables]
     if names:
         model: Any = adapters.model  # Any: torch leaves this method untyped
-        model.register_state_dict_pre_hook(_refuse_accelerate)
+        model.register_state_dict_pre_hook(_refuse_save)
     for path, module in named_modules(adapters.model):
         prefix = f"{path}." if path else ""
         if isinstance(module, PreTrainedModel) and any(name.startswith(prefix) for name in names):
@@ -51,7 +51,7 @@ def install(adapters: Adapters) -> None:
 
 def remove(adapters: Adapters) -> None:
     hooks: dict[int, object] = vars(adapters.model)["_state_dict_pre_hooks"]
-    for key in [key for key, hook in hooks.items() if hook is _refuse_accelerate]:
+    for key in [key for key, hook in hooks.items() if hook is _refuse_save]:
         del hooks[key]
     for module in adapters.model.modules():
         if isinstance(module, PreTrainedModel):
@@ -144,28 +144,43 @@ def _refuse_load_best(model: str) -> None:
             )
 
 
-def _refuse_accelerate(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Of `Accelerator.save_model` alone: its file is for `load_checkpoint_in_model`, which leaves
-    out in silence what a plain model has no name for. `save_state` writes the same tensors for the
-    adapted model itself, strictly."""
+def _refuse_save(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Of a state dict that is taken by
+
+    - `Accelerator.save_model`: its file is for `load_checkpoint_in_model`, which leaves out in
+      silence what a plain model has no name for. (`save_state` writes the same tensors for the
+      adapted model itself, strictly.)
+    - `save_pretrained` of a model that holds the adapted one, and does not know of the adapters.
+    """
+    kind = type(model).__name__
+    names = "its weights have names that only an adapted model has, and a plain model would load"
+    save = "Write the adapters with `lorica.save(lorica.Adapters.of(model), path)`"
     accelerate: Any = sys.modules.get("accelerate.accelerator")  # Any: untyped
-    if accelerate is None:
-        return
-    writing = inspect.unwrap(accelerate.Accelerator.save_model).__code__
-    if any(frame.f_code is writing for frame in _callers()):
+    if accelerate is not None and _called_by(accelerate.Accelerator.save_model):
         raise ValueError(
-            f"`Accelerator.save_model` of this {type(model).__name__} with adapters: its weights"
-            " have names that only an adapted model has, and a plain model would load none of"
-            " them. Write the adapters with `lorica.save(lorica.Adapters.of(model), path)`, a state"
-            " to resume from with `accelerator.save_state(path)`, or call `lorica.merge(model)`"
-            " first"
+            f"`Accelerator.save_model` of this {kind} with adapters: {names} none of them. {save},"
+            " a state to resume from with `accelerator.save_state(path)`, or call"
+            " `lorica.merge(model)` first"
         )
+    whole: Any = PreTrainedModel  # Any: its method is untyped
+    if prefix and _called_by(whole.save_pretrained):
+        part = f"{kind} at {prefix.removesuffix('.')!r}"
+        raise ValueError(
+            f"`save_pretrained` of a model whose {part} has adapters: {names} none of"
+            f" those. {save}, `model` being that part, or an ordinary model after `lorica.merge`."
+            " Attached to the whole model, its `save_pretrained` writes the adapters"
+        )
+
+
+def _called_by(function: Callable[..., object]) -> bool:
+    writing = inspect.unwrap(function).__code__
+    return any(frame.f_code is writing for frame in _callers())
 
 
 def _callers() -> Iterator[FrameType]:
     """Frames of the call, innermost first.
 
-    Nothing else tells these two apart from calls that are right. The Trainer hands
+    Nothing else tells these calls apart from calls that are right. The Trainer hands
     `save_pretrained` a folder and a state dict, whether it will load the best checkpoint or not,
     and tells the model nothing when it is made; a callback among transformers' defaults would
     change every Trainer of the process. `Accelerator.save_model` and `save_state` both ask for
