@@ -48,7 +48,7 @@ OPTIONS = {
     "push": ("folder json private repo_id revision"),
     "targets": (
         "adapt_towers exclude_modules json layers_to_transform load_in_4bit load_in_8bit "
-        "lora_alpha method model quantization r target_modules trust_remote_code"
+        "lora_alpha method model quantization r target_modules target_parameters trust_remote_code"
     ),
     "train": (
         "adapt_towers adapter add_tokens alpha_pattern attn_implementation bf16 bias "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -21,6 +21,9 @@ from lorica.run.options import (
     RemoteCodeOptions,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from lorica.model.bases.base import AbstractBase
 
 RANKS = (4, 8, 16, 32, 64)
 
@@ -39,6 +42,8 @@ class Options(QuantizationOptions, RemoteCodeOptions, VerbOptions):
         r: rank. Default: the method's own, usually 16.
         lora_alpha: alpha in the scale. Default: the method's own.
         target_modules: names, one regular expression, or `all-linear`.
+        target_parameters: expert tensors to adapt, by the end of their path. Default: all of them
+            beside `all-linear`, otherwise none.
         exclude_modules: layers to leave out, in the same forms.
         adapt_towers: let `all-linear` adapt vision and audio towers too, and what connects them to
             the language model. Default: only the language model.
@@ -50,6 +55,7 @@ class Options(QuantizationOptions, RemoteCodeOptions, VerbOptions):
     r: Annotated[int | None, WHOLE, HINT] = None
     lora_alpha: Annotated[float | None, NUMBER, HINT] = None
     target_modules: Annotated[str | tuple[str, ...], MODULES, HINT] = "all-linear"
+    target_parameters: Annotated[tuple[str, ...] | None, MODULES, HINT] = None
     exclude_modules: Annotated[str | tuple[str, ...] | None, MODULES, HINT] = None
     adapt_towers: bool = False
     layers_to_transform: Annotated[tuple[int, ...] | None, WHOLES, HINT] = None
@@ -70,6 +76,7 @@ def run(options: Options) -> Outcome:
         recipe = Recipe.parse(
             options.method,
             target_modules=options.target_modules,
+            target_parameters=options.target_parameters,
             exclude_modules=options.exclude_modules,
             adapt_towers=options.adapt_towers,
             layers_to_transform=options.layers_to_transform,
@@ -108,21 +115,27 @@ def run(options: Options) -> Outcome:
 def survey(model: Any) -> list[dict[str, Any]]:
     """Layers that can be adapted, gathered by name and shape, in model order.
 
-    `parameters_per_rank` is in + out: what one more rank of two factors costs in one layer.
+    `parameters_per_rank` is in + out, of a stack for each expert: what one more rank of two factors
+    costs in one layer.
     """
     from lorica.model.bases.base import base_for
+    from lorica.model.bases.experts import ExpertTensor, expert_tensors
     from lorica.model.heads import head_names
 
     heads = head_names(model)
-    groups: dict[tuple, dict[str, Any]] = {}
+    stores: dict[str, AbstractBase] = {}
     for path, module in model.named_modules():
         kind = base_for(module) if path else None
-        if kind is None:
-            continue
-        store = kind(module)
+        if kind is not None:
+            stores[path] = kind(module)
+        stores |= {f"{path}.{leaf}": ExpertTensor(module, leaf) for leaf in expert_tensors(module)}
+    groups: dict[tuple, dict[str, Any]] = {}
+    for path, store in stores.items():
         role = "embedding" if store.lookup else "head" if path in heads else "linear"
+        role = "experts" if store.experts else role
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-        key = (pattern, store.out_features, store.in_features, role)
+        key = (pattern, store.out_features, store.in_features, store.experts, role)
+        count = max(store.experts, 1)
         group = groups.setdefault(
             key,
             {
@@ -131,15 +144,16 @@ def survey(model: Any) -> list[dict[str, Any]]:
                 "role": role,
                 "out": store.out_features,
                 "in": store.in_features,
+                "experts": store.experts,
                 "bias": store.bias() is not None,
                 "count": 0,
                 "parameters": 0,
-                "parameters_per_rank": store.in_features + store.out_features,
+                "parameters_per_rank": count * (store.in_features + store.out_features),
                 "paths": [],
             },
         )
         group["count"] += 1
-        group["parameters"] += store.in_features * store.out_features
+        group["parameters"] += count * store.in_features * store.out_features
         group["paths"].append(path)
     return list(groups.values())
 
@@ -156,7 +170,7 @@ def _table(data: dict[str, Any]) -> Any:
         table.add_row(
             f"{g['adapted']} of {g['count']}",
             cell(g["pattern"]),
-            f"{g['out']} x {g['in']}",
+            f"{g['experts']} x " * bool(g["experts"]) + f"{g['out']} x {g['in']}",
             g["role"],
             f"{g['parameters']:,}",
             f"{g['parameters_per_rank']:,}",

@@ -54,9 +54,10 @@ def recipe_for(
     method = method_of(data, file)
     modules = dict(model.named_modules())
     modules.pop("", None)
-    stacks = _stacks(model, modules, data, file)
+    stacks, named = _parameters(model, modules, data, file)
     with of_file(file):
         layers = _targets(model, modules, data, file) if data.get("target_modules") else []
+    layers += [n for n in named if n not in layers]
     if data.get("ensure_weight_tying"):  # what is tied with a target has an adapter, too
         tied = (n for n in embedding_paths(model) if n not in layers)
         layers += [n for n in tied if factor_keys(f"{PREFIX}{n}", False)[0] in tensors]
@@ -88,27 +89,31 @@ def recipe_for(
     return recipe, method.frozen_start
 
 
-def _stacks(
+def _parameters(
     model: nn.Module, modules: Mapping[str, nn.Module], data: Config, file: Path
-) -> list[str]:
-    """The expert tensors that PEFT's `target_parameters` means.
+) -> tuple[list[str], list[str]]:
+    """The expert tensors that PEFT's `target_parameters` means, and the layers whose weight it
+    means.
 
     Raises:
-        Unsupported: it means a parameter that is no stack of experts' weights, or nothing.
+        Unsupported: it means another parameter, or nothing.
     """
     names = data.get("target_parameters") or ()
     every = [n for n, _ in named_parameters(model)]
     stacks = [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
+    linear = [n for n, m in modules.items() if base_for(m) is not None and not _lookup(m)]
+    weights = {f"{n}.weight": n for n in linear}
     for name in names:
         found = [n for n in every if matches(name, n)]
-        if not found or any(n not in stacks for n in found):
+        if not found or any(n not in stacks and n not in weights for n in found):
             what = f"means {found[0]!r}, which is no" if found else "matches no"
             raise Unsupported(
                 f"{file}: `target_parameters`: {shorten(name)} {what} stack of experts' weights"
                 f" (experts, out, in) of this {type(model).__name__}; merge the adapter with PEFT,"
                 " or load the model that it was trained on"
             )
-    return [n for n in stacks if any(matches(name, n) for name in names)]
+    meant = [n for n in (*stacks, *weights) if any(matches(name, n) for name in names)]
+    return [n for n in meant if n in stacks], [weights[n] for n in meant if n in weights]
 
 
 def _lookup(module: nn.Module) -> bool:

@@ -41,8 +41,8 @@ _REFUSED_LAYERS = ("out_proj", "conv1d")
 _REFUSED_FAMILIES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
-# PEFT (0.21) takes such names, in families that transformers converts as these, for the experts'
-# weights of before they were fused, and no longer for layers.
+# PEFT (0.21) takes such names in `target_modules`, in families that transformers converts as these,
+# for the experts' weights of before they were fused, and no longer for layers.
 _TAKEN_FOR_EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -59,8 +59,6 @@ def obstacle(adapters: Adapters) -> str | None:
         return f"PEFT has no form of `{combine.name}`"
     form = own_form(adapters, frozen_ranks(adapters))
     if form is None and (why := refused_layer(adapters)) is not None:
-        return why
-    if form is None and (why := _taken_for_experts(adapters)) is not None:
         return why
     for site, layer in adapters:
         if form is None and layer.update.delta.factors() is None:
@@ -95,19 +93,14 @@ def refused_layer(adapters: Adapters) -> str | None:
     return None
 
 
-def _taken_for_experts(adapters: Adapters) -> str | None:
-    """Why PEFT would not adapt one of these layers, but expert tensors instead; None: it would."""
+def _taken_for_experts(adapters: Adapters) -> list[str]:
+    """The layers that PEFT would take for expert tensors; it knows them by their weight's name."""
     model = adapters.model
     kind: str = model.config.model_type if isinstance(model, PreTrainedModel) else ""
     patterns: dict[str, str] = vars(conversion_mapping)["_MODEL_TO_CONVERSION_PATTERN"]
     names = _TAKEN_FOR_EXPERTS.get(patterns.get(kind, kind), ())
-    for site, layer in adapters:
-        if not layer.site.experts and site.rpartition(".")[2] in names:
-            return (
-                f"PEFT takes the name of {site!r} for that of expert tensors in a {kind} model"
-                f" (leave such layers out, `exclude_modules`, for a file that PEFT reads)"
-            )
-    return None
+    single = [site for site, layer in adapters if not layer.site.experts]
+    return [site for site in single if site.rpartition(".")[2] in names]
 
 
 def _in_full(adapters: Adapters) -> list[str]:
@@ -171,12 +164,15 @@ def config(
     else:
         ranks, alphas, rooted = _numbers(adapters)
     r, alpha = _commonest(ranks), _commonest(alphas)
+    parameters = _parameters(adapters)
+    ranks = {parameters.get(n, n): rank for n, rank in ranks.items()}
+    alphas = {parameters.get(n, n): a for n, a in alphas.items()}
     return {
         **_about(adapters, LORA),
         "r": r,
         "lora_alpha": alpha,
-        # PEFT knows no dropout on the input of expert tensors, and refuses it beside them.
-        "lora_dropout": 0.0 if _stacks(adapters) else recipe.lora_dropout,
+        # PEFT knows no dropout on the input of parameters, and refuses it beside them.
+        "lora_dropout": 0.0 if parameters else recipe.lora_dropout,
         "use_rslora": rooted,
         # The start is in the factors; any other value would make PEFT change the base.
         "init_lora_weights": True,
@@ -198,7 +194,7 @@ def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
     """What every type says: of which model the adapter is, and which modules it means."""
     modules = plain_modules(adapters.model)
     base = adapters.model.config if isinstance(adapters.model, PreTrainedModel) else None
-    stacks = _stacks(adapters)
+    stacks = _parameters(adapters)
     targets = shortest([n for n in adapters.layers if n not in stacks], modules)
     return {
         "peft_type": peft_type,
@@ -208,16 +204,18 @@ def _about(adapters: Adapters, peft_type: str) -> dict[str, Any]:
         "task_type": _task(adapters, modules),
         "inference_mode": True,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        **({"target_parameters": stacks} if stacks else {}),
+        **({"target_parameters": [*stacks.values()]} if stacks else {}),
         "modules_to_save": list(_saved_names(adapters) or ()) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
 
 
-def _stacks(adapters: Adapters) -> list[str]:
-    """Paths of the adapted expert tensors."""
-    return [site for site, layer in adapters if layer.site.experts]
+def _parameters(adapters: Adapters) -> dict[str, str]:
+    """{path of a layer that PEFT knows by a parameter: that parameter}: expert tensors, and what it
+    would take for them."""
+    stacks = {site: site for site, layer in adapters if layer.site.experts}
+    return {**stacks, **{site: f"{site}.weight" for site in _taken_for_experts(adapters)}}
 
 
 def _numbers(adapters: Adapters) -> tuple[dict[str, int], dict[str, float], bool]:
