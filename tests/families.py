@@ -85,7 +85,7 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "modernbert": {"local_attention": 16},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 4,
+    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 3,
                      "activation_sparsity_pattern": None},
 }  # fmt: skip
 
@@ -100,9 +100,11 @@ def tiny(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = KINDS[FAMILIES[family]].from_config(config)
     with torch.no_grad():
-        for p in model.parameters():  # fused experts are left as the memory was
-            if p.ndim == 3:
+        for name, p in model.named_parameters():
+            if p.ndim == 3:  # fused experts are left as the memory was
                 p.normal_(std=0.05)
+            elif p.ndim == 1 and not name.endswith("bias") and not p.any():
+                p.fill_(0.5)  # a gain that starts at zero lets no gradient through
     return model.eval()
 
 
