@@ -97,8 +97,8 @@ def test_a_run_leaves_an_ordinary_model(pretrain, tmp_path, monkeypatch, method)
     assert ran.status == 0, ran.err
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {
-        "config.yaml", "defaults.json", "metrics.jsonl", "result.json", "model", "tokenizer",
-        "checkpoint-4", "checkpoint-6",
+        "config.yaml", "defaults.json", "metrics.jsonl", "result.json", "report.html",
+        "samples.json", "model", "tokenizer", "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
     assert {p.name for p in (out / "model").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
