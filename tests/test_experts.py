@@ -287,6 +287,8 @@ def test_which_are_adapted() -> None:
     [
         ("lora", {"target_parameters": ["down"]}, "matches no expert tensor"),
         ("lora", {"target_parameters": ["q_proj.weight"]}, "is named in `target_modules`"),
+        ("lora", {"target_modules": ["down_proj"]}, "no module; name it in `target_parameters`"),
+        ("lora", {"target_modules": ["experts"]}, "gate_up_proj, down_proj. are named in"),
         ("switchlora", {"target_parameters": ["down_proj"]}, "works on single matrices"),
         ("full", {"target_parameters": ["down_proj"]}, "no effect"),
         ("dora(dropout='authors')", {"target_parameters": ["down_proj"]}, "`dora` works on"),

@@ -64,7 +64,7 @@ from lorica.tensors.modules import (
     unwrapped,
 )
 from lorica.tensors.shared import SharedTensors
-from lorica.text import clear_errors
+from lorica.text import clear_errors, shorten
 
 logger = logging.getLogger("lorica")
 
@@ -139,6 +139,12 @@ def attach(
     wraps = recipe.delta.wraps
     in_place = recipe.train_rest or not wraps
     if heads is not None:
+        modules = {n for n, _ in named_modules(model)}
+        if lost := [n for n in heads if n not in modules]:
+            raise ValueError(
+                f"`heads`: {shorten(lost[0])} is the path of no module of this"
+                f" {type(model).__name__}; give whole paths, as `model.named_modules()` lists them"
+            )
         untold = dict.fromkeys(heads, "")
     else:
         untold = {} if recipe.train_rest or recipe.whole else in_full(model, missing_keys)

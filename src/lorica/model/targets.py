@@ -157,6 +157,7 @@ def find(
     elif target_parameters and not target_modules:
         chosen = []
     else:
+        _refuse_stacks(target_modules, stacks)
         chosen = _select(target_modules, modules, "target_modules")
         if wraps:
             chosen = _only_served(chosen, modules, served, inside, by_name=target_modules)
@@ -248,6 +249,21 @@ def _routers(model: nn.Module, layers: list[str]) -> list[str]:
 def _expert_tensors(modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of all expert tensors."""
     return [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
+
+
+def _refuse_stacks(target_modules: str | tuple[str, ...], stacks: list[str]) -> None:
+    """Expert tensors are parameters, and no modules.
+
+    Raises:
+        ValueError: a name in `target_modules` is that of one.
+    """
+    for pattern in () if isinstance(target_modules, str) else target_modules:
+        if found := [n for n in stacks if matches(pattern, n)]:
+            raise ValueError(
+                f"`target_modules`: {shorten(pattern)} is {found[0]!r}, a parameter that holds a"
+                " weight for each expert, and no module; name it in `target_parameters`"
+                " (`--target-parameters`)"
+            )
 
 
 def _chosen_experts(
@@ -437,6 +453,8 @@ def _unsupported(name: str, module: nn.Module, inside: str | None) -> str:
         if inside
         else computed_weight(module) or f"it is a {type(module).__module__}.{type(module).__name__}"
     )
+    if leaves := expert_tensors(module):
+        why += f"; its expert tensors ({', '.join(leaves)}) are named in `target_parameters`"
     return (
         f"`target_modules` matches {name!r}, which cannot be adapted: {why}. Allowed: nn.Linear,"
         " transformers' Conv1D, nn.Embedding; narrow the pattern or add it to `exclude_modules`"

@@ -121,7 +121,7 @@ class Update(Products, nn.Module):
     """Delta and frozen factors of one layer, with the dropout that falls on it: what combines,
     kernels and export take."""
 
-    delta: AbstractDelta  # pyright: ignore[reportIncompatibleVariableOverride]
+    delta: AbstractDelta
     frozen_A: nn.Parameter | None  # (k, in), frozen
     frozen_B: nn.Parameter | None  # (out, k), frozen; sign folded in, scale that of the delta
 
@@ -131,7 +131,7 @@ class Update(Products, nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.padding = padding  # a token id whose update is zero and stays so
-        self.delta = delta
+        self.delta = delta  # pyright: ignore[reportIncompatibleVariableOverride]
         self.lookup = site.lookup
         self.dropout = dropout
         self.drop_frozen = drop_frozen

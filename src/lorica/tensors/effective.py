@@ -278,7 +278,7 @@ def _groups(x: Tensor, offs: Tensor) -> Iterator[tuple[int, Tensor]]:
     ends = [int(end) for end in offs.unbind()]  # a CPU waits for nothing here
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     # Cut at once: the gradient of one slice after the other would be all of x each time.
-    for e, rows in enumerate(x.split([*counts, x.shape[0] - sum(counts)])[:-1]):
+    for e, rows in enumerate(torch.split(x, [*counts, x.shape[0] - sum(counts)])[:-1]):
         if len(rows):
             yield e, rows
 

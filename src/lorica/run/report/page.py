@@ -301,7 +301,7 @@ class Shown:
             if adapter:
                 merge = ["lorica", "merge", *which, "--output-dir", "merged"]
                 out.append(("Merge it into the model", merge))
-            out.append(("Share it", ["hf", "upload", "OWNER/NAME", kept]))
+            out.append(("Share it", ["lorica", "push", kept, "OWNER/NAME"]))
             if run.verb == "train":
                 more = ["lorica", "train", *which, "--output-dir", "more"]
                 out.append(("Train it further, from a new optimizer", more))
