@@ -18,6 +18,7 @@ import lorica
 from lorica.formats.export import export
 from lorica.model.experts import AdaptedExperts, AdaptedTensor
 from lorica.tensors.effective import EffectiveWeight, Term
+from lorica.tensors.grouped import grouped
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -334,6 +335,22 @@ def test_compiled_forward_computes_the_same() -> None:
     wanted = experts(x, index, weights)
     got = torch.compile(experts, backend="eager")(x, index, weights)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(2, 3, 1), (0, 4, 0), (6, 0, 0), (1, 0, 2)])
+def test_the_grouped_product_and_its_gradients(counts: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, W, A, B = (torch.randn(s, dtype=torch.float64) for s in ((6, 4), (3, 5, 4), (3, 2, 4),
+                                                                (3, 5, 2)))  # fmt: skip
+    y = grouped(x, W, A, B, counts)
+    rows = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    for i in range(6):
+        wanted = torch.zeros(5, dtype=torch.float64)
+        if i < len(rows):
+            wanted = (W + B @ A)[rows[i]] @ x[i]
+        torch.testing.assert_close(y[i], wanted)
+    inputs = (x.requires_grad_(), A.requires_grad_(), B.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, A, B: grouped(x, W, A, B, counts), inputs)
 
 
 class TestEffectiveWeight:

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only  # pyright: ignore[reportPrivateUsage]
 
+from lorica.tensors import dropout
+from lorica.tensors.grouped import grouped
+
 Function = Callable[..., Any]  # Any: of torch's, which have no common type
 
 
@@ -231,7 +234,10 @@ def _grouped(func: Function, x: Tensor, weight: Any, *rest: Any, **options: Any)
         return NotImplemented
     if weight.one is not None and not weight.on_rows and x.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # which torch's own grouped products don't know
-            return _each(weight.one, weight, x.to(weight.stored.dtype), offs)
+            x = x.to(weight.stored.dtype)
+            if weight.gain is None and not dropout.transformed() and not _drops(weight):
+                return _at_once(weight, x, offs)
+            return _each(weight.one, weight, x, offs)
     g = weight.gain
     owner = None if g is None and weight.met is None else _owner(x, offs)
     if weight.met is not None:
@@ -261,6 +267,20 @@ def _by_group(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return _joined(parts, x, w.shape[-1])
 
 
+def _drops(weight: EffectiveWeight) -> bool:
+    return len(weight.terms) != 1 or weight.terms[0].drop is not None
+
+
+def _at_once(weight: EffectiveWeight, x: Tensor, offs: Tensor) -> Tensor:
+    """x (S, p) by V, all rows in one function."""
+    counts = _counts(offs)
+    for e, count in enumerate(counts if weight.met is not None else ()):
+        if count and weight.met is not None:
+            weight.met(e)
+    left, right = (t.mT.to(x.dtype) for t in weight.terms[0][:2])
+    return grouped(x, weight.stored.mT, left, right, counts)
+
+
 def _each(
     one: Callable[[Tensor, int], Tensor], weight: EffectiveWeight, x: Tensor, offs: Tensor
 ) -> Tensor:
@@ -275,12 +295,17 @@ def _each(
 
 def _groups(x: Tensor, offs: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(expert, its rows) of each expert that has some."""
-    ends = [int(end) for end in offs.unbind()]  # a CPU waits for nothing here
-    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    counts = _counts(offs)
     # Cut at once: the gradient of one slice after the other would be all of x each time.
     for e, rows in enumerate(torch.split(x, [*counts, x.shape[0] - sum(counts)])[:-1]):
         if len(rows):
             yield e, rows
+
+
+def _counts(offs: Tensor) -> list[int]:
+    """Rows of each expert."""
+    ends = [int(end) for end in offs.unbind()]  # a CPU waits for nothing here
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _joined(parts: list[Tensor], x: Tensor, width: int) -> Tensor:
