@@ -514,7 +514,7 @@ def train_model(plan: FineTuning, callbacks: Sequence[TrainerCallback]) -> dict[
         with checkpoints.saving("what was trained", plan.folder.path):
             result["output"] = str(save(plan))
             if plan.main:
-                _describe(plan, result)
+                _write_card(plan, result)
         samples.finish()
         return loop.write_result(plan, result, log)
 
@@ -600,7 +600,7 @@ def save(plan: FineTuning) -> Path:
     return out
 
 
-def _describe(plan: FineTuning, result: dict[str, Any]) -> None:
+def _write_card(plan: FineTuning, result: dict[str, Any]) -> None:
     """Write the model card beside what was trained."""
     import lorica
     from lorica.run import card
