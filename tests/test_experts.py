@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import lorica
+from lorica.cli import main
+from lorica.formats import inspect
 from lorica.formats.export import export
 from lorica.model.experts import AdaptedExperts, AdaptedTensor
 from lorica.tensors.effective import EffectiveWeight, Term
@@ -180,6 +182,19 @@ def test_files_of_peft_there_and_back(family: str, tmp_path: Path) -> None:
     ours = build(family)
     lorica.load(ours, tmp_path / "theirs")
     torch.testing.assert_close(ours(IDS).logits, live, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_inspect(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = adapted("qwen3_moe", method)
+    out = lorica.save(adapters, tmp_path / "out")
+    assert main(["inspect", str(out)]) == 0
+    assert "4 x 48 x 16" in capsys.readouterr().out
+    norms = [d["norm"] for d in inspect(out)["layers"].values() if len(d["shape"]) == 3]
+    assert len(norms) == 4
+    if method == "lora":
+        found = [x.update.weight(x.store).norm().item() for x in stacks(adapters).values()]
+        assert sorted(norms) == pytest.approx(sorted(found), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name

@@ -76,8 +76,8 @@ def _table(data: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
     for path, layer in data["layers"].items():
         norm = "" if layer["norm"] is None else f"{layer['norm']:.4g}"
-        out, of = layer["shape"]
-        table.add_row(cell(path), f"{out} x {of}", str(layer["r"]), f"{layer['scale']:g}", norm)
+        shape = " x ".join(map(str, layer["shape"]))  # of a stack, the experts first
+        table.add_row(cell(path), shape, str(layer["r"]), f"{layer['scale']:g}", norm)
     return table
 
 
