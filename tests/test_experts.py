@@ -81,8 +81,11 @@ def build(family: str, way: str | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def adapted(family: str, method: str, way: str | None = None, **fields: object) -> lorica.Adapters:
-    adapters = lorica.attach(build(family, way), method, r=3, verbose=False, **fields)
+def adapted(
+    family: str, method: str | lorica.Recipe, way: str | None = None, **fields: object
+) -> lorica.Adapters:
+    fields = {"r": 3, **fields} if isinstance(method, str) else fields
+    adapters = lorica.attach(build(family, way), method, verbose=False, **fields)
     torch.manual_seed(1)
     for _, layer in adapters:
         if (pair := layer.update.delta.pair()) is not None:

@@ -387,10 +387,13 @@ class _TrainedPair(NamedTuple):
 
 
 def _split(adapters: AdaptersLike) -> tuple[list[_TrainedPair], list[Trained]]:
-    """Pairs with a trained factor, and the trained parameters that are in no pair."""
+    """Pairs with a trained factor, and the trained parameters that are in no pair of matrices:
+    those of a stack of experts are moved elementwise."""
     left = {id(t.parameter): t for t in adapters.trained()}
     pairs: list[_TrainedPair] = []
     for site, pair in adapters.pairs():
+        if pair.A.ndim != 2:
+            continue
         trained = left.pop(id(pair.A), None), left.pop(id(pair.B), None)
         if any(trained):
             pairs.append(_TrainedPair(site, pair, trained))
