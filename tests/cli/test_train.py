@@ -218,7 +218,7 @@ def test_figures_follow_the_labels(lorica, bert, tmp_path):
     assert [line for line in logged if "eval_loss" in line][-1]["degenerate"]["class"]
     asked = lorica("train", *how, "--metric-for-best-model", "accuracy", "--output-dir",
                    tmp_path / "c")  # fmt: skip
-    assert "the highest accuracy is kept; " in asked.err, asked.err
+    assert "the highest accuracy is kept" in asked.err, asked.err
     measured = lorica("eval", "--model", bert, "--adapter", tmp_path / "b" / "adapter",
                       "--data", file, "--json")  # fmt: skip
     assert measured.json["degenerate"] == {"class": alike["class"], "share": measured.json[

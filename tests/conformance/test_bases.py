@@ -10,6 +10,7 @@ from walk import IN, KINDS, OUT, One, adapt, inputs, one_hot, only
 
 import lorica
 from lorica.model.bases.base import AbstractBase, all_bases, base_for
+from lorica.model.bases.experts import ExpertTensor
 from lorica.recipe import registry
 from models import perturb
 
@@ -20,7 +21,8 @@ def scaled_embedding() -> One:
 
 
 KINDS = {**KINDS, "scaled embedding": scaled_embedding}
-DENSE = [base for base in all_bases() if base.dense]  # quantised ones: tests/test_quantised.py
+# quantised ones: tests/test_quantised.py; parameters, which are no modules: tests/test_experts.py
+DENSE = [base for base in all_bases() if base.dense and base is not ExpertTensor]
 SERVED = [(base, kind) for base in DENSE for kind in KINDS if base.serves(KINDS[kind]().layer)]
 
 

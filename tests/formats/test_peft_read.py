@@ -133,7 +133,6 @@ def made(tmp_path):
     ("key", "value"),
     [
         ("lora_bias", True),
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("alora_invocation_tokens", [1, 2]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("megatron_config", {"a": 1}),
@@ -265,13 +264,15 @@ def test_another_bases_embedding(tmp_path):
 def test_resized_vocabulary(tmp_path):
     base = models.llama()
     peft_made(base, tmp_path / "a", **{**LLAMA, "target_modules": ["embed_tokens"]})
-    refused(models.llama(vocab_size=70), tmp_path / "a", "(70, 32)", "(61, 32)")
+    refused(models.llama(vocab_size=70), tmp_path / "a", "of a vocabulary of 61", "has 70 rows")
 
 
 def test_another_model(made):
     _, path = made
     refused(models.gpt2(), path, "means no module of this GPT2LMHeadModel")
     refused(models.llama(hidden_size=16), path, "instead of")
+    edit(path / "adapter_config.json", target_parameters=["mlp.experts.gate_up_proj"])
+    refused(models.llama(), path, "matches no stack of experts' weights")
 
 
 def test_pickles(made):

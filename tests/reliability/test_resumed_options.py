@@ -450,5 +450,6 @@ def test_null_leaves_an_option_out(few, tmp_path):
 
 def test_the_parts_of_a_run_are_told(a, tmp_path):
     names = {"config.yaml", "defaults.json", "metrics.jsonl", "result.json", "adapter"}
+    names |= {"report.html", "samples.json"}
     assert set(RunFolder(a).ours()) == names | {f"checkpoint-{n}" for n in (1, 2, 3, 4)}
     assert RunFolder(tmp_path).ours() == [] == RunFolder(tmp_path / "none").ours()

@@ -175,7 +175,7 @@ def counting(tokenizer, monkeypatch):
     """A stream of the same documents that tells in `READ` which rows are read; small blocks."""
     monkeypatch.setattr(streamed, "BATCH", 100)
     monkeypatch.setattr(
-        streamed, "_open", lambda *_: datasets.IterableDataset.from_generator(counted)
+        streamed, "load", lambda *_, **__: datasets.IterableDataset.from_generator(counted)
     )
 
     def make() -> Streamed:
@@ -246,14 +246,17 @@ def test_a_stream_that_breaks_off_in_a_block_reads_it_again(tokenizer, monkeypat
             yield {"text": text}
 
     monkeypatch.setattr(streamed, "BATCH", 100)
-    monkeypatch.setattr(streamed, "_open", lambda *_: datasets.IterableDataset.from_generator(rows))
+    monkeypatch.setattr(
+        streamed, "load", lambda *_, **__: datasets.IterableDataset.from_generator(rows)
+    )
     found = Streamed("rows")
     found.lay(tokenizer, 16, 0)
     place, ids = streamed.START, []
     while not place["epoch"]:
         try:
             block, place = found._block(place)
-        except OSError:
+        except ValueError as error:  # which names the data set
+            assert "the network is gone" in str(error)
             continue
         ids.append(block)
     whole = np.concatenate([*map(np.ravel, ids), place["carry"]])

@@ -1,6 +1,6 @@
 """Checks of what a call in Python was given, before anything is done with it.
 
-    lr = argument("lr", lr, "a learning rate is a number from 0 to 1e9, e.g. 2e-4")
+    lr = argument("lr", lr, "a learning rate is a number from 0 to 1e18, e.g. 2e-4")
 
 Shared by optimizers and rules; hyperparameters of a method are checked by `fields.py`.
 """
@@ -40,7 +40,7 @@ def as_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-MOST = 1e9  # of rates and the like: products of two of them have to stay within float32
+MOST = 1e18  # of rates and the like: products of two of them have to stay within float32
 
 
 def argument(name: str, value: object, say: str, *, least: float = 0.0) -> float:
@@ -82,7 +82,7 @@ def rate(name: str, value: Any) -> Any:  # Any: a tensor stays the one that it i
     Raises:
         ValueError: it is none.
     """
-    say = "a learning rate is a number from 0 to 1e9, e.g. 2e-4"
+    say = "a learning rate is a number from 0 to 1e18, e.g. 2e-4"
     number = argument(name, value, say)
     return value if isinstance(value, Tensor) else number
 

@@ -188,7 +188,7 @@ class Adapters:
         """
         lr = rate("lr", lr)
         modules_lr = None if modules_lr is None else rate("modules_lr", modules_lr)
-        say = "a decay is a number from 0 to 1e9, e.g. 0.01"
+        say = "a decay is a number from 0 to 1e18, e.g. 0.01"
         weight_decay = argument("weight_decay", weight_decay, say)
         reshard(self.model)
         groups = self.recipe.rule.groups(self, lr, weight_decay)
