@@ -113,7 +113,7 @@ def _refuse_unquantised(
 ) -> None:
     """Raises:
     UsageError: options about a quantised base where there is none; or the adapter says that its
-        base was quantised, and nobody says how.
+        base was quantised, and no option says how.
     """
     from lorica.formats.lorica_json import is_packed
 

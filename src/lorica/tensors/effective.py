@@ -51,8 +51,8 @@ class EffectiveWeight(Tensor):
         on_rows: whether g scales the rows, of length q.
         one: multiplies x (n, in) by the transpose of one expert's W (out, in), given as a whole
             number; None: that takes the stack's own products.
-        met: called with the experts, as an index, that some rows are multiplied with; None: nobody
-            asks. Not called where all of the stack takes part in one product.
+        met: called with the experts, as an index, that some rows are multiplied with; None: no
+            call. Not called where all of the stack takes part in one product.
     """
 
     stored: Tensor

@@ -23,7 +23,7 @@ class Run:
         folder: where it is.
         name: of the run among others.
         config: config.yaml.
-        defaults: {option: its value, and what chose it}, of those that nobody gave.
+        defaults: {option: its value, and what chose it}, of those that were not given.
         lines: of metrics.jsonl.
         result: result.json; None: the run did not come to its end.
         samples: samples.json; None: there are none.
