@@ -7,8 +7,9 @@ transformers' forms they have, are products with W + ΔW.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,10 +37,6 @@ class AdaptedTensor(AdaptedLayer):
         return self.store.module
 
     @property
-    def place(self) -> str:
-        return self.site.name.rpartition(".")[0]
-
-    @property
     def leaf(self) -> str:
         return self.site.name.rpartition(".")[2]
 
@@ -51,14 +48,16 @@ class AdaptedTensor(AdaptedLayer):
             self.combine(weight, store, self.update, asked)
         auto = torch.is_autocast_enabled(weight.device.type)
         dtype = None if auto else weight.dtype
-        terms = tuple(
-            _term(factors, store.transposed, dtype, self.update if drops else None)
-            for factors, drops in self._parts()
-        )
+
+        def terms() -> tuple[Term, ...]:
+            return tuple(
+                _term(factors, store.transposed, dtype, self.update if drops else None)
+                for factors, drops in self._parts()
+            )
+
         made = EffectiveWeight.of(weight, terms, asked.gain, on_rows=not store.transposed)
-        if (
-            weight.device.type == "cpu"
-        ):  # elsewhere one grouped product is faster than many small ones
+        # Elsewhere than on a CPU one grouped product is faster than many small ones.
+        if weight.device.type == "cpu":
             made.one = _OneByOne(self, asked.gain)
         if self.routed is not None and torch.is_grad_enabled():
             made.met = self._note
@@ -98,16 +97,31 @@ class _OneByOne:
     """The product with one expert's matrix, x (n, in) -> (n, out), by the layer's kernel."""
 
     def __init__(self, layer: AdaptedTensor, gain: Tensor | None) -> None:
-        self.layer = layer
-        self.gains = None if gain is None else gain.unbind()
-        self.weights = layer.store.weight().unbind()
-        update = layer.update
-        own = update.delta.factors() if layer.instead is None else layer.instead
-        frozen = update.frozen_factors if layer.instead is None else None
-        assert own is not None  # as above
-        # Taken apart at once: the gradient of one index after the other would be a stack each.
-        self.own = _apart(own)
-        self.frozen = None if frozen is None else _apart(frozen)
+        self.layer, self.gain = layer, gain
+        self.weight = layer.store.weight()  # read now: in the forward the stand-in has its place
+
+    # Taken apart at once, and by the first expert that is met: the gradient of one index after the
+    # other would be a stack each.
+
+    @functools.cached_property
+    def gains(self) -> Sequence[Tensor] | None:
+        return None if self.gain is None else self.gain.unbind()
+
+    @functools.cached_property
+    def weights(self) -> Sequence[Tensor]:
+        return self.weight.unbind()
+
+    @functools.cached_property
+    def own(self) -> list[Factors]:
+        instead = self.layer.instead
+        factors = self.layer.update.delta.factors() if instead is None else instead
+        assert factors is not None  # as above
+        return _apart(factors)
+
+    @functools.cached_property
+    def frozen(self) -> list[Factors] | None:
+        frozen = self.layer.update.frozen_factors
+        return None if frozen is None or self.layer.instead is not None else _apart(frozen)
 
     def __call__(self, x: Tensor, expert: int) -> Tensor:
         frozen = None if self.frozen is None else self.frozen[expert]
@@ -234,10 +248,7 @@ class AdaptedExperts(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-def _know_transformers() -> None:
-    """transformers multiplies over sorted rows by an operator of its own where torch's can't."""
-    importlib.import_module("transformers.integrations.moe")  # defines the operator
-    multiplies_by_group(torch.ops.transformers.grouped_mm_fallback)
-
-
-_know_transformers()
+# transformers multiplies over sorted rows by an operator of its own where torch's can't. The module
+# that defines it comes with every model of transformers'.
+importlib.import_module("transformers.integrations.moe")
+multiplies_by_group(torch.ops.transformers.grouped_mm_fallback)

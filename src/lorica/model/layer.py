@@ -50,7 +50,7 @@ class AdaptedLayer(nn.Module):
     @property
     def place(self) -> str:
         """Path of the module in the model that holds the weight, in whose place one of ours is."""
-        return self.site.name
+        return self.store.place(self.site.name)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) that this layer computes with, in at least float32."""

@@ -16,7 +16,7 @@ from lorica.methods.optional import BuildsOtherRank
 from lorica.methods.ranks.base import first_matches
 from lorica.model.bases._quantised import Quantised
 from lorica.model.bases.base import AbstractBase, base_for
-from lorica.model.bases.experts import ExpertTensor, expert_tensors
+from lorica.model.bases.experts import ExpertTensor, expert_paths, expert_tensors
 from lorica.model.heads import head_names, topmost, within
 from lorica.model.layer import AdaptedLayer
 from lorica.model.left_out import outside_language_model, read_past
@@ -49,11 +49,7 @@ class Targets:
     @property
     def places(self) -> list[str]:
         """Paths of the modules that hold the weights of `layers`."""
-        found = {n: n for n in self.layers}
-        for n, kind in self.layers.items():
-            if issubclass(kind, ExpertTensor):
-                found[n] = n.rpartition(".")[0]
-        return [*dict.fromkeys(found.values())]
+        return [*dict.fromkeys(kind.place(n) for n, kind in self.layers.items())]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -134,7 +130,7 @@ def find(
         n: b for n, m in modules.items() if (b := base_for(m)) is not None and n not in inside
     }
     saved = _to_save(modules, modules_to_save)
-    stacks = _expert_tensors(modules) if wraps else []
+    stacks = expert_paths(modules) if wraps else []
     heads = {n: why for n, why in (heads or {}).items() if not within(n, saved)}
     exclusions = _exclusions(exclude_modules, [*modules, *stacks])
     excluded = set[str]().union(*exclusions.values())
@@ -244,11 +240,6 @@ def _routers(model: nn.Module, layers: list[str]) -> list[str]:
         if any(within(name, [block]) and outputs in sizes for block, sizes in counts.items()):
             found.append(name)
     return found
-
-
-def _expert_tensors(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of all expert tensors."""
-    return [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
 
 
 def _refuse_stacks(target_modules: str | tuple[str, ...], stacks: list[str]) -> None:

@@ -7,6 +7,7 @@ Combines, norms, kernels and export take the update as a whole, of rank r + k.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 
 import torch
@@ -25,7 +26,7 @@ from lorica.tensors.modules import call_before_loading
 ROWS = (2**19, 2**25)  # elements of a sum that is formed for its norms alone: on a CPU, elsewhere
 
 
-class Products:
+class Products(abc.ABC):
     """The product of an update, split by what dropout falls on."""
 
     delta: DeltaLike
@@ -35,13 +36,14 @@ class Products:
     padding: int | None
 
     @property
+    @abc.abstractmethod
     def dropping(self) -> bool:
         """Whether this call drops inputs, so that the update is no one matrix."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def frozen_factors(self) -> Factors | None:
-        raise NotImplementedError
+        """What is beside the delta, or None."""
 
     @property
     def _dtype(self) -> torch.dtype:

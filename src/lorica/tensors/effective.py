@@ -87,12 +87,12 @@ class EffectiveWeight(Tensor):
         cls, func: Function, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:  # Any: of whatever function
         kwargs = kwargs or {}
-        handle = _handlers().get(func)
+        handle = _HANDLERS.get(func)
         if handle is not None:
             out = handle(func, *args, **kwargs)
             if out is not NotImplemented:
                 return out
-        if func in _about():
+        if func in _ABOUT:
             plain = [a.stored if isinstance(a, EffectiveWeight) else a for a in args]
             return func(*plain, **kwargs)
         args, kwargs = tree_map_only(EffectiveWeight, EffectiveWeight.formed, (args, kwargs))
@@ -232,23 +232,26 @@ def _grouped(func: Function, x: Tensor, weight: Any, *rest: Any, **options: Any)
     offs = rest[0] if rest else options.get("offs")
     if not isinstance(weight, EffectiveWeight) or offs is None or len(rest) > 1:
         return NotImplemented
+    if weight.met is not None:
+        weight.met(offs.diff(prepend=offs.new_zeros(1)) > 0)
     if weight.one is not None and not weight.on_rows and x.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # which torch's own grouped products don't know
             x = x.to(weight.stored.dtype)
             if weight.gain is None and not dropout.transformed() and not _drops(weight):
-                return _at_once(weight, x, offs)
-            return _each(weight.one, weight, x, offs)
+                left, right = (t.mT.to(x.dtype) for t in weight.terms[0][:2])
+                return grouped(x, weight.stored.mT, left, right, _counts(offs))
+            parts = [weight.one(rows, e) for e, rows in _groups(x, offs)]
+            return _joined(parts, x, weight.stored.shape[-1])
     g = weight.gain
-    owner = None if g is None and weight.met is None else _owner(x, offs)
-    if weight.met is not None:
-        weight.met(owner)
+    owner = None if g is None else _owner(x, offs)
     if g is not None and weight.on_rows:
         x = (x * g[owner]).to(x.dtype)
     y = func(x, weight.stored, *rest, **options)
     for term in weight.terms:
         inner = x if term.drop is None else term.drop(x)
         inner = inner.to(term.left.dtype)  # the grouped products of torch know no autocast
-        y = y + _by_group(_by_group(inner, term.left, offs), term.right, offs).to(y.dtype)
+        small = _by_group(func, inner, term.left, offs)
+        y = y + _by_group(func, small, term.right, offs).to(y.dtype)
     return y if g is None or weight.on_rows else (y * g[owner]).to(y.dtype)
 
 
@@ -258,10 +261,10 @@ def _owner(x: Tensor, offs: Tensor) -> Tensor:
     return torch.searchsorted(offs, rows, right=True).clamp_(max=offs.shape[0] - 1)
 
 
-def _by_group(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+def _by_group(func: Function, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     """x (S, p) by w (E, p, q), each expert's rows with its own matrix; 0 for rows of no expert."""
-    if x.device.type != "cpu" and x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, w, offs=offs)
+    if all(size * w.element_size() % 16 == 0 for size in w.shape[1:]):  # what torch's can multiply
+        return func(x, w, offs=offs)
     ones = w.unbind()
     parts = [rows @ ones[e] for e, rows in _groups(x, offs)]
     return _joined(parts, x, w.shape[-1])
@@ -269,28 +272,6 @@ def _by_group(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 def _drops(weight: EffectiveWeight) -> bool:
     return len(weight.terms) != 1 or weight.terms[0].drop is not None
-
-
-def _at_once(weight: EffectiveWeight, x: Tensor, offs: Tensor) -> Tensor:
-    """x (S, p) by V, all rows in one function."""
-    counts = _counts(offs)
-    for e, count in enumerate(counts if weight.met is not None else ()):
-        if count and weight.met is not None:
-            weight.met(e)
-    left, right = (t.mT.to(x.dtype) for t in weight.terms[0][:2])
-    return grouped(x, weight.stored.mT, left, right, counts)
-
-
-def _each(
-    one: Callable[[Tensor, int], Tensor], weight: EffectiveWeight, x: Tensor, offs: Tensor
-) -> Tensor:
-    """x (S, p) by V, each expert's rows by themselves."""
-    parts: list[Tensor] = []
-    for e, rows in _groups(x, offs):
-        parts.append(one(rows, e))
-        if weight.met is not None:
-            weight.met(e)
-    return _joined(parts, x, weight.stored.shape[-1])
 
 
 def _groups(x: Tensor, offs: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -304,7 +285,7 @@ def _groups(x: Tensor, offs: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _counts(offs: Tensor) -> list[int]:
     """Rows of each expert."""
-    ends = [int(end) for end in offs.unbind()]  # a CPU waits for nothing here
+    ends = [int(end) for end in offs.unbind()]  # on a CPU there is nothing to wait for
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -322,49 +303,41 @@ _FORM = (  # attributes that say how a tensor is held
     "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "itemsize",
     "nbytes",
 )  # fmt: skip
-_cache: dict[str, Any] = {}
-
-
-def multiplies_by_group(func: Function) -> None:
-    """Let `func(x, weight, offs)` be known as a product over sorted rows, as `F.grouped_mm` is."""
-    _handlers()[func] = _grouped
-
-
-def _handlers() -> dict[Any, Function]:  # Any: functions of torch's, some without a type
-    if "handlers" not in _cache:
-        products = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,
-                    torch.bmm, Tensor.bmm)  # fmt: skip
-        turns = (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes,
-                 Tensor.swapdims, torch.swapdims, Tensor.t, torch.t)  # fmt: skip
-        held: dict[Any, Function] = dict.fromkeys(products, _matmul)
-        held |= dict.fromkeys(turns, _transpose)
-        held |= {
-            Tensor.__getitem__: _item,
-            Tensor.__rmatmul__: _rmatmul,
-            _getter("mT"): _swap,
-            _getter("T"): _transpose,
-            F.linear: _linear,
-            F.grouped_mm: _grouped,
-        }
-        known = vars(torch)
-        if "_grouped_mm" in known:
-            held[known["_grouped_mm"]] = _grouped
-        _cache["handlers"] = held
-    return _cache["handlers"]
 
 
 def _getter(name: str) -> Any:  # Any: what reads an attribute of a tensor has no type
     return inspect.getattr_static(Tensor, name).__get__
 
 
-def _about() -> frozenset[Any]:  # Any: as above
-    """Functions that ask for the weight's form, not its values."""
-    if "about" not in _cache:
-        _cache["about"] = frozenset((
-            Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement,
-            Tensor.stride, Tensor.is_contiguous, Tensor.data_ptr, Tensor.element_size,
-            Tensor.is_floating_point, torch.is_floating_point, torch.numel,
-            Tensor.storage_offset, Tensor.__len__, Tensor.get_device,
-            *(_getter(name) for name in _FORM),
-        ))  # fmt: skip
-    return _cache["about"]
+# Functions that ask for the weight's form, not its values. Any: of torch's, some without a type.
+_ABOUT: frozenset[Any] = frozenset((
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement,
+    Tensor.stride, Tensor.is_contiguous, Tensor.data_ptr, Tensor.element_size,
+    Tensor.is_floating_point, torch.is_floating_point, torch.numel,
+    Tensor.storage_offset, Tensor.__len__, Tensor.get_device,
+    *(_getter(name) for name in _FORM),
+))  # fmt: skip
+_PRODUCTS = (
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
+)  # fmt: skip
+_TURNS = (
+    Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims,
+    torch.swapdims, Tensor.t, torch.t,
+)  # fmt: skip
+_HANDLERS: dict[Any, Function] = {  # Any: as above
+    **dict.fromkeys(_PRODUCTS, _matmul),
+    **dict.fromkeys(_TURNS, _transpose),
+    Tensor.__getitem__: _item,
+    Tensor.__rmatmul__: _rmatmul,
+    _getter("mT"): _swap,
+    _getter("T"): _transpose,
+    F.linear: _linear,
+    F.grouped_mm: _grouped,
+}
+if "_grouped_mm" in vars(torch):
+    _HANDLERS[vars(torch)["_grouped_mm"]] = _grouped
+
+
+def multiplies_by_group(func: Function) -> None:
+    """Let `func(x, weight, offs)` be known as a product over sorted rows, as `F.grouped_mm` is."""
+    _HANDLERS[func] = _grouped

@@ -26,7 +26,7 @@ from lorica.formats.peft.tables import tables_of
 from lorica.methods.ranks.base import ENDS
 from lorica.model.adapters import Adapters
 from lorica.model.bases.base import base_for
-from lorica.model.bases.experts import expert_tensors
+from lorica.model.bases.experts import expert_paths
 from lorica.model.targets import matches
 from lorica.model.token_rows import embedding_paths
 from lorica.patterns import find, matching
@@ -100,7 +100,7 @@ def _parameters(
     """
     names = data.get("target_parameters") or ()
     every = [n for n, _ in named_parameters(model)]
-    stacks = [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
+    stacks = expert_paths(modules)
     linear = [n for n, m in modules.items() if base_for(m) is not None and not _lookup(m)]
     weights = {f"{n}.weight": n for n in linear}
     for name in names:

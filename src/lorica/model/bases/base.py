@@ -44,6 +44,11 @@ class AbstractBase(abc.ABC):
         return cls(model.get_submodule(path))
 
     @classmethod
+    def place(cls, path: str) -> str:
+        """Path of the module that holds what has this path."""
+        return path
+
+    @classmethod
     @abc.abstractmethod
     def serves(cls, module: nn.Module) -> bool:
         """Whether this file can present `module`."""

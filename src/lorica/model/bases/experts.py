@@ -39,6 +39,10 @@ class ExpertTensor(AbstractBase):
         owner, _, leaf = path.rpartition(".")
         return cls(model.get_submodule(owner), leaf)
 
+    @classmethod
+    def place(cls, path: str) -> str:
+        return path.rpartition(".")[0]
+
     @property
     def parameter(self) -> nn.Parameter:
         return self.module.get_parameter(self.leaf)
@@ -79,6 +83,11 @@ def expert_tensors(module: nn.Module) -> tuple[str, ...]:
     told = {"is_transposed", "num_experts"} & vars(module).keys()
     alike = len(stacks) > 1 and len({p.shape[0] for p in stacks.values()}) == 1
     return tuple(stacks) if told or alike else ()
+
+
+def expert_paths(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the expert tensors of all these modules."""
+    return [f"{n}.{leaf}" for n, m in modules.items() for leaf in expert_tensors(m)]
 
 
 def stored_transposed(module: nn.Module) -> bool:

@@ -148,7 +148,7 @@ def from_rows(
     """Questions of a language model: evenly spaced rows of a data set of prompts or texts."""
     few = rows.select(spaced(len(rows), CANDIDATES))
     prompts = Prompter(tokenizer, task, chat_template).rows(few, shape)
-    order = spaced(len(prompts), COUNT)  # the examples first, then the ones to stand in for them
+    order = spaced(len(prompts), COUNT)  # then the others, in place of any that fail
     order += [i for i in range(len(prompts)) if i not in order]
     return Continuations(tokenizer, [prompts[i] for i in order])
 
@@ -162,8 +162,8 @@ def from_ids(tokenizer: PreTrainedTokenizerBase, rows: Any) -> Continuations:
 class Samples:
     """The examples of a run: asked before its first step, and again at its end.
 
-    An example that cannot be asked is no reason to lose a run: what fails is said, and the page
-    has no examples.
+    If the model fails on an example, the run goes on: a warning says why, and the page has no
+    examples.
 
     Args:
         questions: a function that makes them.
