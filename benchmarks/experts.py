@@ -18,10 +18,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from optimizers import processor
+from optimizers import processor, rounds
+from saved import saved_bytes
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -97,23 +99,6 @@ def step(model: nn.Module, x: Tensor, upstream: Tensor) -> float:
     return seconds
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Of all that a forward keeps for backward, weights left out, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    del y
-    return sum(held.values())
-
-
 def floor() -> float:
     """Multiplies of the LoRA step over those of the frozen one."""
     pairs = ((WIDE, 2 * INNER), (INNER, WIDE))
@@ -136,20 +121,16 @@ def main() -> None:
     lines: list[str] = []
     for way in ("grouped_mm", "eager"):
         models = {name: make(way) for name, make in CASES.items()}
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(options.rounds + 2):
-            names = [*models] if turn % 2 else [*models][::-1]
-            now = {name: step(models[name], x, upstream) for name in names}
-            if turn > 1:  # two to warm up
-                for name, seconds in now.items():
-                    times[name].append(seconds)
+        steps = {name: partial(step, model, x, upstream) for name, model in models.items()}
+        times = rounds(steps, options.rounds)
         for name, model in models.items():
             ratios = sorted(a / b for a, b in zip(times[name], times["frozen"], strict=True))
             low, _, high = statistics.quantiles(ratios, n=4)
             seconds = statistics.median(times[name])
+            kept = saved_bytes(partial(model, x), model.parameters())
             lines.append(
                 f"| {way} | {name} | {statistics.median(ratios):.3f} ({low:.2f} to {high:.2f}) |"
-                f" {seconds * 1e3:.0f} ms | {saved_bytes(model, x) / 2**20:.1f} MiB |"
+                f" {seconds * 1e3:.0f} ms | {kept / 2**20:.1f} MiB |"
             )
             print(lines[-1], flush=True)
     today = datetime.date.today().isoformat()

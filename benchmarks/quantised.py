@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 import transformers
+from saved import saved_bytes
 from step import Part, status
 from transformers import (
     AutoModelForCausalLM,
@@ -109,25 +110,11 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Saved for backward in one step; what the model holds anyway is left out."""
-    held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    for store in quantised(model).values():
-        held |= {t.untyped_storage().data_ptr() for t in store.stored().values()}
-    seen: dict[int, int] = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in held:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model(**batch)["loss"]
-    total = sum(seen.values())
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return total
+def kept(model: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes saved for backward in one step; what the model holds anyway is left out."""
+    held = [*model.parameters(), *model.buffers()]
+    held += [t for store in quantised(model).values() for t in store.stored().values()]
+    return saved_bytes(lambda: model(**batch)["loss"], held)
 
 
 @contextlib.contextmanager
@@ -185,11 +172,11 @@ def table(folder: Path, name: str, rounds: int) -> list[str]:
         work = quartiles(busy[n], busy["frozen"])
         with counting() as count:
             step(model, batch)
-        dense = saved_bytes(SYSTEMS[n](loaded(folder, None)), batch) / 2**20
+        dense = kept(SYSTEMS[n](loaded(folder, None)), batch) / 2**20
         unpacked = f"{count[0] / packed:.2f}" if "4bit" in str(FORMATS[name]) else ""
         lines.append(
             f"| {n} | {quartiles(times[n], times['frozen'])} | {work} |"
-            f" {saved_bytes(model, batch) / 2**20:.0f} | {dense:.0f} | {unpacked} |"
+            f" {kept(model, batch) / 2**20:.0f} | {dense:.0f} | {unpacked} |"
         )
     lines += [f"\n{n} fails here: `{why}`" for n, why in fails.items()]
     return [*lines, ""]

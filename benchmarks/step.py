@@ -48,6 +48,7 @@ from typing import Any
 import torch
 import transformers
 from optimizers import processor
+from saved import saved_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -171,18 +172,7 @@ class Runner:
     # -- what it takes
 
     def saved_bytes(self) -> int:
-        own = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
-        seen: dict[int, int] = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self.step()
-        return sum(seen.values())
+        return saved_bytes(self.step, self.net.parameters())
 
     def counts(self) -> Counts:
         with Counter() as counter:
